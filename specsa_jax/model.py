@@ -1,0 +1,207 @@
+"""The transformer (Flax NNX): pre-RMSNorm, RoPE, GQA, SwiGLU, NSA in every layer.
+
+Two forward passes share all weights and projections: :func:`hidden_states` over whole sequences (differentiable) and
+:func:`verify` of a tail of new tokens against a cache (prefill, decode, verification). Both take parameters as a plain
+nested dict (docs/architecture.md lists it) and merge it into the module inside the traced function.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from specsa_jax.cache import Cache, LayerCache, LayerTail, Tail
+from specsa_jax.config import ModelConfig
+from specsa_jax.nsa.cached import attend_cached
+from specsa_jax.nsa.compression import Compress
+from specsa_jax.nsa.sequence import Projected, attend_sequence
+from specsa_jax.rope import rotate
+
+Params = dict[str, Any]
+
+
+class Attention(nnx.Module):
+    """An NSA layer: projections, gates and the two φ around the attention operations of ``specsa_jax.nsa``."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        nsa = config.nsa
+        self.config = config
+        linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kv_width = nsa.branch_sets * nsa.num_kv_heads * nsa.head_dim
+        self.q_proj = linear(config.hidden, nsa.num_heads * nsa.head_dim, use_bias=False)
+        self.k_proj = linear(config.hidden, kv_width, use_bias=False)
+        self.v_proj = linear(config.hidden, kv_width, use_bias=False)
+        self.o_proj = linear(nsa.num_heads * nsa.head_dim, config.hidden, use_bias=False)
+        if nsa.gate_outputs:
+            self.gate_proj = linear(config.hidden, nsa.gate_outputs, use_bias=nsa.gate_bias)
+        phi = functools.partial(Compress, nsa, dtype=dtype, rngs=rngs)
+        self.compress_k = phi(has_position=nsa.compress_position != "none")
+        if nsa.compressed_output:
+            self.compress_v = phi(has_position=nsa.compress_position == "both")
+
+    def project(self, x: jax.Array, positions: jax.Array) -> Projected:
+        """Queries, raw keys and values, and gates of x [B, T, H] at ``positions`` int32 [B or 1, T]."""
+        nsa, lead = self.config.nsa, x.shape[:2]
+        sets = (*lead, nsa.branch_sets, nsa.num_kv_heads, nsa.head_dim)
+        query = self.q_proj(x).reshape(*lead, nsa.num_heads, nsa.head_dim)
+        gates = None
+        if nsa.gate_outputs:
+            gates = jax.nn.sigmoid(self.gate_proj(x).astype(jnp.float32))
+            gates = gates.reshape(*lead, -1, 3)
+            gates = jnp.broadcast_to(gates, (*lead, nsa.num_heads, 3))
+        return Projected(
+            rotate(query, positions, self.config.rope), self.k_proj(x).reshape(sets), self.v_proj(x).reshape(sets), gates
+        )
+
+    @property
+    def _phi_value(self) -> Compress | None:
+        return self.compress_v if self.config.nsa.compressed_output else None
+
+    def sequence(self, x: jax.Array, query_chunk: int) -> jax.Array:
+        """[B, S, H] → [B, S, H] over whole sequences."""
+        projected = self.project(x, jnp.arange(x.shape[1], dtype=jnp.int32)[None])
+        out = attend_sequence(
+            self.config.nsa, self.config.rope, self.compress_k, self._phi_value, projected, query_chunk
+        )
+        return self.o_proj(out.reshape(*x.shape[:2], -1))
+
+    def tail(self, x: jax.Array, cache: Cache, layer: LayerCache, tail: Tail) -> tuple[jax.Array, LayerTail]:
+        """[B, T, H] → [B, T, H] for the tail's tokens against the cache, and what a commit of them needs."""
+        projected = self.project(x, tail.positions)
+        out, layer_tail = attend_cached(
+            self.config.nsa, self.config.rope, self.compress_k, self._phi_value, projected, cache, layer, tail
+        )
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), layer_tail
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.gate_proj = linear(config.hidden, config.intermediate)
+        self.up_proj = linear(config.hidden, config.intermediate)
+        self.down_proj = linear(config.intermediate, config.hidden)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.attn_norm = nnx.RMSNorm(config.hidden, epsilon=config.norm_eps, **kinds)
+        self.attn = Attention(config, **kinds)
+        self.mlp_norm = nnx.RMSNorm(config.hidden, epsilon=config.norm_eps, **kinds)
+        self.mlp = MLP(config, **kinds)
+
+    def sequence(self, x: jax.Array, query_chunk: int) -> jax.Array:
+        x = x + self.attn.sequence(self.attn_norm(x), query_chunk)
+        return x + self.mlp(self.mlp_norm(x))
+
+    def tail(self, x: jax.Array, cache: Cache, layer: LayerCache, tail: Tail) -> tuple[jax.Array, LayerTail]:
+        out, layer_tail = self.attn.tail(self.attn_norm(x), cache, layer, tail)
+        x = x + out
+        return x + self.mlp(self.mlp_norm(x)), layer_tail
+
+
+class Transformer(nnx.Module):
+    """The module tree that gives parameters their names; computes in ``dtype``, stores in ``param_dtype``."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
+        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.config = config
+        scale = nnx.initializers.normal(config.hidden**-0.5)
+        self.embed = nnx.Embed(config.vocab_size, config.hidden, embedding_init=scale, **kinds)
+        self.layers = nnx.List([Layer(config, **kinds) for _ in range(config.layers)])
+        self.norm = nnx.RMSNorm(config.hidden, epsilon=config.norm_eps, **kinds)
+        if not config.tied:
+            self.head = nnx.Linear(config.hidden, config.vocab_size, use_bias=False, **kinds)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 [..., V] of final-normed hidden states [..., H]."""
+        kernel = self.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
+        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+@functools.lru_cache
+def _structure(config: ModelConfig, dtype: jnp.dtype, param_dtype: jnp.dtype) -> tuple[Any, Any]:
+    def build() -> Transformer:
+        return Transformer(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+
+    return nnx.split(nnx.eval_shape(build))
+
+
+def bind(config: ModelConfig, params: Params, dtype: jnp.dtype) -> Transformer:
+    """The module around ``params``; to be called inside traced functions, where it costs nothing."""
+    graph, state = _structure(config, jnp.dtype(dtype), jnp.dtype(jnp.float32))
+    state = jax.tree.map(lambda leaf: leaf, state)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def init_params(config: ModelConfig, seed: int, dtype: jnp.dtype = jnp.float32) -> Params:
+    """Fresh parameters as a nested dict of ``dtype`` arrays; output projections shrink with depth (GPT-2)."""
+
+    @jax.jit
+    def create() -> Params:
+        model = Transformer(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(seed))
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        for layer in params["layers"].values():
+            for owner, name in (("attn", "o_proj"), ("mlp", "down_proj")):
+                layer[owner][name]["kernel"] *= (2 * config.layers) ** -0.5
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+    return create()
+
+
+def hidden_states(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    remat: bool = True,
+    query_chunk: int = 256,
+) -> jax.Array:
+    """Final-normed hidden states [B, S, H] of whole sequences int32 [B, S]; causal, differentiable.
+
+    Attention works in chunks of ``query_chunk`` queries and never holds an S × S array; with ``remat`` a layer's
+    activations are recomputed in the backward pass.
+    """
+    model = bind(config, params, dtype)
+    x = model.embed(tokens)
+    for layer in model.layers:
+        graph, state = nnx.split(layer)
+
+        def run(state: Any, x: jax.Array, graph: Any = graph) -> jax.Array:
+            return nnx.merge(graph, state).sequence(x, query_chunk)
+
+        x = (jax.checkpoint(run) if remat else run)(state, x)
+    return model.norm(x)
+
+
+def head(config: ModelConfig, params: Params, hidden: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """Logits float32 [..., V] of final-normed hidden states [..., H]."""
+    return bind(config, params, dtype).logits(hidden)
+
+
+def verify(
+    config: ModelConfig, params: Params, tokens: jax.Array, cache: Cache, tail: Tail, *, dtype: jnp.dtype = jnp.float32
+) -> tuple[jax.Array, list[LayerTail]]:
+    """Final-normed hidden states [B, T, H] of the tail's tokens int32 [B, T] against ``cache``; and each layer's tail.
+
+    The cache is only read: :func:`specsa_jax.cache.commit` writes the accepted path.
+    """
+    model = bind(config, params, dtype)
+    x, tails = model.embed(tokens), []
+    for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
+        x, layer_tail = layer.tail(x, cache, layer_cache, tail)
+        tails.append(layer_tail)
+    return model.norm(x), tails
