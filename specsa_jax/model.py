@@ -176,14 +176,14 @@ def hidden_states(
     activations are recomputed in the backward pass.
     """
     model = bind(config, params, dtype)
-    x = model.embed(tokens)
-    for layer in model.layers:
-        graph, state = nnx.split(layer)
+    # One traced layer, scanned: compile time does not grow with depth.
+    graph, _ = nnx.split(model.layers[0])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(layer) for layer in model.layers))
 
-        def run(state: Any, x: jax.Array, graph: Any = graph) -> jax.Array:
-            return nnx.merge(graph, state).sequence(x, query_chunk)
+    def run(x: jax.Array, state: Any) -> tuple[jax.Array, None]:
+        return nnx.merge(graph, state).sequence(x, query_chunk), None
 
-        x = (jax.checkpoint(run) if remat else run)(state, x)
+    x, _ = jax.lax.scan(jax.checkpoint(run) if remat else run, model.embed(tokens), stacked)
     return model.norm(x)
 
 

@@ -101,23 +101,24 @@ def attention(
     q = rotate(rope, q, past + np.arange(new))
     g = gates(nsa, params, x)
 
+    def rotate_keys(k: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        return rotate(rope, k, positions)
+
     outputs, selections = np.zeros_like(q), np.full((new, nsa.num_kv_heads, nsa.num_selected), -1, np.int32)
     for r in range(new):
         seen = past + r + 1  # the query at position past + r sees itself and everything before
-        outputs[r], selections[r] = attend(
-            nsa, params, q[r], None if g is None else g[r], keys[:seen], values[:seen], lambda k, at: rotate(rope, k, at)
-        )
-    return outputs.reshape(new, -1) @ params["o_proj"]["kernel"], selections, keys, values
+        outputs[r], selections[r] = attend(nsa, params, q[r], g[r], keys[:seen], values[:seen], rotate_keys)
+    return outputs.reshape(new, nsa.num_heads * nsa.head_dim) @ params["o_proj"]["kernel"], selections, keys, values
 
 
-def gates(nsa: NSAConfig, params: Params, x: np.ndarray) -> np.ndarray | None:
-    """g = sigmoid(x·W_g): x [N, H] -> [N, Hq, 3], order compressed, selected, window; None without gates."""
+def gates(nsa: NSAConfig, params: Params, x: np.ndarray) -> np.ndarray:
+    """g = sigmoid(x·W_g), or 1 without gates: x [N, H] -> [N, Hq, 3], order compressed, selected, window."""
     if nsa.gate == "none":
-        return None
+        return np.ones((len(x), nsa.num_heads, 3), x.dtype)
     logits = x @ params["gate_proj"]["kernel"]
     if nsa.gate_bias:
         logits = logits + params["gate_proj"]["bias"]
-    per_head = logits.reshape(len(x), -1, 3)  # [N, Hq or 1, 3]: column 3·head + branch
+    per_head = logits.reshape(len(x), nsa.gate_outputs // 3, 3)  # [N, Hq or 1, 3]: column 3·head + branch
     return np.broadcast_to(sigmoid(per_head), (len(x), nsa.num_heads, 3))
 
 
@@ -165,7 +166,8 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float
             # Also by rotations, but blended linearly in the pair's index, between the pairs that make beta_fast and
             # beta_slow rotations (arXiv 2309.00071, section 3.2), rounded outwards as the public code does.
             def pair_with(rotations: float) -> float:
-                return head_dim * math.log(rope.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+                wavelength = rope.original_length / rotations
+                return head_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(rope.theta))
 
             low = max(math.floor(pair_with(rope.beta_fast)), 0)
             high = min(math.ceil(pair_with(rope.beta_slow)), head_dim - 1)

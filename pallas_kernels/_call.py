@@ -1,0 +1,37 @@
+"""The one place that calls ``pl.pallas_call``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+
+def triton_call(
+    kernel: Callable[..., None],
+    *operands: jax.Array,
+    out_shape: Any,
+    grid: Sequence[int],
+    num_warps: int,
+    num_stages: int = 1,
+    interpret: bool = False,
+    input_output_aliases: dict[int, int] | None = None,
+) -> Any:
+    """Runs ``kernel`` over ``grid`` on whole-array refs, lowered through Triton.
+
+    The compiler parameters are always given: without them jax 0.10 lowers through Mosaic. jax 0.11 and later emit a
+    DeprecationWarning when the call is lowered, which is not hidden here: by then we are no longer on the stack, and
+    Python's default filters drop it.
+    """
+    return pl.pallas_call(
+        kernel,
+        out_shape=out_shape,
+        grid=tuple(grid),
+        input_output_aliases=input_output_aliases or {},
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        name=kernel.__name__,
+        interpret=interpret,
+    )(*operands)

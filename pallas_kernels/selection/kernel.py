@@ -1,0 +1,118 @@
+"""Selection as a Pallas kernel: a threshold by bisection over the bits of the scores, then compaction."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels._call import triton_call
+from pallas_kernels.selection.config import SelectionConfig
+
+# Two counts of blocks share one int32 in the kernel's cumsum.
+MAX_BLOCKS = 2**14
+_LARGEST_FINITE = np.float32(np.finfo(np.float32).max).view(np.int32)
+_INFINITY = np.float32(np.inf).view(np.int32)
+_FORCED = np.int32(2**31 - 1)
+
+
+def limit(num_blocks: int, num_selected: int) -> str | None:
+    """Why the kernel does not take these shapes; None if it does."""
+    if num_blocks > MAX_BLOCKS:
+        return f"importance: got {num_blocks} blocks, expected at most {MAX_BLOCKS}"
+    if num_selected > MAX_BLOCKS:
+        return f"num_selected: got {num_selected}, expected at most {MAX_BLOCKS}"
+    return None
+
+
+def select_blocks(
+    importance: jax.Array,
+    positions: jax.Array,
+    *,
+    select_block: int,
+    num_selected: int,
+    num_initial: int,
+    num_local: int,
+    config: SelectionConfig,
+    interpret: bool,
+) -> jax.Array:
+    """See :func:`pallas_kernels.selection.select_blocks`; ``positions`` has the rank of ``importance`` less one."""
+    *batch, num_blocks = importance.shape
+    rows = math.prod(batch)
+    if rows == 0:
+        return jnp.zeros((*batch, num_selected), jnp.int32)
+    # Tensors in a Triton kernel have power-of-two sizes.
+    lanes, slots = pl.next_power_of_2(num_blocks), pl.next_power_of_2(num_selected)
+
+    def select_blocks_kernel(importance_ref, positions_ref, ids_ref):
+        row = pl.program_id(0)
+        own = positions_ref[_position_of(row, batch, positions.shape)] // select_block
+        last = jnp.minimum(own, num_blocks - 1)
+        ids = lax.iota(jnp.int32, lanes)
+
+        # Non-negative floats are ordered like their bits. Blocks that have not begun get -1, which is never counted.
+        begun = ids <= last
+        key = plgpu.load(importance_ref.at[row, ids], mask=begun, other=0.0)
+        key = lax.bitcast_convert_type(key, jnp.int32)
+        key = jnp.where(key > _INFINITY, 0, jnp.clip(key, 0, _LARGEST_FINITE))
+        key = jnp.where((ids < num_initial) | (ids > own - num_local), _FORCED, key)
+        key = jnp.where(begun, key, -1)
+        count = jnp.minimum(last + 1, num_selected)
+
+        def at_least(threshold):
+            return jnp.sum((key >= threshold).astype(jnp.int32), dtype=jnp.int32)
+
+        # The largest threshold that `count` keys reach, bit by bit; done early once exactly `count` keys reach it.
+        def narrow(state):
+            bit, threshold, reached = state
+            candidate = threshold | (1 << bit)
+            candidate_reached = at_least(candidate)
+            accept = candidate_reached >= count
+            return bit - 1, jnp.where(accept, candidate, threshold), jnp.where(accept, candidate_reached, reached)
+
+        _, threshold, _ = lax.while_loop(
+            lambda state: (state[0] >= 0) & (state[2] > count), narrow, (np.int32(30), np.int32(0), last + 1)
+        )
+
+        # Keys above the threshold are in; of those equal to it, the first `ties`. One cumsum counts both.
+        above, equal = key > threshold, key == threshold
+        ties = count - at_least(threshold + 1)
+        counts = lax.cumsum(above.astype(jnp.int32) + (equal.astype(jnp.int32) << 16), axis=0)
+        above_so_far, equal_so_far = counts & 0xFFFF, counts >> 16
+        chosen = above | (equal & (equal_so_far <= ties))
+        # Interpret mode writes back what masked lanes read, so these must not name a slot in use.
+        slot = jnp.where(chosen, above_so_far + jnp.minimum(equal_so_far, ties) - 1, num_selected)
+        plgpu.store(ids_ref.at[row, slot], ids, mask=chosen)
+
+        slot = lax.iota(jnp.int32, slots)
+        plgpu.store(ids_ref.at[row, slot], jnp.full_like(slot, -1), mask=(slot >= count) & (slot < num_selected))
+
+    ids = triton_call(
+        select_blocks_kernel,
+        importance.reshape(rows, num_blocks),
+        positions.reshape(-1),
+        out_shape=jax.ShapeDtypeStruct((rows, num_selected), jnp.int32),
+        grid=(rows,),
+        num_warps=config.num_warps,
+        interpret=interpret,
+    )
+    return ids.reshape(*batch, num_selected)
+
+
+def _position_of(row, batch, shape):
+    """Index into the flattened positions, of a shape that broadcasts to ``batch``, for a flattened row of ``batch``.
+
+    Broadcasting by XLA would cost a launch of its own.
+    """
+    index, inner, stride = 0, 1, 1
+    for size, own_size in zip(reversed(batch), reversed(shape), strict=True):
+        if own_size > 1:
+            index += row // inner % size * stride
+            stride *= own_size
+        inner *= size
+    return index

@@ -1,0 +1,120 @@
+"""The target's next-token law: temperature, top-k and top-p, per sequence; and sampling from it.
+
+A token's randomness is a function of its sequence's seed and its position alone. So the token sampled at a position
+does not depend on how it came to be verified, nor on a sequence's neighbours in the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How to pick tokens for one sequence.
+
+    Attributes:
+      temperature: 0 picks the most probable token (greedy); else logits are divided by it.
+      top_k: only the k most probable tokens stay; 0: all.
+      top_p: of those, renormalised, the smallest set whose probability reaches ``top_p``; 1: all.
+      seed: of this sequence's randomness.
+
+    Raises ValueError for values outside their ranges, NaN included.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def number(name: str, wanted: type, text: str) -> None:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, wanted):
+                raise ValueError(f"{name}: got {value!r}, expected {text}")
+
+        number("temperature", numbers.Real, "a number")
+        number("top_p", numbers.Real, "a number")
+        number("top_k", numbers.Integral, "an integer")
+        number("seed", numbers.Integral, "an integer")
+        if not math.isfinite(self.temperature) or self.temperature < 0:
+            raise ValueError(f"temperature: got {self.temperature}, expected a finite number of at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: got {self.top_p}, expected above 0 and at most 1")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k: got {self.top_k}, expected at least 0 (0 keeps all tokens)")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: got {self.seed}, expected 0 to 2**32 - 1")
+
+
+class Sampling(NamedTuple):
+    """Sampling parameters of a batch: temperature, top_p float32 [B]; top_k int32 [B]; keys, PRNG keys [B]."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    keys: jax.Array
+
+
+def batch_sampling(params: Sequence[SamplingParams]) -> Sampling:
+    """The arrays of a batch's parameters."""
+    seeds = np.array([p.seed for p in params], np.uint32)
+    return Sampling(
+        jnp.asarray([p.temperature for p in params], jnp.float32),
+        jnp.asarray([p.top_k for p in params], jnp.int32),
+        jnp.asarray([p.top_p for p in params], jnp.float32),
+        jax.vmap(jax.random.key)(jnp.asarray(seeds)),
+    )
+
+
+def filtered_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits float32 [B, T, V] of the law that is sampled from: scaled, and −inf outside top-k and top-p.
+
+    Greedy rows (temperature 0) are left as they are. Equal logits rank by token id.
+    """
+    temperature = sampling.temperature[:, None, None]
+    scaled = logits / jnp.where(temperature == 0, 1.0, temperature)
+
+    def cut(scaled: jax.Array) -> jax.Array:
+        order = jnp.argsort(-scaled, axis=-1, stable=True)
+        ranked = jnp.take_along_axis(scaled, order, axis=-1)
+        rank = jnp.arange(scaled.shape[-1], dtype=jnp.int32)[None, None]
+        top_k = sampling.top_k[:, None, None]
+        ranked = jnp.where((top_k == 0) | (rank < top_k), ranked, -jnp.inf)
+        probs = jax.nn.softmax(ranked, axis=-1)
+        # A token stays while the tokens before it do not yet reach top_p; the first always stays.
+        top_p = sampling.top_p[:, None, None]
+        kept = (jnp.cumsum(probs, axis=-1) - probs < top_p) | (top_p >= 1) | (rank == 0)
+        ranked = jnp.where(kept, ranked, -jnp.inf)
+        return jnp.put_along_axis(jnp.zeros_like(scaled), order, ranked, axis=-1, inplace=False)
+
+    sampled = sampling.temperature > 0
+    # Sorting the vocabulary is the dear part: only when some sequence asks for it.
+    needed = (sampled & ((sampling.top_k > 0) | (sampling.top_p < 1))).any()
+    return jax.lax.cond(needed, cut, lambda scaled: scaled, scaled)
+
+
+def sample(logits: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.Array:
+    """A token int32 [B, T] per row of logits float32 [B, T, V], for ``positions`` int32 [B, T] in the sequences.
+
+    Greedy rows: the most probable token, ties to the lower id. Others: a draw from :func:`filtered_logits` with the
+    randomness of (seed, position).
+    """
+
+    def draw(logits: jax.Array) -> jax.Array:
+        law = filtered_logits(logits, sampling)
+        keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(sampling.keys, positions)
+        return jax.vmap(jax.vmap(jax.random.categorical))(keys, law).astype(jnp.int32)
+
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    hot = sampling.temperature > 0
+    drawn = jax.lax.cond(hot.any(), draw, lambda _: greedy, logits)
+    return jnp.where(hot[:, None], drawn, greedy)
