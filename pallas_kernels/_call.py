@@ -18,7 +18,6 @@ def triton_call(
     num_warps: int,
     num_stages: int = 1,
     interpret: bool = False,
-    input_output_aliases: dict[int, int] | None = None,
 ) -> Any:
     """Runs ``kernel`` over ``grid`` on whole-array refs, lowered through Triton.
 
@@ -30,7 +29,6 @@ def triton_call(
         kernel,
         out_shape=out_shape,
         grid=tuple(grid),
-        input_output_aliases=input_output_aliases or {},
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         name=kernel.__name__,
         interpret=interpret,

@@ -18,7 +18,7 @@ def device_limit() -> str | None:
     if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
         platform = abstract.platform
     else:
-        default = jax.config.jax_default_device
+        default = jax.config.jax_default_device  # type: ignore[attr-defined]
         platform = getattr(default, "platform", default) or jax.default_backend()
     if platform not in ("gpu", "cuda", "rocm"):
         return f"device: got {platform}, expected a GPU (or interpret=True)"

@@ -269,7 +269,7 @@ PRESETS: dict[str, ModelConfig] = {
         nsa=NSAConfig(num_heads=8, num_kv_heads=2, head_dim=64, num_selected=8, window=256, compression="weighted"),
     ),
     "120m": ModelConfig(
-        vocab_size=16384, hidden=768, layers=12, intermediate=2048, max_length=65536, rope=RopeConfig(theta=500000.0),
+        vocab_size=32768, hidden=768, layers=12, intermediate=2048, max_length=65536, rope=RopeConfig(theta=500000.0),
         nsa=NSAConfig(num_heads=16, num_kv_heads=2, head_dim=64, compression="weighted"),
     ),
     "1b": ModelConfig(

@@ -63,7 +63,7 @@ def random_params(config: ModelConfig, seed: int = 0, dtype: Any = np.float64) -
                 params["gate_proj"]["bias"] = normal(nsa.gate_outputs, std=1.0)
         for name, positions in (("compress_k", ("keys", "both")), ("compress_v", ("both",))):
             phi = compression(encode=nsa.compress_position in positions)
-            if phi:
+            if phi and (name == "compress_k" or nsa.compressed_output):
                 params[name] = phi
         return params
 

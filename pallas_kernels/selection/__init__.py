@@ -56,9 +56,7 @@ def select_blocks(
     *batch, num_blocks = importance.shape
     positions = positions.reshape((1,) * (len(batch) - positions.ndim) + positions.shape)
     importance = jax.lax.stop_gradient(importance)
-    counts = dict(
-        select_block=select_block, num_selected=num_selected, num_initial=num_initial, num_local=num_local
-    )
+    counts = dict(select_block=select_block, num_selected=num_selected, num_initial=num_initial, num_local=num_local)
     limit = kernel.limit(num_blocks, num_selected)
     if _dispatch.choose("select_blocks", implementation, limit, interpret) == "xla":
         return xla.select_blocks(importance, positions, **counts)
@@ -66,7 +64,7 @@ def select_blocks(
     return kernel.select_blocks(importance, positions, **counts, config=config, interpret=interpret)
 
 
-def _check(importance, positions, select_block, num_selected, num_initial, num_local) -> None:
+def _check(importance, positions, select_block, num_selected, num_initial, num_local):
     if importance.dtype != jnp.float32 or importance.ndim < 1 or importance.shape[-1] < 1:
         raise ValueError(
             f"select_blocks: importance: got {importance.dtype} {importance.shape}, expected float32 [..., N], N ≥ 1"

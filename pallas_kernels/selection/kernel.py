@@ -64,14 +64,14 @@ def select_blocks(
         key = jnp.where(begun, key, -1)
         count = jnp.minimum(last + 1, num_selected)
 
-        def at_least(threshold):
-            return jnp.sum((key >= threshold).astype(jnp.int32), dtype=jnp.int32)
+        def number(mask):
+            return jnp.sum(mask.astype(jnp.int32), dtype=jnp.int32)
 
         # The largest threshold that `count` keys reach, bit by bit; done early once exactly `count` keys reach it.
         def narrow(state):
             bit, threshold, reached = state
             candidate = threshold | (1 << bit)
-            candidate_reached = at_least(candidate)
+            candidate_reached = number(key >= candidate)
             accept = candidate_reached >= count
             return bit - 1, jnp.where(accept, candidate, threshold), jnp.where(accept, candidate_reached, reached)
 
@@ -81,7 +81,7 @@ def select_blocks(
 
         # Keys above the threshold are in; of those equal to it, the first `ties`. One cumsum counts both.
         above, equal = key > threshold, key == threshold
-        ties = count - at_least(threshold + 1)
+        ties = count - number(above)
         counts = lax.cumsum(above.astype(jnp.int32) + (equal.astype(jnp.int32) << 16), axis=0)
         above_so_far, equal_so_far = counts & 0xFFFF, counts >> 16
         chosen = above | (equal & (equal_so_far <= ties))

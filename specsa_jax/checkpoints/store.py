@@ -143,7 +143,7 @@ def load(name_or_path: str | os.PathLike[str], *, verify: bool = True) -> Checkp
     if top.get("schema") != SCHEMA:
         raise CheckpointError(f"{path / 'config.json'}: schema: got {top.get('schema')!r}, expected {SCHEMA}")
     try:
-        config = ModelConfig.from_dict(top.get("model"))
+        config = ModelConfig.from_dict(top.get("model", {}))
     except ConfigError as error:
         raise CheckpointError(f"{path / 'config.json'}: model: {error}") from error
     _check_files(path, top.get("files"), verify)

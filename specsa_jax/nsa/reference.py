@@ -85,7 +85,6 @@ def attend_group(
         return over(range(t + 1), slc), []  # dense attention: nothing is selected, nothing gated
 
     k_cmp = compress_keys(config, phi_k, keys[:, cmp], rotate)
-    v_cmp = compress_values(config, phi_v, values[:, cmp])
     p_cmp = compressed_probabilities(config, q, k_cmp)
     blocks = select_blocks(config, block_importance(config, p_cmp, t), t)
     selected, window = selected_tokens(config, blocks, t), window_tokens(config, t)
@@ -93,6 +92,7 @@ def attend_group(
     g_cmp, g_slc, g_win = gates.T[:, :, None]  # each [G, 1]
     output = np.zeros_like(q)
     if config.compressed_output:
+        v_cmp = compress_values(config, phi_v, values[:, cmp])
         output += g_cmp * (p_cmp @ v_cmp)  # without a visible block (C = 0) an empty sum: 0
     if config.fused_selected_window:
         output += g_slc * over(sorted({*selected, *window}), slc)

@@ -124,11 +124,11 @@ class TrainConfig(_Config):
             _require(0 <= getattr(self, name) < 1, f"{name}: got {getattr(self, name)}, expected at least 0, below 1")
         _require(0 < self.holdout < 1, f"holdout: got {self.holdout}, expected between 0 and 1")
         _require(self.vocab_size == 0 or self.vocab_size >= 257,
-                 f"vocab_size: got {self.vocab_size}, expected at least 257 (256 bytes and the end-of-text token)")  # fmt: skip
+                 f"vocab_size: got {self.vocab_size}, expected at least 257 (256 bytes and end of text)")  # fmt: skip
         for stage in self.stages:
             _require(stage.batch % self.grad_accum == 0,
                      f"grad_accum: got {self.grad_accum}, expected a divisor of the batch {stage.batch}")  # fmt: skip
-        _require(self.warmup < self.steps, f"warmup: got {self.warmup}, expected below the {self.steps} steps of the run")
+        _require(self.warmup < self.steps, f"warmup: got {self.warmup}, expected below the run's {self.steps} steps")
         if self.init:
             _require(self.vocab_size == 0, "vocab_size: cannot be given with init, which brings its own tokenizer")
             _require(self.model == type(self).model, "model: cannot be given with init, which brings its own config")

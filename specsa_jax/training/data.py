@@ -100,8 +100,8 @@ def read_corpus(config: TrainConfig) -> Corpus:
     for held, name in ((False, "train on"), (True, "hold out")):
         if not corpus.split(held):
             raise TrainingError(
-                f"data: {files} non-empty files in {', '.join(config.data)} (glob {config.glob!r}) leave none to {name} "
-                f"at holdout = {config.holdout}; give more files, or change the fraction"
+                f"data: {files} non-empty files in {', '.join(config.data)} (glob {config.glob!r}) leave none to "
+                f"{name} at holdout = {config.holdout}; give more files, or change the fraction"
             )
     return corpus
 

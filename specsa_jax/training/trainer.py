@@ -117,12 +117,19 @@ class _Run:
                 )
             data.held_out_batches(self.tokens.held_out, stage.context, stage.batch // config.grad_accum, 1)
 
-        params = initial.params if initial else model.init_params(self.model_config, config.seed, jnp.float32)
-        params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-        self.state = {"params": params, "optimizer": jax.jit(step.optimizer(config).init)(params)}
+        def first_params() -> dict[str, Any]:
+            return initial.params if initial else model.init_params(self.model_config, config.seed)
+
+        def first_state(params: dict[str, Any]) -> dict[str, Any]:
+            params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+            return {"params": params, "optimizer": step.optimizer(config).init(params)}
+
         if resumed:
-            self.state = store.read_tree(self._state_path(resumed), self.state)
+            like = jax.eval_shape(lambda: first_state(first_params()))
+            self.state = store.read_tree(self._state_path(resumed), like)
             self._say(f"resumed after step {resumed}")
+        else:
+            self.state = jax.jit(first_state)(first_params())
         (self.out / "run.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
         self.step = self.saved = resumed
         self.rates = np.asarray(step.learning_rate(config, np.arange(config.steps)))
@@ -200,7 +207,7 @@ class _Run:
             self.meter.restart()
 
     def _held_out_loss(self, params: Any, count: int) -> float:
-        """Held-out loss in nats a token, at the shape of the stage of the last step, over ``count`` batches (0: all)."""
+        """Held-out loss in nats a token over ``count`` batches (0: all), in the shape of the stage of the last step."""
         stage = self.config.stages[self.config.stage_at(max(self.step, 1) - 1)[0]]
         batch = stage.batch // self.config.grad_accum
         batches = data.held_out_batches(self.tokens.held_out, stage.context, batch, count)
@@ -246,9 +253,8 @@ class _Run:
             checkpoint=None if interrupted else str(self.out / "checkpoint"),
         )
         if not interrupted:
-            store.save(
-                self.out / "checkpoint", exported, self.model_config, self.tokenizer, self._card(summary), overwrite=True
-            )
+            card = self._card(summary)
+            store.save(self.out / "checkpoint", exported, self.model_config, self.tokenizer, card, overwrite=True)
         return summary
 
     def _steps_by_stage(self) -> Iterator[tuple[Any, int]]:
@@ -289,12 +295,11 @@ class _Run:
         return sorted(int(p.name) for p in (self.out / "state").glob("*") if p.name.isdecimal())
 
     def _save(self) -> None:
-        path = self._state_path(self.step)
-        shutil.rmtree(path, ignore_errors=True)
-        store.write_tree(path, self.state)
+        store.write_tree(self._state_path(self.step), self.state)
         self.saved = self.step
-        for old in self._saved_steps()[: -self.config.keep]:
-            shutil.rmtree(self._state_path(old))
+        kept = {self._state_path(number) for number in self._saved_steps()[-self.config.keep :]}
+        for old in set((self.out / "state").iterdir()) - kept:  # older states, and what a kill left half written
+            shutil.rmtree(old)
         self.meter.restart()
 
     def _resumed_step(self) -> int:
@@ -305,7 +310,7 @@ class _Run:
                 raise TrainingError(f"resume: {self.out} holds no saved state to go on from")
             return saved[-1]
         if saved or (self.out / "checkpoint").exists():
-            raise TrainingError(f"output: {self.out} already holds a run; go on with --resume, or choose another directory")
+            raise TrainingError(f"output: {self.out} holds a run; go on with --resume, or choose another directory")
         return 0
 
     def _check_identity(self, identity: dict[str, Any], resumed: int) -> None:
@@ -397,7 +402,9 @@ def _starting_point(config: TrainConfig) -> tuple[ModelConfig, checkpoints.Check
         raise ConfigError(f"vocab_size: got {model_config.vocab_size}, expected at least 257 (bytes and end of text)")
     longest = max(stage.context for stage in config.stages)
     if longest > model_config.max_length:
-        raise ConfigError(f"stages: got a context of {longest}, expected at most max_length = {model_config.max_length}")
+        raise ConfigError(
+            f"stages: got a context of {longest}, expected at most {model_config.max_length} (max_length)"
+        )
     return model_config, initial
 
 

@@ -1,0 +1,97 @@
+"""Timing of operations inside one compiled loop, and the form of results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+from jax.extend.backend import get_backend
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Microseconds a call: median, fastest and slowest repeat."""
+
+    median: float
+    low: float
+    high: float
+
+
+def measure(
+    step: Callable[[Any, Any], Any],
+    state: Any,
+    buffers: Sequence[Any],
+    *,
+    iterations: int = 128,
+    repeats: int = 15,
+    seconds: float = 1.0,
+) -> Timing:
+    """Times ``state = step(state, buffer)`` in a compiled loop over ``buffers``, ``iterations`` times through all.
+
+    Dispatch is paid once a loop. ``buffers`` are separate arguments, because slicing one big array in the loop would
+    copy; together they should exceed the L2 cache where the operation reads from HBM in real use. Every step must
+    depend on the state before it, or XLA moves it out of the loop. At most about ``seconds`` are spent on repeats.
+    """
+
+    @jax.jit
+    def loop(state, buffers):
+        def body(_, state):
+            for buffer in buffers:
+                state = step(state, buffer)
+            return state
+
+        return jax.lax.fori_loop(0, iterations, body, state)
+
+    def once():
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(state, buffers))
+        return time.perf_counter() - start
+
+    compiled = loop.lower(state, buffers).compile()
+    once()  # loads the program and captures its graphs
+    times = [once()]
+    while len(times) < repeats and (len(times) < 3 or sum(times) < seconds):
+        times.append(once())
+    scale = 1e6 / (iterations * len(buffers))
+    return Timing(statistics.median(times) * scale, min(times) * scale, max(times) * scale)
+
+
+def environment() -> dict[str, str | None]:
+    """What a figure depends on: device, versions, commit, command line."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    return {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "backend": get_backend().platform_version,
+        "python": platform.python_version(),
+        "commit": git.stdout.strip() or None,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Prints rows that share their keys; numbers right-aligned."""
+    cells = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    header = list(rows[0])
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    for row in [header, *cells]:
+        first, *rest = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join([row[0].ljust(len(first)), *rest]))
+
+
+def save(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes the rows with :func:`environment` as JSON."""
+    Path(path).write_text(json.dumps({**environment(), "rows": rows}, indent=1) + "\n")

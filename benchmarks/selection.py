@@ -1,0 +1,94 @@
+"""Block selection: the Pallas kernel against ``lax.top_k``, each in a captured loop.
+
+    python benchmarks/selection.py --out benchmarks/results/selection.json
+    python benchmarks/selection.py --tune                     # every config of the search space
+    python benchmarks/selection.py --interpret --tiny         # does the script run? (on a CPU)
+
+All times in µs. ``link`` is the cost of the operation that makes one call depend on the one before; it is taken off the
+others. ``floor`` is the kernel's fraction of the speed at which its bytes could move.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from functools import partial
+
+import harness
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.selection import SelectionConfig, select_blocks, specs
+
+
+def link(positions, ids):
+    """Positions that depend on ``ids`` and are what they were: full rows hold no −1, which XLA does not know."""
+    least = ids.min(axis=(-2, -1))[..., None]
+    return jax.lax.optimization_barrier(positions + (least >> 31))
+
+
+def variants(spec: specs.SelectionSpec, tune: bool, interpret: bool):
+    """Name → function of (importance, positions) that gives ids."""
+    select = partial(select_blocks, **spec.counts)
+    configs = [SelectionConfig.heuristic(spec.rows, spec.shape[-1])]
+    if tune:
+        configs = SelectionConfig.search_space(spec.rows, spec.shape[-1])
+    functions = {
+        f"pallas {config.num_warps}w": partial(select, implementation="pallas", interpret=interpret, config=config)
+        for config in configs
+    }
+    functions["xla"] = partial(select, implementation="xla")
+    # One mask, for the dependence on positions, but no forced blocks, order or padding.
+    functions["top_k"] = lambda scores, positions: jax.lax.top_k(
+        jnp.where(positions[..., None] < 0, 0, scores), spec.num_selected
+    )[1]
+    return functions
+
+
+def run(spec: specs.SelectionSpec, args: argparse.Namespace) -> list[dict]:
+    arguments = [spec.arguments(seed) for seed in range(1 if args.tiny else 8)]
+    buffers = [jax.device_put(scores) for scores, _ in arguments]
+    positions = jax.device_put(arguments[0][1])
+    functions = variants(spec, args.tune, args.interpret)
+
+    # No figures from a wrong kernel.
+    expected = jax.jit(functions["xla"])(buffers[0], positions)
+    for name, function in functions.items():
+        if name != "top_k" and not jnp.array_equal(jax.jit(function)(buffers[0], positions), expected):
+            raise SystemExit(f"{spec.name}: {name} selects other blocks than xla")
+
+    sizes = dict(iterations=1, repeats=1) if args.tiny else dict(seconds=args.seconds)
+    empty = harness.measure(link, positions, [expected] * len(buffers), **sizes).median
+    rows = []
+    for name, function in functions.items():
+
+        def step(positions, scores, function=function):
+            return link(positions, function(scores, positions))
+
+        timing = harness.measure(step, positions, buffers, **sizes)
+        times = {field: value - empty for field, value in dataclasses.asdict(timing).items()}
+        floor = spec.bytes / (args.bandwidth * 1e6) / times["median"]
+        rows.append({"case": spec.name, "variant": name, **times, "link": empty, "floor": floor})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help="only cases whose name contains one of these")
+    parser.add_argument("--out", help="write JSON to this path")
+    parser.add_argument("--tune", action="store_true", help="measure every config of the search space")
+    parser.add_argument("--interpret", action="store_true", help="interpret the kernel")
+    parser.add_argument("--tiny", action="store_true", help="one small case, once")
+    parser.add_argument("--seconds", type=float, default=0.2, help="spent on each figure's repeats")
+    parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s, for the floor (an H200's measured copy)")
+    args = parser.parse_args()
+    cases = [specs.SelectionSpec("tiny", (1, 2, 2, 32), positions_shape=(1, 2, 1))] if args.tiny else specs.BENCHMARKS
+    cases = [case for case in cases if not args.cases or any(part in case.name for part in args.cases)]
+    rows = [row for case in cases for row in run(case, args)]
+    harness.print_table(rows)
+    if args.out:
+        harness.save(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Compiles kernels for an H200 on any machine: ``python -m pallas_kernels.report [NAME ...]`` (parts of spec names).
+
+Needs PyPI's ``triton``. That is not the Triton inside XLA, so the resources listed are a lead, not a proof.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.interpreters import mlir
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jaxlib.mlir import ir
+from jaxlib.triton import dialect
+
+from pallas_kernels.selection import SelectionConfig, select_blocks, specs
+
+H200 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", None, "gpu"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A Pallas kernel in a lowered program: its Triton module as text, and how it is launched."""
+
+    name: str
+    module: str
+    grid: tuple[int, int, int]
+    num_warps: int
+    num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes: registers and stack bytes (spills) a thread, shared memory bytes a program."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+def lower(function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+    """``function`` lowered for an H200."""
+    with use_abstract_mesh(H200):
+        return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+
+
+def kernels(lowered: jax.stages.Lowered) -> list[Kernel]:
+    """The Triton kernels of a program, in order."""
+    module: Any = lowered.compiler_ir("stablehlo")
+    return [_kernel(call) for call in _triton_calls(module.operation)]
+
+
+def compile_sm90(kernel: Kernel) -> Resources:
+    """Compiles ``kernel`` to an sm_90 cubin with PyPI's ``triton``."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    with tempfile.TemporaryDirectory() as folder:
+        module, cubin = Path(folder, "kernel.ttir"), Path(folder, "kernel.cubin")
+        module.write_text(kernel.module)
+        options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True}
+        compiled = triton.compile(str(module), target=GPUTarget("cuda", 90, 32), options=options)
+        cubin.write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return Resources(int(found[1]), int(found[2]), compiled.metadata.shared)
+
+
+def programs() -> Iterator[tuple[str, Callable[..., Any], tuple[jax.ShapeDtypeStruct, ...]]]:
+    """Every benchmarked call: its name, function and argument shapes."""
+    for spec in specs.BENCHMARKS:
+        for config in SelectionConfig.search_space(spec.rows, spec.shape[-1]):
+            select: Any = partial(select_blocks, implementation="pallas", config=config)
+            yield f"selection/{spec.name}", partial(select, **spec.counts), spec.abstract()
+
+
+def _triton_calls(operation):
+    for region in operation.regions:
+        for block in region:
+            for child in block:
+                if child.operation.name == "stablehlo.custom_call" and "xla.gpu.triton" in str(child.call_target_name):
+                    yield child.operation
+                yield from _triton_calls(child.operation)
+
+
+def _kernel(call):
+    config = {entry.name: entry.attr for entry in call.attributes["mhlo.backend_config"]}
+    with mlir.make_ir_context() as context:
+        dialect.register_dialect(context)
+        module = str(ir.Module.parse(config["ir"].value_bytes, context=context))
+    return Kernel(
+        config["name"].value,
+        module,
+        (config["grid_x"].value, config["grid_y"].value, config["grid_z"].value),
+        config["num_warps"].value,
+        config["num_stages"].value,
+    )
+
+
+def main(parts: list[str]) -> None:
+    """Prints a table of the programs whose name contains any of ``parts``."""
+    print(f"{'program':32}{'kernel':24}{'grid':>16}{'warps':>7}{'registers':>11}{'stack B':>9}{'shared B':>10}")
+    for name, function, shapes in programs():
+        if parts and not any(part in name for part in parts):
+            continue
+        for kernel in kernels(lower(function, *shapes)):
+            used = compile_sm90(kernel)
+            grid = "x".join(map(str, kernel.grid))
+            print(f"{name:32}{kernel.name:24}{grid:>16}{kernel.num_warps:>7}"
+                  f"{used.registers:>11}{used.stack:>9}{used.shared:>10}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,16 @@
+"""SpecSA-JAX: speculative decoding for native sparse attention models, in JAX."""
+
+from specsa_jax.cache import CapacityError
+from specsa_jax.checkpoints import CheckpointError
+from specsa_jax.config import ConfigError, ModelConfig, NSAConfig, RopeConfig
+from specsa_jax.decoding import Strategy
+from specsa_jax.drafting import PromptLookup
+from specsa_jax.engine import Chunk, Engine, Generation, PromptError, Result, Stats
+from specsa_jax.sampling import SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CapacityError", "CheckpointError", "Chunk", "ConfigError", "Engine", "Generation", "ModelConfig", "NSAConfig",
+    "PromptError", "PromptLookup", "Result", "RopeConfig", "SamplingParams", "Stats", "Strategy",
+]  # fmt: skip

@@ -1,0 +1,5 @@
+"""``python -m specsa_jax``."""
+
+from specsa_jax.cli import main
+
+main()

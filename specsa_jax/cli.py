@@ -1,0 +1,238 @@
+"""The command ``specsa``. Heavy imports happen inside the commands: ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specsa_jax.training.cli import train
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from specsa_jax.decoding import Strategy
+    from specsa_jax.engine import Engine, Result
+
+# A file of the standard library that the embedded model has not seen: its path is in the held-out split.
+DEFAULT_PROMPT = "traceback.py"
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="SpecSA-JAX: speculative decoding for native sparse attention models.\n\nExample:  specsa generate --compare",
+)
+app.command()(train)
+
+
+@app.callback()
+def _app() -> None:
+    # Compiled programs outlive the process; a cache that the user has set up stays in charge.
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(cache) / "specsa-jax" / "xla"))
+
+
+@app.command()
+def generate(
+    prompt_file: Annotated[
+        list[Path] | None,
+        typer.Option(help="UTF-8 text to continue; '-': standard input. Several make a batch. "
+                          "Default: a source file of the standard library, cut in the middle."),
+    ] = None,
+    checkpoint: Annotated[str, typer.Option(help="'embedded', or a checkpoint directory.")] = "embedded",
+    max_new_tokens: Annotated[int, typer.Option(help="Token budget of each sequence.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among the k most probable tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the smallest set of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Sequence i samples with seed + i.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends a sequence; repeatable.")] = None,
+    drafter: Annotated[str, typer.Option(help="Who drafts: lookup, or none.")] = "lookup",
+    tree: Annotated[str, typer.Option(help="Shape of a draft: chain:K, K drafted tokens.")] = "chain:7",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also decode one token at a time, and state what speculation brings.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object, last.")] = False,
+) -> None:
+    """Continue text speculatively: the continuation as it comes, then a table.
+
+    Example:  specsa generate --prompt-file src/main.py --max-new-tokens 128 --compare
+
+    Exit codes: 0 done, 2 bad input, 130 interrupted.
+    """
+    from rich.console import Console
+
+    # Text goes to standard output as it comes; what is about it, to standard error, unless nothing else follows.
+    notes = Console(stderr=True, highlight=False)
+    with _clear_errors(notes):
+        texts = _prompts(prompt_file or [])
+        strategy = _strategy(drafter, tree)
+        from specsa_jax.engine import Engine
+        from specsa_jax.sampling import SamplingParams
+
+        SamplingParams(temperature, top_k, top_p, seed)  # refused before the model is loaded
+        with notes.status("loading the model"):
+            engine = Engine.from_pretrained(checkpoint)
+        arguments: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
+            "seed": seed, "stop": stop or (),
+        }  # fmt: skip
+        shown = _stream(engine, texts, {**arguments, "strategy": strategy}, notes)
+        report = _report(shown, engine)
+        if compare:
+            report |= _compare(engine, texts, {**arguments, "strategy": strategy}, notes)
+        _table(report, notes)
+    if json_output:
+        print(json.dumps(report))
+
+
+def main() -> None:
+    """The console command."""
+    app()
+
+
+@contextlib.contextmanager
+def _clear_errors(notes: Console) -> Iterator[None]:
+    """Bad input ends with one line and exit code 2, Ctrl-C with 130."""
+    from specsa_jax.cache import CapacityError
+    from specsa_jax.checkpoints import CheckpointError
+
+    try:
+        yield
+    except (CapacityError, CheckpointError, ValueError, OSError) as error:
+        notes.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        notes.print("interrupted")
+        raise typer.Exit(130) from error
+
+
+def _strategy(drafter: str, tree: str) -> Strategy:
+    from specsa_jax.decoding import Strategy
+    from specsa_jax.drafting import drafter_from_name
+
+    return Strategy(drafter_from_name(drafter), tree)
+
+
+def _prompts(files: list[Path]) -> list[tuple[str, str]]:
+    """(name, text) of each prompt. Raises ValueError for a file that is not UTF-8 or empty, OSError as it comes."""
+    if not files:
+        text = (Path(sysconfig.get_path("stdlib")) / DEFAULT_PROMPT).read_text(encoding="utf-8")
+        cut = text.find("\n", len(text) // 2) + 1
+        return [(f"the first half of {DEFAULT_PROMPT}", text[:cut])]
+    if sum(str(file) == "-" for file in files) > 1:
+        raise ValueError("prompt_file: got '-' twice, expected standard input at most once")
+    prompts = []
+    for file in files:
+        name = "standard input" if str(file) == "-" else str(file)
+        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}: not UTF-8 at byte {error.start} ({error.reason})") from error
+        if not text:
+            raise ValueError(f"{name}: is empty, expected a prompt")
+        prompts.append((name, text))
+    return prompts
+
+
+def _stream(engine: Engine, prompts: list[tuple[str, str]], arguments: dict[str, Any], notes: Console) -> Result:
+    """Generates; one sequence is printed as it comes, those of a batch one after the other."""
+    alone = len(prompts) == 1
+    stream = engine.stream([text for _, text in prompts], **arguments)
+    status = notes.status("compiling, and reading the prompt")
+    status.start()
+    try:
+        for chunk in stream:
+            if alone:
+                status.stop()
+                print(chunk.text, end="", flush=True)
+    finally:
+        status.stop()
+    assert stream.result is not None
+    for (name, _), generation in zip(prompts, stream.result, strict=True):
+        if not alone:
+            notes.rule(name)
+            print(generation.text, end="")
+        print(flush=True)
+    return stream.result
+
+
+def _report(result: Result, engine: Engine) -> dict[str, Any]:
+    import jax
+
+    stats = result.stats
+    return {
+        **stats.to_dict(),
+        "finish": [generation.finish for generation in result],
+        "batch": len(result),
+        "device": jax.devices()[0].device_kind,
+        "dtype": str(engine.dtype),
+    }
+
+
+def _compare(
+    engine: Engine, prompts: list[tuple[str, str]], arguments: dict[str, Any], notes: Console
+) -> dict[str, Any]:
+    """Both loops, compiled and warm, without streaming: best of three each, in turns."""
+    import numpy as np
+
+    texts = [text for _, text in prompts]
+    with notes.status("comparing with one token at a time"):
+        runs = [
+            (engine.generate(texts, speculate=False, **arguments), engine.generate(texts, **arguments)) for _ in range(3)
+        ]
+    baseline = min((run[0].stats for run in runs), key=lambda stats: stats.decode_seconds)
+    speculative = min((run[1].stats for run in runs), key=lambda stats: stats.decode_seconds)
+    identical = all(
+        np.array_equal(a.tokens, b.tokens) for plain, drafted in runs for a, b in zip(plain, drafted, strict=True)
+    )
+    compiled = sum(stats.compile_seconds for run in runs for stats in (run[0].stats, run[1].stats))
+    return {
+        "identical": identical,
+        "speedup": speculative.tokens_per_second / baseline.tokens_per_second,
+        "tokens_per_second": speculative.tokens_per_second,
+        "baseline_tokens_per_second": baseline.tokens_per_second,
+        "decode_seconds": speculative.decode_seconds,
+        "baseline_decode_seconds": baseline.decode_seconds,
+        "prefill_seconds": speculative.prefill_seconds,
+        "baseline_compile_seconds": compiled,
+    }
+
+
+def _table(report: dict[str, Any], notes: Console) -> None:
+    from rich.table import Table
+
+    table = Table(title=report["strategy"], show_header=False, title_justify="left")
+    table.add_column(style="bold")
+
+    def row(name: str, value: str) -> None:
+        table.add_row(name, value)
+
+    row("prompt tokens", f"{report['prompt_tokens']:,} in {report['batch']} sequence(s)")
+    row("new tokens", f"{report['new_tokens']:,}, ended by {', '.join(sorted(set(report['finish'])))}")
+    row("tokens/s", f"{report['tokens_per_second']:,.1f}")
+    if "speedup" in report:
+        row("  one at a time", f"{report['baseline_tokens_per_second']:,.1f}")
+        row("  speed-up", f"{report['speedup']:.2f}x")
+        row("  tokens identical", "yes" if report["identical"] else "NO")
+    row("mean acceptance length", f"{report['mean_acceptance_length']:.2f} tokens a step, the target's own included")
+    if report["acceptance_per_position"]:
+        row("acceptance per position", "  ".join(f"{rate:.2f}" for rate in report["acceptance_per_position"]))
+        row("steps by drafts accepted", "  ".join(f"{n}: {c}" for n, c in enumerate(report["accepted_histogram"])))
+    row("drafted, accepted", f"{report['drafted']:,}, {report['accepted']:,} in {report['steps']:,} steps")
+    row("seconds", f"prefill {report['prefill_seconds']:.2f}, decode {report['decode_seconds']:.2f}, "
+                   f"compile {report['compile_seconds']:.1f}")  # fmt: skip
+    row("cache", f"{report['cache_bytes'] / 2**20:.1f} MiB of {report['dtype']} on {report['device']}")
+    notes.print(table)
+
+
+if __name__ == "__main__":
+    main()

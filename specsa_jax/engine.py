@@ -1,0 +1,503 @@
+"""The engine: a checkpoint, its tokenizer and its compiled loops behind two calls, ``generate`` and ``score``.
+
+    import specsa_jax
+
+    engine = specsa_jax.Engine.from_pretrained("embedded")
+    result = engine.generate(["def main():\\n"], max_new_tokens=64)
+    print(result[0].text, result.stats.mean_acceptance_length)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+from specsa_jax import checkpoints
+from specsa_jax.cache import CacheBytes, CapacityError, cache_bytes, create_cache, pages_for
+from specsa_jax.config import ModelConfig
+from specsa_jax.decoding import AUTOREGRESSIVE, Decoder, State, Strategy
+from specsa_jax.sampling import SamplingParams, batch_sampling
+
+# Steps between two looks of the host when text is streamed or stop strings are watched for, and otherwise.
+_STREAM_STEPS, _QUIET_STEPS = 8, 512
+
+
+class PromptError(ValueError):
+    """A prompt or a generation argument that cannot be used; the message names it, what came and what was expected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A piece of streamed text: of sequence ``index``; ``new_tokens`` of it are known so far."""
+
+    index: int
+    text: str
+    new_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One sequence's continuation.
+
+    Attributes:
+      text: without the prompt, the end token, and a stop string and what follows it.
+      tokens: int32 [new tokens]; the end token is included, as are those that complete a stop string.
+      finish: ``"end"`` (end token), ``"stop"`` (stop string) or ``"length"`` (token budget).
+    """
+
+    text: str
+    tokens: np.ndarray
+    finish: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """What a call to :meth:`Engine.generate` did. Compilation is in ``compile_seconds`` alone.
+
+    Attributes:
+      strategy: the strategy used, in words.
+      prompt_tokens, new_tokens: sums over the batch.
+      steps: target passes; ``sequence_steps``: the same, summed over the sequences that were still running.
+      drafted, accepted: drafted tokens, and those of them that stood.
+      accepted_histogram: sequence steps by the number of drafted tokens that stood, from 0.
+      acceptance_per_position: for the first drafted token, the second, …: of the steps that drafted one there, the
+        fraction in which it stood.
+      prefill_seconds, decode_seconds, compile_seconds: wall time.
+      cache: bytes that the cache takes.
+    """
+
+    strategy: str
+    prompt_tokens: int
+    new_tokens: int
+    steps: int
+    sequence_steps: int
+    drafted: int
+    accepted: int
+    accepted_histogram: tuple[int, ...]
+    acceptance_per_position: tuple[float, ...]
+    prefill_seconds: float
+    decode_seconds: float
+    compile_seconds: float
+    cache: CacheBytes
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens that a sequence gains in a step, the target's own ("bonus") token included; at least 1."""
+        return 1.0 + self.accepted / max(self.sequence_steps, 1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of the whole batch per second of decoding."""
+        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values, the derived ones included."""
+        return {
+            **dataclasses.asdict(self),
+            "cache_bytes": self.cache.total,
+            "mean_acceptance_length": self.mean_acceptance_length,
+            "tokens_per_second": self.tokens_per_second,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Result(Sequence):
+    """The generations of a batch, in the order of the prompts, with the call's statistics."""
+
+    generations: tuple[Generation, ...]
+    stats: Stats
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.generations[index]
+
+    def __len__(self) -> int:
+        return len(self.generations)
+
+
+class Stream:
+    """Iterates over :class:`Chunk`; afterwards ``result`` holds the :class:`Result`."""
+
+    def __init__(self, chunks: Generator[Chunk, None, Result]):
+        self._chunks = chunks
+        self.result: Result | None = None
+
+    def __iter__(self) -> Iterator[Chunk]:
+        self.result = yield from self._chunks
+
+
+class Engine:
+    """Generates and scores text with one model. Not thread-safe.
+
+    Args:
+      config, params, tokenizer: as :func:`specsa_jax.checkpoints.load` gives them.
+      dtype: of computation and cache; None: bfloat16 on GPUs, float32 elsewhere.
+      max_length: longest context served, in tokens; None: the model's.
+      max_cache_bytes: refuse calls whose cache would be larger; None: nine tenths of the memory that is free.
+      prefill_chunk: prompt tokens per forward pass of the prefill.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: dict[str, Any],
+        tokenizer: Tokenizer,
+        *,
+        dtype: Any = None,
+        max_length: int | None = None,
+        max_cache_bytes: int | None = None,
+        prefill_chunk: int = 256,
+    ):
+        if dtype is None:
+            dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+        self.config, self.tokenizer, self.dtype = config, tokenizer, jnp.dtype(dtype)
+        self.max_length = _whole("max_length", config.max_length if max_length is None else max_length)
+        self.max_cache_bytes = max_cache_bytes
+        self.prefill_chunk = _whole("prefill_chunk", prefill_chunk)
+        self.params = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
+        end = tokenizer.token_to_id("<|endoftext|>")
+        self.end_tokens = () if end is None else (end,)
+        self.decoder = Decoder(config, self.dtype, self.end_tokens)
+        self._compiled: dict[Any, Any] = {}
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> Engine:
+        """The engine of a packaged checkpoint ("embedded") or of a checkpoint directory; ``options`` as for Engine.
+
+        Raises CheckpointError for an unknown, damaged or contradictory checkpoint.
+        """
+        checkpoint = checkpoints.load(name_or_path)
+        return cls(checkpoint.config, checkpoint.params, checkpoint.tokenizer, **options)
+
+    # --- generation ---------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        *,
+        sampling: Sequence[SamplingParams] | None = None,
+        stop: Sequence[str] = (),
+        speculate: bool = True,
+        strategy: Strategy | None = None,
+        on_chunk: Callable[[Chunk], None] | None = None,
+    ) -> Result:
+        """Continues a batch of prompts.
+
+        Args:
+          prompts: texts, or lists of token ids; one text stands for a batch of one.
+          max_new_tokens: budget of each sequence.
+          temperature, top_k, top_p: of all sequences (:class:`specsa_jax.sampling.SamplingParams`); sequence i
+            gets seed ``seed`` + i.
+          sampling: one SamplingParams per prompt, in place of the four above.
+          stop: texts that end a sequence; they are cut off.
+          speculate: False decodes one token at a time, by the same loop.
+          strategy: how to speculate; None: the default Strategy().
+          on_chunk: called with each piece of text as it becomes known.
+
+        Raises PromptError or ValueError for bad arguments and CapacityError for requests that do not fit, both before
+        any work.
+        """
+        stream = self.stream(
+            prompts, max_new_tokens, temperature, top_k, top_p, seed,
+            sampling=sampling, stop=stop, speculate=speculate, strategy=strategy, _quiet=on_chunk is None,
+        )  # fmt: skip
+        for chunk in stream:
+            if on_chunk is not None:
+                on_chunk(chunk)
+        assert stream.result is not None
+        return stream.result
+
+    def stream(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        *,
+        sampling: Sequence[SamplingParams] | None = None,
+        stop: Sequence[str] = (),
+        speculate: bool = True,
+        strategy: Strategy | None = None,
+        _quiet: bool = False,
+    ) -> Stream:
+        """As :meth:`generate`, but gives an iterator over chunks of text, which ends with ``stream.result`` set."""
+        rows = self._encode(prompts)
+        _whole("max_new_tokens", max_new_tokens)
+        stop = self._stops(stop)
+        if sampling is None:
+            sampling = [SamplingParams(temperature, top_k, top_p, (seed + i) % 2**32) for i in range(len(rows))]
+        if len(sampling) != len(rows):
+            raise PromptError(f"sampling: got {len(sampling)} parameter sets, expected one per prompt ({len(rows)})")
+        strategy = AUTOREGRESSIVE if not speculate else Strategy() if strategy is None else strategy
+        pages, size = self._plan_pages(rows, max_new_tokens)
+        watched = bool(stop) or not _quiet
+        return Stream(self._run(rows, max_new_tokens, list(sampling), stop, strategy, pages, size, watched))
+
+    def _run(
+        self,
+        rows: list[np.ndarray],
+        max_new_tokens: int,
+        sampling: list[SamplingParams],
+        stop: tuple[str, ...],
+        strategy: Strategy,
+        pages: np.ndarray,
+        size: CacheBytes,
+        watched: bool,
+    ) -> Generator[Chunk, None, Result]:
+        params = batch_sampling(sampling)
+        state = self._initial_state(rows, pages, max_new_tokens)
+        longest = max(len(row) for row in rows)
+        chunk = min(self.prefill_chunk, max(16, 1 << (longest - 1).bit_length()))
+        few = jnp.int32(max(1, 1024 // chunk))  # so that Ctrl-C is heard during a long prefill
+        prefill, compile_prefill = self._executable("prefill", chunk, self.params, state, few)
+        decode, compile_decode = self._executable("decode", strategy, self.params, state, params, jnp.int32(0))
+
+        begun = time.perf_counter()
+        for _ in range(0, longest, int(few) * chunk):
+            state = jax.block_until_ready(prefill(self.params, state, few))
+        prefill_seconds = time.perf_counter() - begun
+
+        outputs = [_Output(self.tokenizer, len(row), stop, self.end_tokens) for row in rows]
+        per_call = jnp.int32(_STREAM_STEPS if watched else _QUIET_STEPS)
+        totals = [np.zeros((), np.int64), np.zeros(strategy.width, np.int64), np.zeros(strategy.width, np.int64)]
+        decode_seconds, running = 0.0, True
+        while running:
+            begun = time.perf_counter()
+            state, counts = decode(self.params, state, params, per_call)
+            tokens, known, done = jax.device_get((state.tokens, state.known, state.done))
+            decode_seconds += time.perf_counter() - begun
+            totals = [total + np.asarray(count, np.int64) for total, count in zip(totals, counts, strict=True)]
+            for index, output in enumerate(outputs):
+                text = output.update(tokens[index, : known[index]], bool(done[index]))
+                if text and watched:
+                    yield Chunk(index, text, len(output.tokens))
+            finished = np.array([output.finish is not None for output in outputs])
+            if (finished & ~done).any():  # a stop string, which only the host sees
+                state = state._replace(done=jnp.asarray(finished))
+            running = not finished.all()
+        stats = _stats(strategy, rows, outputs, totals, prefill_seconds, decode_seconds,
+                       compile_prefill + compile_decode, size)  # fmt: skip
+        return Result(tuple(output.generation() for output in outputs), stats)
+
+    # --- scoring ------------------------------------------------------------------------------------------------------
+
+    def score(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Teacher-forced log-probabilities float32 [T, V]: row t is the law of the token after tokens[: t + 1].
+
+        Raises PromptError or CapacityError, before any work.
+        """
+        (row,) = self._encode([tokens])
+        pages, _ = self._plan_pages([row], 0)
+        chunk = min(self.prefill_chunk, max(16, 1 << (len(row) - 1).bit_length()))
+        cache = self._initial_state([row], pages, 0).cache
+        out = np.empty((len(row), self.config.vocab_size), np.float32)
+        for start in range(0, len(row), chunk):
+            part = row[start : start + chunk]
+            padded = jnp.asarray(np.pad(part, (0, chunk - len(part)))[None], jnp.int32)
+            arguments = (self.params, padded, cache, jnp.asarray([len(part)], jnp.int32))
+            score, _ = self._executable("score", None, *arguments)
+            logprobs, cache = score(*arguments)
+            out[start : start + len(part)] = np.asarray(logprobs[0, : len(part)])
+        return out
+
+    # --- what both need -----------------------------------------------------------------------------------------------
+
+    def _executable(self, kind: str, static: Any, *arguments: Any) -> tuple[Callable[..., Any], float]:
+        """The compiled function for these shapes, and the seconds that compiling it took now (0 if it was there)."""
+        leaves, structure = jax.tree.flatten(arguments)
+        key = (kind, static, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        if key in self._compiled:
+            return self._compiled[key], 0.0
+        begun = time.perf_counter()
+        function = getattr(self.decoder, kind)
+        named = {"prefill": {"chunk": static}, "decode": {"strategy": static}, "score": {}}[kind]
+        # float32 means float32: a GPU's default would round the factors to TF32.
+        with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
+            self._compiled[key] = function.lower(*arguments, **named).compile()
+        return self._compiled[key], time.perf_counter() - begun
+
+    def _initial_state(self, rows: list[np.ndarray], pages: np.ndarray, max_new_tokens: int) -> State:
+        page = self.config.nsa.select_block
+        pool = _bucket(sum(len(pages_row[pages_row >= 0]) for pages_row in pages))
+        cache = create_cache(self.config, np.where(pages < 0, pool, pages), pool, self.dtype)
+        buffer = np.zeros((len(rows), pages.shape[1] * page + 1), np.int32)
+        for index, row in enumerate(rows):
+            buffer[index, : len(row)] = row
+        lengths = np.array([len(row) for row in rows], np.int32)
+        return State(
+            cache, jnp.asarray(buffer), jnp.asarray(lengths), jnp.asarray(lengths + max_new_tokens),
+            jnp.zeros(len(rows), bool),
+        )  # fmt: skip
+
+    def _plan_pages(self, rows: list[np.ndarray], max_new_tokens: int) -> tuple[np.ndarray, CacheBytes]:
+        """Page table with −1 where there is no page, its width a bucket; and the cache's size. Raises CapacityError."""
+        for index, row in enumerate(rows):
+            if len(row) + max_new_tokens > self.max_length:
+                raise CapacityError(
+                    f"prompts[{index}]: {len(row)} tokens and max_new_tokens = {max_new_tokens} make "
+                    f"{len(row) + max_new_tokens}, expected at most {self.max_length} (max_length)"
+                )
+        counts = [pages_for(self.config.nsa, len(row) + max_new_tokens) for row in rows]
+        size = cache_bytes(self.config, _bucket(sum(counts)), len(rows), self.dtype)
+        limit = _free_memory() * 9 // 10 if self.max_cache_bytes is None else self.max_cache_bytes
+        if size.total > limit:
+            raise CapacityError(
+                f"prompts: {len(rows)} sequences need a cache of {size.total:,} bytes ({sum(counts)} pages of "
+                f"{self.config.nsa.select_block} tokens), expected at most {limit:,}"
+            )
+        table = np.full((len(rows), _bucket(max(counts))), -1)
+        first = 0
+        for row, count in zip(table, counts, strict=True):
+            row[:count] = np.arange(first, first + count)
+            first += count
+        return table, size
+
+    def _encode(self, prompts: Any) -> list[np.ndarray]:
+        """Token ids int32 per prompt. Raises PromptError."""
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        try:
+            prompts = list(prompts)
+        except TypeError as error:
+            raise PromptError(
+                f"prompts: got {type(prompts).__name__}, expected texts or lists of token ids"
+            ) from error
+        if not prompts:
+            raise PromptError("prompts: got a batch of 0, expected at least one prompt")
+        rows = []
+        for index, prompt in enumerate(prompts):
+            where = f"prompts[{index}]"
+            ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else prompt
+            row = np.asarray(ids)
+            if row.size == 0:
+                raise PromptError(f"{where}: is empty, expected at least one token")
+            if row.ndim != 1 or row.dtype.kind not in "iu":
+                raise PromptError(
+                    f"{where}: got {row.dtype} of shape {list(row.shape)}, expected a text or a list of token ids"
+                )
+            if row.min() < 0 or row.max() >= self.config.vocab_size:
+                bad = int(row[(row < 0) | (row >= self.config.vocab_size)][0])
+                raise PromptError(f"{where}: got token id {bad}, expected 0 to {self.config.vocab_size - 1}")
+            rows.append(row.astype(np.int32))
+        return rows
+
+    @staticmethod
+    def _stops(stop: Any) -> tuple[str, ...]:
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(text, str) and text for text in stops):
+            raise PromptError(f"stop: got {stops!r}, expected non-empty texts")
+        return stops
+
+
+class _Output:
+    """A sequence's new tokens and text as they grow."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_length: int, stop: tuple[str, ...], end_tokens: tuple[int, ...]):
+        self.tokenizer, self.prompt_length, self.stop, self.end_tokens = tokenizer, prompt_length, stop, end_tokens
+        self.tokens = np.zeros(0, np.int32)
+        self.text = ""
+        self.shown = 0
+        self.finish: str | None = None
+
+    def update(self, known: np.ndarray, done: bool) -> str:
+        """Takes the sequence's known tokens; returns the text that can now be shown."""
+        if self.finish is not None:
+            return ""
+        self.tokens = known[self.prompt_length :]
+        if done:
+            self.finish = "end" if len(self.tokens) and int(self.tokens[-1]) in self.end_tokens else "length"
+        self.text = self._decode(self.tokens)
+        if any(text in self.text for text in self.stop):
+            self._cut()
+        # What may still change is held back: half a character, or the beginning of a stop string.
+        safe = len(self.text)
+        if self.finish is None:
+            safe -= max((len(text) for text in self.stop), default=1) - 1
+            while safe > self.shown and self.text[safe - 1] == "\ufffd":
+                safe -= 1
+        new = self.text[self.shown : max(safe, self.shown)]
+        self.shown += len(new)
+        return new
+
+    def _cut(self) -> None:
+        """Ends at the token that completes the first stop string."""
+        count = next(
+            count for count in range(1, len(self.tokens) + 1)
+            if any(text in self._decode(self.tokens[:count]) for text in self.stop)
+        )  # fmt: skip
+        self.tokens = self.tokens[:count]
+        text = self._decode(self.tokens)
+        self.text = text[: min(text.find(stop) for stop in self.stop if stop in text)]
+        self.finish = "stop"
+
+    def _decode(self, tokens: np.ndarray) -> str:
+        return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+
+    def generation(self) -> Generation:
+        assert self.finish is not None
+        return Generation(self.text, self.tokens, self.finish)
+
+
+def _stats(
+    strategy: Strategy,
+    rows: list[np.ndarray],
+    outputs: list[_Output],
+    totals: list[np.ndarray],
+    prefill_seconds: float,
+    decode_seconds: float,
+    compile_seconds: float,
+    size: CacheBytes,
+) -> Stats:
+    steps, drafted, accepted = totals
+    places = np.arange(strategy.width)
+    reached = [int(accepted[place:].sum()) for place in places]
+    tried = [int(drafted[place:].sum()) for place in places]
+    return Stats(
+        strategy=strategy.describe(),
+        prompt_tokens=sum(len(row) for row in rows),
+        new_tokens=sum(len(output.tokens) for output in outputs),
+        steps=int(steps),
+        sequence_steps=int(accepted.sum()),
+        drafted=int(drafted @ places),
+        accepted=int(accepted @ places),
+        accepted_histogram=tuple(int(count) for count in accepted),
+        acceptance_per_position=tuple(r / t if t else 0.0 for r, t in zip(reached[1:], tried[1:], strict=True)),
+        prefill_seconds=prefill_seconds,
+        decode_seconds=decode_seconds,
+        compile_seconds=compile_seconds,
+        cache=size,
+    )
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise PromptError(f"{name}: got {value!r}, expected an integer of at least 1")
+    return int(value)
+
+
+def _bucket(count: int) -> int:
+    """``count`` rounded up to an eighth of its power of two, so that near lengths share a compiled program."""
+    step = max(1, (1 << (max(count, 1) - 1).bit_length()) // 16)
+    return -(-count // step) * step
+
+
+def _free_memory() -> int:
+    """Bytes free on the default device, or on the host where the device does not say."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
