@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from specsa_jax import model as transformer
 from specsa_jax.acceptance import accept_chain
-from specsa_jax.cache import Cache, chain, chain_slots, commit, make_tail
+from specsa_jax.cache import Cache, LayerTail, Tail, chain, chain_slots, commit, make_tail
 from specsa_jax.config import ModelConfig
 from specsa_jax.drafting import Drafter, PromptLookup
 from specsa_jax.sampling import Sampling, sample
@@ -93,13 +93,23 @@ class Decoder:
         self.prefill = jax.jit(self._prefill, static_argnames="chunk", donate_argnames="state")
         self.score = jax.jit(self._score, donate_argnames="cache")
 
-    def _forward(self, params: transformer.Params, tokens: jax.Array, cache: Cache):
-        """The chain ``tokens`` int32 [B, T] behind the cache: hidden states [B, T, H], and what commits their path."""
-        nsa, width = self.config.nsa, tokens.shape[1]
-        tail = make_tail(nsa, chain(width, nsa.compress_block), cache.lengths, chain_slots(nsa, width))
-        hidden, tails = transformer.verify(self.config, params, tokens, cache, tail, dtype=self.dtype)
-        path = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
-        return hidden, functools.partial(commit, nsa, cache, tails, tail, path)
+    def _tail(self, cache: Cache, width: int) -> Tail:
+        """The chain of ``width`` tokens behind the cache."""
+        nsa = self.config.nsa
+        return make_tail(nsa, chain(width, nsa.compress_block), cache.lengths, chain_slots(nsa, width))
+
+    def _forward(
+        self, params: transformer.Params, tokens: jax.Array, cache: Cache
+    ) -> tuple[jax.Array, list[LayerTail]]:
+        """The chain ``tokens`` int32 [B, T] against the cache: hidden states [B, T, H], and what a commit needs."""
+        tail = self._tail(cache, tokens.shape[1])
+        return transformer.verify(self.config, params, tokens, cache, tail, dtype=self.dtype)
+
+    def _commit(self, cache: Cache, tails: list[LayerTail], count: jax.Array) -> Cache:
+        """The cache with the first ``count`` int32 [B] tokens of the chain."""
+        batch, width = tails[0].key.shape[:2]
+        path = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
+        return commit(self.config.nsa, cache, tails, self._tail(cache, width), path, count)
 
     def _prefill(self, params: transformer.Params, state: State, max_chunks: jax.Array, chunk: int) -> State:
         """Commits known tokens but the last, ``chunk`` at a time, at most ``max_chunks`` int32 [] of them."""
@@ -110,8 +120,8 @@ class Decoder:
             cache, chunks = carry
             at = cache.lengths[:, None] + jnp.arange(chunk, dtype=jnp.int32)
             tokens = jnp.take_along_axis(buffer, jnp.minimum(at, buffer.shape[1] - 1), axis=1)
-            _, write = self._forward(params, tokens, cache)
-            return write(jnp.minimum(target - cache.lengths, chunk)), chunks + 1
+            _, tails = self._forward(params, tokens, cache)
+            return self._commit(cache, tails, jnp.minimum(target - cache.lengths, chunk)), chunks + 1
 
         def unfinished(carry: tuple[Cache, jax.Array]) -> jax.Array:
             return (carry[0].lengths < target).any() & (carry[1] < max_chunks)
@@ -121,9 +131,9 @@ class Decoder:
 
     def _score(self, params: transformer.Params, tokens: jax.Array, cache: Cache, count: jax.Array):
         """Log-probabilities float32 [B, T, V] after each of the tokens int32 [B, T]; commits ``count`` int32 [B] of them."""
-        hidden, write = self._forward(params, tokens, cache)
+        hidden, tails = self._forward(params, tokens, cache)
         logits = transformer.head(self.config, params, hidden, self.dtype)
-        return jax.nn.log_softmax(logits, axis=-1), write(count)
+        return jax.nn.log_softmax(logits, axis=-1), self._commit(cache, tails, count)
 
     def _decode(
         self, params: transformer.Params, state: State, sampling: Sampling, max_steps: jax.Array, strategy: Strategy
@@ -145,26 +155,44 @@ class Decoder:
     ) -> tuple[State, Counts]:
         width = strategy.width
         pending = jnp.take_along_axis(state.tokens, state.known[:, None] - 1, axis=1)
-        tokens, drafted = pending, jnp.zeros_like(state.known)
-        if strategy.drafter is not None:
-            draft = strategy.drafter.propose(state.tokens, state.known, width - 1)
-            tokens, drafted = jnp.concatenate([pending, draft.tokens], axis=1), draft.count
-
-        hidden, write = self._forward(params, tokens, state.cache)
-        logits = transformer.head(self.config, params, hidden, self.dtype)
         place = jnp.arange(width, dtype=jnp.int32)[None]
-        targets = sample(logits, state.known[:, None] + place, sampling)
-        accepted = accept_chain(tokens, drafted, targets)
 
-        # The step emits targets[: accepted + 1], cut at the budget and after an end token.
-        emitted = jnp.minimum(accepted + 1, state.limit - state.known)
-        ended = jnp.zeros_like(state.done)
-        for end_token in self.end_tokens:
-            at = jnp.min(jnp.where(targets == end_token, place, width), axis=1)
-            ended |= at < emitted
-            emitted = jnp.minimum(emitted, at + 1)
+        def verify(tokens: jax.Array) -> tuple[jax.Array, list[LayerTail]]:
+            """Targets int32 and layer tails of a chain int32 [B, T], padded to the strategy's width."""
+            hidden, tails = self._forward(params, tokens, state.cache)
+            logits = transformer.head(self.config, params, hidden, self.dtype)
+            targets = sample(logits, state.known[:, None] + place[:, : tokens.shape[1]], sampling)
+            missing = width - tokens.shape[1]
+            slots = chain_slots(self.config.nsa, width)
+
+            def pad(leaf: jax.Array, size: int) -> jax.Array:
+                return jnp.pad(leaf, [(0, 0), (0, size - leaf.shape[1])] + [(0, 0)] * (leaf.ndim - 2))
+
+            if missing:
+                targets = pad(targets, width)
+                tails = [
+                    LayerTail(*(
+                        None if leaf is None else pad(leaf, slots if name.startswith("compressed") else width)
+                        for name, leaf in zip(LayerTail._fields, tail, strict=True)
+                    ))
+                    for tail in tails
+                ]  # fmt: skip
+            return targets, tails
+
+        tokens, drafted = pending, jnp.zeros_like(state.known)
+        if strategy.drafter is None:
+            targets, tails = verify(pending)
+        else:
+            draft = strategy.drafter.propose(state.tokens, state.known, width - 1)
+            drafted = jnp.where(state.done, 0, draft.count)
+            tokens = jnp.concatenate([pending, draft.tokens], axis=1)
+            # A step in which nobody has a draft costs what decoding one token costs. The cache is only read in here:
+            # a branch that wrote to it would copy it.
+            targets, tails = jax.lax.cond((drafted > 0).any(), lambda: verify(tokens), lambda: verify(pending))
+        accepted = accept_chain(tokens, drafted, targets)
+        emitted = self._emitted(state, targets, accepted)
         active = ~state.done
-        emitted = jnp.where(active, emitted, 0)
+        ended = self._is_end(targets) & (place < emitted[:, None])
         at = jnp.where(place < emitted[:, None], state.known[:, None] + place, state.tokens.shape[1])
         rows = jnp.arange(at.shape[0], dtype=jnp.int32)[:, None]
         known = state.known + emitted
@@ -174,9 +202,21 @@ class Decoder:
             counts.accepted.at[accepted].add(active.astype(jnp.int32)),
         )
         return State(
-            cache=write(emitted),
+            cache=self._commit(state.cache, tails, emitted),
             tokens=state.tokens.at[rows, at].set(targets, mode="drop"),
             known=known,
             limit=state.limit,
-            done=state.done | (active & (ended | (known >= state.limit))),
+            done=state.done | ended.any(axis=1) | (known >= state.limit),
         ), counts
+
+    def _is_end(self, tokens: jax.Array) -> jax.Array:
+        """bool, as tokens."""
+        return functools.reduce(jnp.logical_or, (tokens == end for end in self.end_tokens), jnp.zeros(tokens.shape, bool))
+
+    def _emitted(self, state: State, targets: jax.Array, accepted: jax.Array) -> jax.Array:
+        """How many of ``targets`` [B, width] each sequence takes: accepted + 1, cut at its budget and after an end token."""
+        width = targets.shape[1]
+        place = jnp.arange(width, dtype=jnp.int32)[None]
+        first_end = jnp.min(jnp.where(self._is_end(targets), place, width), axis=1)
+        emitted = jnp.minimum(jnp.minimum(accepted, first_end) + 1, state.limit - state.known)
+        return jnp.where(state.done, 0, emitted)
