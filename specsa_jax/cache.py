@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -191,7 +191,7 @@ def create_cache(
 
 
 def ring_positions(lengths: jax.Array, size: int) -> jax.Array:
-    """Positions int32 [B, size] that the slots of a ring hold: the largest p < L with p mod size = slot (or negative)."""
+    """Positions int32 [B, size] in the slots of a ring: the largest p < L with p mod size = slot, or negative."""
     last = lengths[:, None] - 1
     return last - (last - jnp.arange(size, dtype=jnp.int32)[None]) % size
 
@@ -235,27 +235,34 @@ def commit(
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
     def to_pages(pool: jax.Array, values: jax.Array) -> jax.Array:
-        return pool.at[token_page, :, token_offset].set(values, mode="drop")
+        along = jnp.take_along_axis(values, path[..., None, None], axis=1)
+        return pool.at[token_page, :, token_offset].set(along, mode="drop")
 
-    def to_ring(ring: jax.Array, values: jax.Array) -> jax.Array:
+    def to_ring(ring: Any, values: Any) -> Any:
+        if ring is None:
+            return None
         # Of entries that meet in one slot only the last may be written: scatters have no order.
         size = ring.shape[2]
         kept = taken & (step >= count[:, None] - size)
-        return ring.at[rows, :, jnp.where(kept, positions % size, size)].set(values, mode="drop")
+        along = jnp.take_along_axis(values, path[..., None, None], axis=1)
+        return ring.at[rows, :, jnp.where(kept, positions % size, size)].set(along, mode="drop")
 
-    def to_slots(pool: jax.Array, values: jax.Array) -> jax.Array:
+    def to_slots(pool: Any, values: Any) -> Any:
+        if pool is None:
+            return None
         return pool.at[slot_page, :, slot_offset].set(values, mode="drop")
 
     def write(layer: LayerCache, new: LayerTail) -> LayerCache:
-        def along(values: jax.Array | None) -> jax.Array | None:
-            return None if values is None else jnp.take_along_axis(values, path[..., None, None], axis=1)
-
-        writers = LayerCache(to_pages, to_pages, to_slots, to_slots, to_ring, to_ring, to_ring, to_ring)
-        news = LayerCache(
-            along(new.key), along(new.value), new.compressed_key, new.compressed_value,
-            along(new.raw_key), along(new.raw_value), along(new.window_key), along(new.window_value),
-        )  # fmt: skip
-        return LayerCache(*(None if old is None else put(old, value) for put, old, value in zip(writers, layer, news, strict=True)))
+        return LayerCache(
+            key=to_pages(layer.key, new.key),
+            value=to_pages(layer.value, new.value),
+            compressed_key=to_slots(layer.compressed_key, new.compressed_key),
+            compressed_value=to_slots(layer.compressed_value, new.compressed_value),
+            raw_key=to_ring(layer.raw_key, new.raw_key),
+            raw_value=to_ring(layer.raw_value, new.raw_value),
+            window_key=to_ring(layer.window_key, new.window_key),
+            window_value=to_ring(layer.window_value, new.window_value),
+        )
 
     layers = [write(layer, new) for layer, new in zip(cache.layers, tails, strict=True)]
     return cache._replace(layers=layers, lengths=cache.lengths + count)
@@ -278,7 +285,7 @@ def check_rollback(config: NSAConfig, cache: Cache, lengths: np.ndarray) -> None
         raise CapacityError(f"lengths: got {lengths.tolist()}, expected values from 0 to {current.tolist()}")
     if (current - lengths > room).any():
         raise CapacityError(
-            f"lengths: got {lengths.tolist()} from {current.tolist()}, expected at most {room} tokens back (max_rollback)"
+            f"lengths: got {lengths.tolist()} from {current.tolist()}, expected at most {room} back (max_rollback)"
         )
 
 

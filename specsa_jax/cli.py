@@ -44,8 +44,10 @@ def _app() -> None:
 def generate(
     prompt_file: Annotated[
         list[Path] | None,
-        typer.Option(help="UTF-8 text to continue; '-': standard input. Several make a batch. "
-                          "Default: a source file of the standard library, cut in the middle."),
+        typer.Option(
+            help="UTF-8 text to continue; '-': standard input. Several make a batch. "
+            "Default: a source file of the standard library, cut in the middle."
+        ),
     ] = None,
     checkpoint: Annotated[str, typer.Option(help="'embedded', or a checkpoint directory.")] = "embedded",
     max_new_tokens: Annotated[int, typer.Option(help="Token budget of each sequence.")] = 256,
@@ -187,7 +189,8 @@ def _compare(
     texts = [text for _, text in prompts]
     with notes.status("comparing with one token at a time"):
         runs = [
-            (engine.generate(texts, speculate=False, **arguments), engine.generate(texts, **arguments)) for _ in range(3)
+            (engine.generate(texts, speculate=False, **arguments), engine.generate(texts, **arguments))
+            for _ in range(3)
         ]
     baseline = min((run[0].stats for run in runs), key=lambda stats: stats.decode_seconds)
     speculative = min((run[1].stats for run in runs), key=lambda stats: stats.decode_seconds)

@@ -41,7 +41,10 @@ class _Config:
             if choices:
                 _require(value in choices, f"{where}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
             elif hint is int:
-                _require(isinstance(value, int) and not isinstance(value, bool), f"{where}: got {value!r}, expected an integer")
+                _require(
+                    isinstance(value, int) and not isinstance(value, bool),
+                    f"{where}: got {value!r}, expected an integer",
+                )
             elif hint is bool:
                 _require(isinstance(value, bool), f"{where}: got {value!r}, expected true or false")
             elif hint is float:
@@ -130,8 +133,10 @@ class NSAConfig(_Config):
         for name in ("num_initial", "num_local", "dense_len", "scale"):
             _require(getattr(self, name) >= 0, f"NSAConfig.{name}: got {getattr(self, name)}, expected at least 0")
         l, d, lp = self.compress_block, self.compress_stride, self.select_block
-        _require(self.num_heads % self.num_kv_heads == 0,
-                 f"num_heads: got {self.num_heads}, expected a multiple of num_kv_heads = {self.num_kv_heads}")  # fmt: skip
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads: got {self.num_heads}, expected a multiple of num_kv_heads = {self.num_kv_heads}",
+        )
         _require(self.head_dim % 2 == 0, f"head_dim: got {self.head_dim}, expected an even number (RoPE rotates pairs)")
         _require(l % d == 0, f"compress_block: got {l}, expected a multiple of compress_stride = {d}")
         _require(lp % d == 0, f"select_block: got {lp}, expected a multiple of compress_stride = {d}")
@@ -219,8 +224,11 @@ class RopeConfig(_Config):
         _require(self.theta > 0, f"rope.theta: got {self.theta}, expected above 0")
         _require(self.factor >= 1, f"rope.factor: got {self.factor}, expected at least 1")
         _require(self.original_length >= 1, f"rope.original_length: got {self.original_length}, expected at least 1")
-        _require(self.high_freq_factor > self.low_freq_factor > 0,
-                 f"rope.high_freq_factor: got {self.high_freq_factor}, expected above low_freq_factor = {self.low_freq_factor} > 0")  # fmt: skip
+        _require(
+            self.high_freq_factor > self.low_freq_factor > 0,
+            f"rope.high_freq_factor: got {self.high_freq_factor}, expected above low_freq_factor = "
+            f"{self.low_freq_factor} > 0",
+        )
         _require(self.beta_fast > self.beta_slow > 0,
                  f"rope.beta_fast: got {self.beta_fast}, expected above beta_slow = {self.beta_slow} > 0")  # fmt: skip
 
@@ -277,7 +285,8 @@ PRESETS: dict[str, ModelConfig] = {
         nsa=NSAConfig(num_heads=32, num_kv_heads=8, head_dim=64, compression="mlp"),
     ),
     "8b": ModelConfig(
-        vocab_size=128256, hidden=4096, layers=32, intermediate=14336, max_length=131072, rope=_llama3_rope(), tied=False,
+        vocab_size=128256, hidden=4096, layers=32, intermediate=14336, max_length=131072, tied=False,
+        rope=_llama3_rope(),
         nsa=NSAConfig(num_heads=32, num_kv_heads=8, head_dim=128, compression="mlp"),
     ),
 }  # fmt: skip

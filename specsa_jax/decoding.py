@@ -129,8 +129,10 @@ class Decoder:
         cache, _ = jax.lax.while_loop(unfinished, body, (state.cache, jnp.int32(0)))
         return state._replace(cache=cache)
 
-    def _score(self, params: transformer.Params, tokens: jax.Array, cache: Cache, count: jax.Array):
-        """Log-probabilities float32 [B, T, V] after each of the tokens int32 [B, T]; commits ``count`` int32 [B] of them."""
+    def _score(
+        self, params: transformer.Params, tokens: jax.Array, cache: Cache, count: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """Log-probabilities float32 [B, T, V] after each of the tokens int32 [B, T]; commits ``count`` [B] of them."""
         hidden, tails = self._forward(params, tokens, cache)
         logits = transformer.head(self.config, params, hidden, self.dtype)
         return jax.nn.log_softmax(logits, axis=-1), self._commit(cache, tails, count)
@@ -170,13 +172,11 @@ class Decoder:
 
             if missing:
                 targets = pad(targets, width)
+                sizes = {name: slots if name.startswith("compressed") else width for name in LayerTail._fields}
                 tails = [
-                    LayerTail(*(
-                        None if leaf is None else pad(leaf, slots if name.startswith("compressed") else width)
-                        for name, leaf in zip(LayerTail._fields, tail, strict=True)
-                    ))
+                    tail._replace(**{n: pad(leaf, sizes[n]) for n, leaf in tail._asdict().items() if leaf is not None})
                     for tail in tails
-                ]  # fmt: skip
+                ]
             return targets, tails
 
         tokens, drafted = pending, jnp.zeros_like(state.known)
@@ -184,7 +184,7 @@ class Decoder:
             targets, tails = verify(pending)
         else:
             draft = strategy.drafter.propose(state.tokens, state.known, width - 1)
-            drafted = jnp.where(state.done, 0, draft.count)
+            drafted = jnp.where(state.done, 0, draft.size)
             tokens = jnp.concatenate([pending, draft.tokens], axis=1)
             # A step in which nobody has a draft costs what decoding one token costs. The cache is only read in here:
             # a branch that wrote to it would copy it.
@@ -211,10 +211,12 @@ class Decoder:
 
     def _is_end(self, tokens: jax.Array) -> jax.Array:
         """bool, as tokens."""
-        return functools.reduce(jnp.logical_or, (tokens == end for end in self.end_tokens), jnp.zeros(tokens.shape, bool))
+        return functools.reduce(
+            jnp.logical_or, (tokens == end for end in self.end_tokens), jnp.zeros(tokens.shape, bool)
+        )
 
     def _emitted(self, state: State, targets: jax.Array, accepted: jax.Array) -> jax.Array:
-        """How many of ``targets`` [B, width] each sequence takes: accepted + 1, cut at its budget and after an end token."""
+        """How many of ``targets`` [B, width] a sequence takes: accepted + 1, cut at its budget and an end token."""
         width = targets.shape[1]
         place = jnp.arange(width, dtype=jnp.int32)[None]
         first_end = jnp.min(jnp.where(self._is_end(targets), place, width), axis=1)

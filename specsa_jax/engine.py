@@ -1,10 +1,10 @@
 """The engine: a checkpoint, its tokenizer and its compiled loops behind two calls, ``generate`` and ``score``.
 
-    import specsa_jax
+import specsa_jax
 
-    engine = specsa_jax.Engine.from_pretrained("embedded")
-    result = engine.generate(["def main():\\n"], max_new_tokens=64)
-    print(result[0].text, result.stats.mean_acceptance_length)
+engine = specsa_jax.Engine.from_pretrained("embedded")
+result = engine.generate(["def main():\\n"], max_new_tokens=64)
+print(result[0].text, result.stats.mean_acceptance_length)
 """
 
 from __future__ import annotations
@@ -373,9 +373,7 @@ class Engine:
         try:
             prompts = list(prompts)
         except TypeError as error:
-            raise PromptError(
-                f"prompts: got {type(prompts).__name__}, expected texts or lists of token ids"
-            ) from error
+            raise PromptError(f"prompts: got {type(prompts).__name__}, expected texts or lists of token ids") from error
         if not prompts:
             raise PromptError("prompts: got a batch of 0, expected at least one prompt")
         rows = []

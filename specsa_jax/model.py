@@ -54,7 +54,10 @@ class Attention(nnx.Module):
             gates = gates.reshape(*lead, -1, 3)
             gates = jnp.broadcast_to(gates, (*lead, nsa.num_heads, 3))
         return Projected(
-            rotate(query, positions, self.config.rope), self.k_proj(x).reshape(sets), self.v_proj(x).reshape(sets), gates
+            rotate(query, positions, self.config.rope),
+            self.k_proj(x).reshape(sets),
+            self.v_proj(x).reshape(sets),
+            gates,
         )
 
     @property
@@ -95,7 +98,7 @@ class Layer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.attn_norm = nnx.RMSNorm(config.hidden, epsilon=config.norm_eps, **kinds)
         self.attn = Attention(config, **kinds)
         self.mlp_norm = nnx.RMSNorm(config.hidden, epsilon=config.norm_eps, **kinds)
@@ -115,7 +118,7 @@ class Transformer(nnx.Module):
     """The module tree that gives parameters their names; computes in ``dtype``, stores in ``param_dtype``."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
-        kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
         scale = nnx.initializers.normal(config.hidden**-0.5)
         self.embed = nnx.Embed(config.vocab_size, config.hidden, embedding_init=scale, **kinds)

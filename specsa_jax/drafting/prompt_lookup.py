@@ -21,12 +21,13 @@ class PromptLookup:
     """
 
     max_ngram: int = 8
-    min_ngram: int = 1
+    min_ngram: int = 2
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_ngram <= self.max_ngram <= 64:
             raise ValueError(
-                f"PromptLookup: got min_ngram {self.min_ngram}, max_ngram {self.max_ngram}, expected 1 <= min <= max <= 64"
+                f"PromptLookup: got min_ngram {self.min_ngram} and max_ngram {self.max_ngram}, "
+                "expected 1 <= min_ngram <= max_ngram <= 64"
             )
 
     def propose(self, tokens: jax.Array, known: jax.Array, length: int) -> Draft:

@@ -7,6 +7,8 @@ each, visible to the nodes below.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -80,7 +82,9 @@ def _dots(config: NSAConfig, query: jax.Array, keys: jax.Array) -> jax.Array:
     return scores * config.softmax_scale
 
 
-def _weigh_tail(values: jax.Array):
+def _weigh_tail(values: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """Σ p·v over tail values [B, K, Hkv, D]."""
+
     def weigh(probs: jax.Array) -> jax.Array:
         return jnp.einsum("bthgk,bkhd->bthgd", probs.astype(values.dtype), values, preferred_element_type=jnp.float32)
 
@@ -166,7 +170,9 @@ def _compressed_branch(
     probs, slot_probs = softmax_parts([committed, slots])
     # A node sees at most one slot per compression block: put each at its block's index.
     num_blocks = cache.page_table.shape[1] + -(-size // config.select_block) + 1
-    slot_entry = (jnp.take_along_axis(tail.positions, node, axis=1) + 1 - config.compress_block) // config.compress_stride
+    slot_entry = (
+        jnp.take_along_axis(tail.positions, node, axis=1) + 1 - config.compress_block
+    ) // config.compress_stride
     place = slot_entry[..., None] == jnp.arange(num_blocks * config.blocks_per_page, dtype=jnp.int32)
     by_entry = jnp.pad(
         probs.sum(axis=3), [(0, 0)] * 3 + [(0, num_blocks * config.blocks_per_page - keys.shape[2])]
@@ -180,7 +186,7 @@ def _compressed_branch(
 def _selected_part(
     config: NSAConfig, query: jax.Array, cache: Cache, layer: LayerCache, tail: Tail, selected: jax.Array
 ) -> tuple[Keys, jax.Array]:
-    """Committed tokens of the selected blocks, per query; and which tail tokens are selected, bool [B, T, Hkv, 1, T]."""
+    """Committed tokens of each query's selected blocks; and which tail tokens it selects, bool [B, T, Hkv, 1, T]."""
     page, pages = config.select_block, cache.page_table.shape[1]
     batch = selected.shape[0]
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None, None, None]

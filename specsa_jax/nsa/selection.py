@@ -17,10 +17,12 @@ def block_importance(config: NSAConfig, probs: jax.Array, num_blocks: int) -> ja
     before = max(0, -min(weights))
     after = max(0, num_blocks * per_block + max(weights) - probs.shape[-1])
     padded = jnp.pad(probs, [(0, 0)] * (probs.ndim - 1) + [(before, after)])
-    return sum(
-        weight * jax.lax.slice_in_dim(padded, before + offset, before + offset + (num_blocks - 1) * per_block + 1, per_block, -1)
-        for offset, weight in weights.items()
-    )  # fmt: skip
+    reach = (num_blocks - 1) * per_block + 1
+    total = jnp.zeros((*probs.shape[:-1], num_blocks), probs.dtype)
+    for offset, weight in weights.items():
+        start = before + offset
+        total += weight * jax.lax.slice_in_dim(padded, start, start + reach, per_block, axis=-1)
+    return total
 
 
 def select_blocks(config: NSAConfig, importance: jax.Array, positions: jax.Array) -> jax.Array:

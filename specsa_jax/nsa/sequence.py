@@ -75,12 +75,14 @@ def attend_sequence(
 
     def keys_of(query: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array) -> Keys:
         def weigh(probs: jax.Array) -> jax.Array:
-            return jnp.einsum("bthgs,bshd->bthgd", probs.astype(values.dtype), values, preferred_element_type=jnp.float32)
+            return jnp.einsum(
+                "bthgs,bshd->bthgd", probs.astype(values.dtype), values, preferred_element_type=jnp.float32
+            )
 
         return Keys(dots(query, keys), visible, weigh)
 
     @jax.checkpoint
-    def one_chunk(start: jax.Array, query: jax.Array) -> tuple[jax.Array, ...]:
+    def one_chunk(start: jax.Array, query: jax.Array) -> tuple[jax.Array | None, ...]:
         """Branch outputs float32 [B, chunk, Hkv, G, D] of the queries [B, chunk, Hkv, G, D] from ``start`` on."""
         at = start + jnp.arange(chunk, dtype=jnp.int32)
         ended = (starts + block - 1)[None, :] <= at[:, None]
@@ -102,7 +104,9 @@ def attend_sequence(
         causal = positions[None, :] <= at[:, None]
         visible = jnp.repeat(chosen, page, axis=-1)[..., :length] & causal[None, :, None, :]
         if config.fused_selected_window:
-            visible |= (positions[None, :] > at[:, None] - config.window_tokens)[None, :, None, :] & causal[None, :, None, :]
+            visible |= (positions[None, :] > at[:, None] - config.window_tokens)[None, :, None, :] & causal[
+                None, :, None, :
+            ]
         selected_keys = keys_of(query, key, value, visible[:, :, :, None, :])
         selected_out, window_out = attend([selected_keys]), None
         if not config.fused_selected_window:
@@ -126,7 +130,7 @@ def attend_sequence(
         for out in outs
     ]
     out = combine(projected.gates, merged[:3])
-    if config.dense_len:
+    if merged[3] is not None:
         dense = (positions + 1 < config.dense_len)[None, :, None, None]
         out = jnp.where(dense, merged[3], out)
     return out.astype(projected.query.dtype)

@@ -45,7 +45,7 @@ def attend(parts: Sequence[Keys]) -> jax.Array:
 
 
 def combine(gates: jax.Array | None, branches: Sequence[jax.Array | None]) -> jax.Array:
-    """Σ gate·branch over (compressed, selected, window); gates float32 [..., Hq, 3] or None (all 1), branches [..., Hq, D]."""
+    """Σ gate·branch over (compressed, selected, window); gates float32 [..., Hq, 3], or None: all 1."""
     terms = [
         branch if gates is None else gates[..., index, None] * branch
         for index, branch in enumerate(branches)
