@@ -1,0 +1,232 @@
+"""The engine on the embedded model and real prompts: held-out files of the standard library."""
+
+import itertools
+import sysconfig
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import specsa_jax
+from specsa_jax import CapacityError, CheckpointError, Engine, PromptError, PromptLookup, SamplingParams, Strategy
+from specsa_jax.engine import _bucket, _Output
+from specsa_jax.training import is_held_out
+
+HOLDOUT = 0.05  # the embedded model's
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine.from_pretrained("embedded")
+
+
+@pytest.fixture(scope="module")
+def held_out(engine):
+    """Token ids of the standard library's held-out files, longest first."""
+    root = Path(sysconfig.get_path("stdlib"))
+    rows = []
+    for file in sorted(root.rglob("*.py")):
+        relative = file.relative_to(root).as_posix()
+        if "-packages/" in relative or not is_held_out(relative, HOLDOUT):
+            continue
+        try:
+            ids = engine.tokenizer.encode(file.read_text(encoding="utf-8")).ids
+        except UnicodeDecodeError:
+            continue
+        rows.append(ids)
+    return sorted(rows, key=len, reverse=True)
+
+
+def cut(held_out, count, pages, seed):
+    """``count`` prompts from random places; prompt i fills pages[i mod …] pages of 64, the last one partly."""
+    random = np.random.default_rng(seed)
+    prompts = []
+    for i in range(count):
+        wanted = 64 * pages[i % len(pages)] - int(random.integers(32, 64))
+        files = [row for row in held_out if len(row) >= wanted]
+        row = files[int(random.integers(len(files)))]
+        start = int(random.integers(len(row) - wanted + 1))
+        prompts.append(row[start : start + wanted])
+    return prompts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count, pages, batch", [(168, (1, 1, 1, 2, 2, 3, 4), 7), (24, (9, 13), 2), (8, (17,), 1)])
+def test_greedy_speculation_gives_the_tokens_of_decoding_one_by_one(engine, held_out, count, pages, batch):
+    """200 held-out prompts of 1 to 1056 tokens, alone and in ragged batches; 8 blocks of 64 tokens are selected."""
+    prompts = cut(held_out, count, pages, seed=count)
+    speculated = 0
+    for start in range(0, count, batch):
+        part = prompts[start : start + batch]
+        plain = engine.generate(part, max_new_tokens=32, speculate=False)
+        drafted = engine.generate(part, max_new_tokens=32)
+        for a, b in zip(plain, drafted, strict=True):
+            assert a.tokens.tolist() == b.tokens.tolist()
+            assert a.finish == b.finish
+        speculated += drafted.stats.accepted
+    assert speculated > count  # drafts were really accepted
+
+
+def test_one_trace_per_strategy_whatever_the_call(engine, held_out):
+    prompts = cut(held_out, 6, (1, 2), seed=1)
+    strategies = [Strategy(PromptLookup(min_ngram=3), "chain:3"), Strategy(PromptLookup(min_ngram=3), "chain:2")]
+    for pair, strategy in itertools.product(range(0, 6, 2), strategies):
+        for temperature in (0.0, 0.8):
+            engine.generate(prompts[pair : pair + 2], 8, temperature, strategy=strategy, top_k=3, seed=pair)
+    assert [engine.decoder.traces[strategy] for strategy in strategies] == [1, 1]
+
+
+def test_score_is_the_law_that_greedy_decoding_follows(engine, held_out):
+    (prompt,) = cut(held_out, 1, (3,), seed=2)
+    result = engine.generate([prompt], max_new_tokens=16)
+    tokens = np.concatenate([prompt, result[0].tokens])
+    scores = engine.score(tokens)
+    assert scores.shape == (len(tokens), engine.config.vocab_size) and scores.dtype == np.float32
+    np.testing.assert_allclose(np.exp(scores.astype(np.float64)).sum(axis=1), 1.0, atol=1e-4)
+    np.testing.assert_array_equal(scores[len(prompt) - 1 : -1].argmax(axis=1), result[0].tokens)
+
+
+def test_score_prefers_real_code_to_shuffled_code(engine, held_out):
+    (real,) = cut(held_out, 1, (4,), seed=3)
+    shuffled = np.random.default_rng(0).permutation(real)
+
+    def loss(tokens):
+        scores = engine.score(tokens)
+        return -scores[np.arange(len(tokens) - 1), tokens[1:]].mean()
+
+    assert loss(np.asarray(real)) + 2.0 < loss(shuffled)
+
+
+def test_streamed_text_adds_up_and_equals_the_unstreamed(engine, held_out):
+    prompts = cut(held_out, 2, (1, 2), seed=4)
+    pieces = {0: "", 1: ""}
+    stream = engine.stream(prompts, max_new_tokens=24)
+    for chunk in stream:
+        pieces[chunk.index] += chunk.text
+    whole = engine.generate(prompts, max_new_tokens=24)
+    assert [pieces[0], pieces[1]] == [g.text for g in stream.result] == [g.text for g in whole]
+    seen = []
+    engine.generate(prompts, max_new_tokens=24, on_chunk=seen.append)
+    assert "".join(chunk.text for chunk in seen if chunk.index == 1) == pieces[1]
+
+
+def test_a_stop_string_ends_its_sequence_alone_and_is_cut_off(engine, held_out):
+    prompts = cut(held_out, 2, (1, 2), seed=5)
+    free = engine.generate(prompts, max_new_tokens=24)
+    words = free[0].text.split()
+    stop = max(words, key=len)
+    held = engine.generate(prompts, max_new_tokens=24, stop=[stop])
+    assert held[0].finish == "stop" and held[0].text == free[0].text[: free[0].text.find(stop)] != free[0].text
+    assert held[0].tokens.tolist() == free[0].tokens[: len(held[0].tokens)].tolist()
+    if stop not in free[1].text:
+        assert held[1].text == free[1].text and held[1].finish == free[1].finish
+
+
+def test_stop_strings_across_tokens_are_never_shown(engine):
+    output = _Output(engine.tokenizer, 0, ("abc",), ())
+    shown = ""
+    for tokens in (engine.tokenizer.encode("x = a").ids, engine.tokenizer.encode("x = ab").ids):
+        shown += output.update(np.asarray(tokens), False)
+    assert "a" not in shown
+    shown += output.update(np.asarray(engine.tokenizer.encode("x = abcd").ids), False)
+    assert shown == output.text == "x = " and output.finish == "stop"
+
+
+def test_sampling_parameters_are_per_prompt_and_seeds_decide(engine, held_out):
+    prompts = cut(held_out, 1, (1,), seed=6) * 3
+    greedy, hot = SamplingParams(), SamplingParams(temperature=1.0, seed=11)
+    result = engine.generate(prompts, 16, sampling=[greedy, hot, hot])
+    assert result[1].tokens.tolist() == result[2].tokens.tolist() != result[0].tokens.tolist()
+    other = engine.generate(prompts, 16, sampling=[hot, SamplingParams(temperature=1.0, seed=12), greedy])
+    assert other[0].tokens.tolist() == result[1].tokens.tolist() != other[1].tokens.tolist()
+
+
+def test_sampled_speculation_draws_what_sampling_one_by_one_draws(engine, held_out):
+    prompts = cut(held_out, 2, (1, 2), seed=7)
+    plain = engine.generate(prompts, 24, temperature=0.7, top_p=0.9, seed=3, speculate=False)
+    drafted = engine.generate(prompts, 24, temperature=0.7, top_p=0.9, seed=3)
+    assert [g.tokens.tolist() for g in plain] == [g.tokens.tolist() for g in drafted]
+
+
+def test_statistics_are_consistent(engine, held_out):
+    prompts = cut(held_out, 2, (1, 2), seed=8)
+    result = engine.generate(prompts, max_new_tokens=24)
+    stats = result.stats
+    assert stats.new_tokens == sum(len(g.tokens) for g in result)
+    assert stats.prompt_tokens == sum(map(len, prompts))
+    assert sum(stats.accepted_histogram) == stats.sequence_steps <= 2 * stats.steps
+    assert stats.accepted == sum(n * count for n, count in enumerate(stats.accepted_histogram))
+    # Every step gives its accepted drafts and one more, but the last may be cut by the budget.
+    assert stats.new_tokens <= stats.accepted + stats.sequence_steps <= stats.new_tokens + 2 * 7
+    assert stats.mean_acceptance_length == pytest.approx(1 + stats.accepted / stats.sequence_steps)
+    assert all(0 <= rate <= 1 for rate in stats.acceptance_per_position) and len(stats.acceptance_per_position) == 7
+    assert stats.decode_seconds > 0 and stats.prefill_seconds > 0 and stats.cache.total > 0
+
+
+@pytest.mark.parametrize(
+    "arguments, error, words",
+    [
+        ({"prompts": []}, PromptError, "batch of 0"),
+        ({"prompts": [""]}, PromptError, r"prompts\[0\].*empty"),
+        ({"prompts": ["x", []]}, PromptError, r"prompts\[1\].*empty"),
+        ({"prompts": [[5, 4096]]}, PromptError, "4096, expected 0 to 4095"),
+        ({"prompts": [[-1]]}, PromptError, "-1, expected 0 to 4095"),
+        ({"prompts": [[0.5]]}, PromptError, "float64"),
+        ({"prompts": 7}, PromptError, "prompts: got int"),
+        ({"prompts": [[1] * 8192]}, CapacityError, "8192 tokens and max_new_tokens = 256 make 8448, .* at most 8192"),
+        ({"prompts": ["x"], "max_new_tokens": 9000}, CapacityError, "9000"),
+        ({"prompts": ["x"], "max_new_tokens": 0}, PromptError, "max_new_tokens: got 0"),
+        ({"prompts": ["x"], "max_new_tokens": 1.5}, PromptError, "max_new_tokens: got 1.5"),
+        ({"prompts": ["x"], "temperature": -1.0}, ValueError, "temperature: got -1.0"),
+        ({"prompts": ["x"], "temperature": float("nan")}, ValueError, "temperature: got nan"),
+        ({"prompts": ["x"], "top_p": 0.0}, ValueError, "top_p: got 0.0"),
+        ({"prompts": ["x"], "top_k": -1}, ValueError, "top_k: got -1"),
+        ({"prompts": ["x", "y"], "sampling": [SamplingParams()]}, PromptError, "got 1 parameter sets"),
+        ({"prompts": ["x"], "stop": [""]}, PromptError, "stop"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_any_work(engine, arguments, error, words):
+    before = sum(engine.decoder.traces.values())
+    with pytest.raises(error, match=words):
+        engine.generate(**arguments)
+    assert sum(engine.decoder.traces.values()) == before
+
+
+def test_a_cache_larger_than_allowed_is_refused_with_the_numbers():
+    engine = Engine.from_pretrained("embedded", max_cache_bytes=10_000)
+    with pytest.raises(CapacityError, match=r"cache of [\d,]+ bytes .* at most 10,000"):
+        engine.generate("x = 1", max_new_tokens=4)
+
+
+def test_unknown_and_damaged_checkpoints_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="nonesuch.*embedded"):
+        Engine.from_pretrained("nonesuch")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        Engine.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("tree", ["chain:0", "chain:128", "chain", "4-2-1", "", None])
+def test_a_tree_that_cannot_be_read_is_refused(tree):
+    with pytest.raises(ValueError, match="chain:K"):
+        Strategy(tree=tree)
+
+
+def test_buckets_waste_at_most_an_eighth():
+    for count in range(1, 3000):
+        assert count <= _bucket(count) <= count + max(0, count // 8)
+
+
+def test_the_version_is_the_distributions():
+    from importlib.metadata import version
+
+    assert specsa_jax.__version__ == version("specsa-jax")
+
+
+@pytest.mark.gpu
+def test_speculation_on_the_gpu_gives_the_tokens_of_decoding_one_by_one(held_out):
+    engine = Engine.from_pretrained("embedded", dtype=jax.numpy.float32)
+    prompts = cut(held_out, 8, (1, 3, 9, 17), seed=9)
+    plain = engine.generate(prompts, 64, speculate=False)
+    drafted = engine.generate(prompts, 64)
+    assert [g.tokens.tolist() for g in plain] == [g.tokens.tolist() for g in drafted]
