@@ -7,12 +7,13 @@ TESTS312 = $(wildcard tests/test_kernels*.py tests/test_engine*.py tests/test_de
 # Workers start with adjacent tests, which share compiled programs, and steal from each other at the end.
 PYTEST = pytest -n 2 --dist worksteal
 
-.PHONY: help demo test test312 clean
+.PHONY: help demo test test312 embedded clean
 
 help:
 	@echo 'make demo     generate with and without speculation from the embedded model, and compare'
 	@echo 'make test     lint, type-check and run the test suite'
 	@echo 'make test312  kernel and engine tests on Python 3.12 with the newest jax'
+	@echo 'make embedded train the embedded model again (two runs; a GPU and Python 3.12 to get the shipped one)'
 	@echo 'make clean    remove environments, caches and build products'
 
 demo: .venv/.stamp
@@ -38,6 +39,12 @@ test312: .venv312/.stamp
 	$(BASE) -m venv $*
 	$*/bin/pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
+
+TRAIN = .venv/bin/specsa train stdlib --skip-undecodable --no-remat --query-chunk 512
+embedded: .venv/.stamp
+	$(TRAIN) --output run1 --model embedded --stages 4096:16:850,8192:8:91 --learning-rate 2e-3
+	$(TRAIN) --output run2 --init run1/checkpoint --stages 4096:16:520,8192:8:200 --warmup 50 \
+		--exclude pydoc_data/topics.py --exclude 'encodings/*'
 
 clean:
 	rm -rf .venv .venv312 build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
