@@ -81,7 +81,11 @@ def filtered_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     Greedy rows (temperature 0) are left as they are. Equal logits rank by token id.
     """
     temperature = sampling.temperature[:, None, None]
-    scaled = logits / jnp.where(temperature == 0, 1.0, temperature)
+    hot = temperature > 0
+    # With the largest at 0, a small temperature cannot overflow them.
+    scaled = jnp.where(
+        hot, (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.where(hot, temperature, 1.0), logits
+    )
 
     def cut(scaled: jax.Array) -> jax.Array:
         order = jnp.argsort(-scaled, axis=-1, stable=True)
@@ -94,11 +98,10 @@ def filtered_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
         top_p = sampling.top_p[:, None, None]
         kept = (jnp.cumsum(probs, axis=-1) - probs < top_p) | (top_p >= 1) | (rank == 0)
         ranked = jnp.where(kept, ranked, -jnp.inf)
-        return jnp.put_along_axis(jnp.zeros_like(scaled), order, ranked, axis=-1, inplace=False)
+        return jnp.where(hot, jnp.put_along_axis(jnp.zeros_like(scaled), order, ranked, axis=-1, inplace=False), scaled)
 
-    sampled = sampling.temperature > 0
     # Sorting the vocabulary is the dear part: only when some sequence asks for it.
-    needed = (sampled & ((sampling.top_k > 0) | (sampling.top_p < 1))).any()
+    needed = ((sampling.temperature > 0) & ((sampling.top_k > 0) | (sampling.top_p < 1))).any()
     return jax.lax.cond(needed, cut, lambda scaled: scaled, scaled)
 
 

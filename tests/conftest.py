@@ -6,8 +6,6 @@ from pathlib import Path
 # As environment variables, set before jax is imported, so that processes started by tests share them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-# The suite spends its time in compilation, not in the programs: unoptimised code is 1.7 times faster on the whole.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # xdist workers share a GPU
 
 import hypothesis

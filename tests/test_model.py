@@ -1,6 +1,7 @@
 """The model against the plain reference: whole sequences, prefill and decode over the cache, chains and trees."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,9 @@ from specsa_jax import reference
 from specsa_jax.cache import chain_slots, commit, create_cache, make_tail, pages_for, topology
 from specsa_jax.config import ModelConfig, RopeConfig, preset
 from specsa_jax.model import head, hidden_states, init_params, verify
+
+# Many small programs, each run a few times: unoptimised code makes these tests almost twice as fast.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 
 # Each switch of NSAConfig away from its default, and combinations that public models use.
 SWITCHES = {
@@ -81,7 +85,7 @@ def feed(config, params, cache, rows, sizes):
     """Runs ragged rows of tokens through the cache in chunks of ``sizes``: logits per row."""
     lengths = np.array([len(row) for row in rows])
 
-    @jax.jit
+    @jit
     def step(cache, tokens, count):
         width = tokens.shape[1]
         parents = [node - 1 for node in range(width)]
@@ -128,7 +132,7 @@ def test_forward_prefill_decode_and_verify_agree_with_the_reference(switch):
 
     parents = [-1, 0, 0, 1, 2, 3, 3, 5, 7, 8, 9, 10, 6]
     draft = random_tokens(config, len(parents), seed=99)
-    logits = jax.jit(lambda cache, draft: run_tree(config, jax_params, cache, draft, parents)[0])(
+    logits = jit(lambda cache, draft: run_tree(config, jax_params, cache, draft, parents)[0])(
         cache, np.tile(draft, (len(rows), 1))
     )
     for row in (0, 2, len(rows) - 1):
@@ -164,7 +168,7 @@ def test_every_node_of_a_random_tree_equals_sequential_decoding_of_its_path(seed
     params = as_jax(random_params(config, seed=5))
     _, cache = feed(config, params, shuffled_cache(config, [length + 40 for length in lengths]), rows, [13, 13])
     draft = np.stack([random_tokens(config, 32, seed=seed * 10 + row) for row in range(len(rows))])
-    logits = jax.jit(lambda cache, draft: run_tree(config, params, cache, draft, parents)[0])(cache, draft)
+    logits = jit(lambda cache, draft: run_tree(config, params, cache, draft, parents)[0])(cache, draft)
     for row, prefix in enumerate(rows):
         expected = reference.verify_tree(config, random_params(config, seed=5), prefix, draft[row], parents)
         close(logits[row], expected)

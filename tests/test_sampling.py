@@ -110,8 +110,8 @@ def test_greedy_takes_the_most_probable_token_and_of_equals_the_first():
         {"temperature": 5.0, "top_p": 1e-9},
         # Logits divided by these overflow float32 unless the largest is taken off first.
         {"temperature": 1e-3},
-        {"temperature": 1e-38},
-        {"temperature": 1e-38, "top_p": 0.9},
+        {"temperature": 2e-38},
+        {"temperature": 2e-38, "top_p": 0.9},
         {"temperature": 1e-300},
     ],
 )

@@ -1,0 +1,76 @@
+"""Time and peak memory of prefilling a long prompt, for a preset with random weights.
+
+    python benchmarks/prefill.py --preset 8b --tokens 65536 --out result.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specsa_jax.cache import cache_bytes, create_cache, pages_for
+from specsa_jax.config import PRESETS, preset
+from specsa_jax.decoding import Decoder, State
+from specsa_jax.model import init_params
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="embedded")
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--chunk", type=int, default=512 if jax.default_backend() == "gpu" else 64)
+    parser.add_argument("--out", help="write the JSON here too")
+    args = parser.parse_args()
+
+    config = preset(args.preset)
+    dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+    params = jax.block_until_ready(init_params(config, 0, dtype))
+    pages = pages_for(config.nsa, args.tokens + 1)
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=(1, pages * config.nsa.select_block + 1))
+
+    def state() -> State:
+        cache = create_cache(config, np.arange(pages)[None], pages, dtype)
+        known = jnp.array([args.tokens + 1], jnp.int32)
+        return State(cache, jnp.asarray(tokens, jnp.int32), known, known + 1, jnp.zeros(1, bool))
+
+    decoder = Decoder(config, dtype)
+    begun = time.perf_counter()
+    prefill = decoder.prefill.lower(params, state(), jnp.int32(2**30), chunk=args.chunk).compile()
+    compiled = time.perf_counter()
+    done = jax.block_until_ready(prefill(params, state(), jnp.int32(2**30)))
+    seconds = time.perf_counter() - compiled
+    assert int(done.cache.lengths[0]) == args.tokens
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    report = {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "command": " ".join(sys.argv),
+        "preset": args.preset,
+        "dtype": str(jnp.dtype(dtype)),
+        "tokens": args.tokens,
+        "chunk": args.chunk,
+        "seconds": seconds,
+        "tokens_per_second": args.tokens / seconds,
+        "compile_seconds": compiled - begun,
+        "peak_bytes": stats.get("peak_bytes_in_use", host_peak),
+        "parameter_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
+        "cache_bytes": cache_bytes(config, pages, 1, dtype).total,
+        "temporary_bytes": prefill.memory_analysis().temp_size_in_bytes,
+    }
+    print(json.dumps(report, indent=2))
+    if args.out:
+        with open(args.out, "w", encoding="utf-8") as file:
+            file.write(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
