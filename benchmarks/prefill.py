@@ -1,6 +1,6 @@
 """Time and peak memory of prefilling a long prompt, for a preset with random weights.
 
-    python benchmarks/prefill.py --preset 8b --tokens 65536 --out result.json
+python benchmarks/prefill.py --preset 8b --tokens 65536 --out result.json
 """
 
 from __future__ import annotations

@@ -221,4 +221,6 @@ class Decoder:
         place = jnp.arange(width, dtype=jnp.int32)[None]
         first_end = jnp.min(jnp.where(self._is_end(targets), place, width), axis=1)
         emitted = jnp.minimum(jnp.minimum(accepted, first_end) + 1, state.limit - state.known)
-        return jnp.where(state.done, 0, emitted)
+        # Token ids are never negative; but XLA does not know, so the commit waits for the targets, which every read of
+        # the cache precedes. Without such a dependency it would copy layers, to write one copy and read the other.
+        return jnp.where(state.done | (targets < 0).any(axis=1), 0, emitted)

@@ -233,7 +233,7 @@ OPERATIONS = st.one_of(
 
 @pytest.mark.parametrize("name", CONFIGS)
 @hypothesis.given(operations=st.lists(OPERATIONS, min_size=1, max_size=10))
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=25)
 def test_any_history_leaves_the_cache_of_sequential_decoding(name, operations):
     """Appended chunks, accepted paths of trees and rollbacks, ragged, then everything that can still be read."""
     history = History(name)
@@ -257,8 +257,8 @@ def test_a_long_history_leaves_the_cache_of_sequential_decoding(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_compressed_block_is_stale_after_rollback_across_its_end(name):
     """Every offset of a block's end, taken back by one to max_rollback tokens and decoded on with other tokens."""
-    for length in range(10, 15):
-        for back in (1, 3, ROLLBACK):
+    for length in range(10, 14):
+        for back in (1, ROLLBACK):
             history = History(name)
             history.append([CHUNK] * ROWS, seed=1)
             history.append([length - CHUNK] * ROWS if length <= 2 * CHUNK else [CHUNK] * ROWS, seed=2)
@@ -392,9 +392,9 @@ def test_pages_for_rounds_up():
     assert [pages_for(nsa, tokens) for tokens in (0, 1, 8, 9, 16, 17)] == [0, 1, 1, 2, 2, 3]
 
 
-@pytest.mark.parametrize("length", [2**15 - 4, 2**16 - 3, 70_001])
+@pytest.mark.parametrize("length", [2**15 - 4, 2**16 - 3])
 def test_positions_beyond_16_bits_are_written_where_they_belong(length):
-    """A chain across 2^15, 2^16 and behind them, committed as numbers that say their position."""
+    """A chain across 2^15 and 2^16, committed as numbers that say their position."""
     config = ModelConfig(
         vocab_size=5, hidden=4, layers=1, intermediate=4, max_length=80_000,
         nsa=NSAConfig(num_heads=1, num_kv_heads=1, head_dim=2, compress_block=4, compress_stride=2, select_block=8,
@@ -403,7 +403,8 @@ def test_positions_beyond_16_bits_are_written_where_they_belong(length):
     nsa, width, columns = config.nsa, 9, 9000
     cache = create_cache(config, np.random.default_rng(0).permutation(columns)[None], columns, jnp.float32)
     cache = cache._replace(lengths=jnp.array([length], jnp.int32))
-    tail = make_tail(nsa, chain(width, nsa.compress_block), cache.lengths, chain_slots(nsa, width))
+    tree = chain(width, nsa.compress_block)
+    tail = jax.jit(make_tail, static_argnums=(0, 3))(nsa, tree, cache.lengths, chain_slots(nsa, width))
     at = np.arange(length, length + width)
     np.testing.assert_array_equal(tail.positions, at[None])
     ends = [place for place, position in enumerate(at) if (position + 1) % nsa.compress_stride == 0]
@@ -419,7 +420,7 @@ def test_positions_beyond_16_bits_are_written_where_they_belong(length):
     tokens, blocks = numbered(at, width), numbered(entries, tail.slot.shape[1])
     layer_tail = LayerTail(tokens, tokens, tokens, tokens, tokens, tokens, blocks, blocks)
     path = jnp.arange(width, dtype=jnp.int32)[None]
-    after = commit(nsa, cache, [layer_tail], tail, path, jnp.array([width], jnp.int32))
+    after = jax.jit(commit, static_argnums=0)(nsa, cache, [layer_tail], tail, path, jnp.array([width], jnp.int32))
     order, layer = np.asarray(cache.page_table)[0], after.layers[0]
     expected = np.zeros(columns * nsa.select_block)
     expected[at] = at
@@ -437,7 +438,7 @@ def test_positions_beyond_16_bits_are_written_where_they_belong(length):
 def decoder_of_a_large_cache():
     """A decoder at realistic ratios of block sizes, and the shapes of a state whose cache dwarfs everything else."""
     nsa = NSAConfig(num_heads=4, num_kv_heads=2, head_dim=64, num_selected=4, window=64, compression="weighted")
-    config = ModelConfig(vocab_size=11, hidden=16, layers=2, intermediate=16, max_length=2**16, nsa=nsa)
+    config = ModelConfig(vocab_size=11, hidden=16, layers=1, intermediate=16, max_length=2**16, nsa=nsa)
     batch, columns = 2, 1024
     params = jax.eval_shape(lambda: transformer.init_params(config, 0))
     # Shapes alone: nothing of this size is ever allocated.

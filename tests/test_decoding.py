@@ -116,7 +116,7 @@ def test_counts_say_what_happened():
 @pytest.mark.parametrize("strategy", [AUTOREGRESSIVE, SPECULATIVE], ids=["one", "chain"])
 def test_each_sequence_ends_on_its_own_at_its_end_token_or_its_budget(strategy):
     """And what it gave by then is what it gives alone; nothing is written behind an end."""
-    end_tokens = (5, 2)
+    end_tokens = (4, 6)
     budgets = np.array([28, 2, 28, 0, 28, 1])
     expected = []
     for new, budget in zip(greedy(), budgets, strict=True):
@@ -280,7 +280,7 @@ def exact_law(law):
 
 
 def p_value(loops, strategy, law):
-    """Of 4096 sampled outputs against their exact law (chi-square, rare outcomes pooled); and the accepted counts."""
+    """Of 4096 sampled outputs against their exact law (chi-square); and the accepted counts."""
     seen, accepted = np.zeros(5**LAW_NEW), 0
     for at in range(LAW_ROUNDS):
         sampling = [SamplingParams(**law, seed=at * LAW_BATCH + row) for row in range(LAW_BATCH)]
@@ -290,17 +290,23 @@ def p_value(loops, strategy, law):
     expected = exact_law(law) * seen.sum()
     if seen[expected == 0].sum():
         return 0.0, accepted
-    rare = (expected < 5) & (expected > 0)
-    seen = [*seen[expected >= 5], seen[rare].sum()]
-    expected = [*expected[expected >= 5], expected[rare].sum()]
-    return stats.chisquare(seen, expected).pvalue, accepted
+    # Chi-square needs 5 expected per cell: the 125 outcomes from rare to frequent, merged until there are.
+    cells = np.zeros((0, 2))
+    pooled = np.zeros(2)
+    for outcome in np.argsort(expected):
+        pooled += seen[outcome], expected[outcome]
+        if pooled[1] >= 5:
+            cells, pooled = np.vstack([cells, pooled]), np.zeros(2)
+    assert len(cells) > 50
+    cells[-1] += pooled
+    return stats.chisquare(cells[:, 0], cells[:, 1]).pvalue, accepted
 
 
 @pytest.mark.parametrize("law", LAWS, ids=["temperature", "filtered"])
 def test_sampled_speculative_output_follows_the_exact_law(law):
     p, accepted = p_value(decoder(LAW_CONFIG), SPECULATIVE, law)
     assert p > ERROR_RATE
-    assert (accepted > 50).all()  # drafts were rejected at every place, and accepted whole
+    assert (accepted > 30).all()  # drafts were rejected at every place, and accepted whole
 
 
 @pytest.mark.parametrize("law", LAWS, ids=["temperature", "filtered"])
