@@ -278,7 +278,11 @@ def rollback(cache: Cache, lengths: jax.Array) -> Cache:
 
 
 def check_rollback(config: NSAConfig, cache: Cache, lengths: np.ndarray) -> None:
-    """Raises CapacityError unless the rings of ``cache`` still hold what a rollback to ``lengths`` int [B] needs."""
+    """Raises CapacityError unless the rings of ``cache`` still hold what a rollback to ``lengths`` int [B] needs.
+
+    Counted from the present lengths: of several rollbacks in a row the sum must stay within ``max_rollback``, which
+    the cache does not record.
+    """
     current = np.asarray(cache.lengths)
     room = cache.layers[0].raw_key.shape[2] - (config.compress_block - 1)
     if lengths.shape != current.shape or (lengths > current).any() or (lengths < 0).any():

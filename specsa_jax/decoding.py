@@ -9,7 +9,8 @@ import collections
 import dataclasses
 import functools
 import re
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,16 @@ class Counts(NamedTuple):
     accepted: jax.Array
 
 
+def _reads_first(true: jax.Array, read: Callable[[], Any]) -> Any:
+    """``read()``, under a condition that always holds, which the compiler cannot know.
+
+    What a branch reads of the cache is read before the commit that follows. Without the branch nothing would order
+    the two, and XLA would copy the cache at every step, to write one copy and read the other.
+    """
+    nothing = jax.eval_shape(read)
+    return jax.lax.cond(true, read, lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nothing))
+
+
 class Decoder:
     """The compiled functions of one model at one dtype.
 
@@ -120,7 +131,7 @@ class Decoder:
             cache, chunks = carry
             at = cache.lengths[:, None] + jnp.arange(chunk, dtype=jnp.int32)
             tokens = jnp.take_along_axis(buffer, jnp.minimum(at, buffer.shape[1] - 1), axis=1)
-            _, tails = self._forward(params, tokens, cache)
+            tails = _reads_first((cache.lengths < target).any(), lambda: self._forward(params, tokens, cache)[1])
             return self._commit(cache, tails, jnp.minimum(target - cache.lengths, chunk)), chunks + 1
 
         def unfinished(carry: tuple[Cache, jax.Array]) -> jax.Array:
@@ -133,7 +144,7 @@ class Decoder:
         self, params: transformer.Params, tokens: jax.Array, cache: Cache, count: jax.Array
     ) -> tuple[jax.Array, Cache]:
         """Log-probabilities float32 [B, T, V] after each of the tokens int32 [B, T]; commits ``count`` [B] of them."""
-        hidden, tails = self._forward(params, tokens, cache)
+        hidden, tails = _reads_first((count > 0).any(), lambda: self._forward(params, tokens, cache))
         logits = transformer.head(self.config, params, hidden, self.dtype)
         return jax.nn.log_softmax(logits, axis=-1), self._commit(cache, tails, count)
 

@@ -436,9 +436,12 @@ def test_positions_beyond_16_bits_are_written_where_they_belong(length):
 
 @functools.lru_cache
 def decoder_of_a_large_cache():
-    """A decoder at realistic ratios of block sizes, and the shapes of a state whose cache dwarfs everything else."""
+    """A decoder at realistic ratios of block sizes, and the shapes of a state whose cache dwarfs everything else.
+
+    Two layers: what the last one reads in prefill is of no use and compiled away, and a copy of it with it.
+    """
     nsa = NSAConfig(num_heads=4, num_kv_heads=2, head_dim=64, num_selected=4, window=64, compression="weighted")
-    config = ModelConfig(vocab_size=11, hidden=16, layers=1, intermediate=16, max_length=2**16, nsa=nsa)
+    config = ModelConfig(vocab_size=11, hidden=16, layers=2, intermediate=16, max_length=2**16, nsa=nsa)
     batch, columns = 2, 1024
     params = jax.eval_shape(lambda: transformer.init_params(config, 0))
     # Shapes alone: nothing of this size is ever allocated.
