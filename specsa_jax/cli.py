@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from specsa_jax.engine import Engine, Result
 
 # A file of the standard library that the embedded model has not seen: its path is in the held-out split.
-DEFAULT_PROMPT = "traceback.py"
+DEFAULT_PROMPT = "concurrent/futures/process.py"
 
 app = typer.Typer(
     add_completion=False,
@@ -57,7 +57,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Sequence i samples with seed + i.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends a sequence; repeatable.")] = None,
     drafter: Annotated[str, typer.Option(help="Who drafts: lookup, or none.")] = "lookup",
-    tree: Annotated[str, typer.Option(help="Shape of a draft: chain:K, K drafted tokens.")] = "chain:7",
+    tree: Annotated[str, typer.Option(help="Shape of a draft: chain:K, K drafted tokens.")] = "chain:5",
     compare: Annotated[
         bool, typer.Option("--compare", help="Also decode one token at a time, and state what speculation brings.")
     ] = False,

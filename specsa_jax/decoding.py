@@ -35,7 +35,7 @@ class Strategy:
     """
 
     drafter: Drafter | None = PromptLookup()
-    tree: str = "chain:7"
+    tree: str = "chain:5"
 
     def __post_init__(self) -> None:
         match = re.fullmatch(r"chain:(\d+)", self.tree) if isinstance(self.tree, str) else None

@@ -218,10 +218,10 @@ def test_strategies_with_a_tree_that_cannot_be_read_are_refused(tree):
 
 
 def test_strategies_are_frozen_and_compare_by_value():
-    assert Strategy() == Strategy(PromptLookup(), "chain:7") and hash(Strategy()) == hash(Strategy())
+    assert Strategy() == Strategy(PromptLookup(), "chain:5") and hash(Strategy()) == hash(Strategy())
     assert len({Strategy(), Strategy(tree="chain:1"), AUTOREGRESSIVE, Strategy(None)}) == 3
     assert (Strategy(tree="chain:5").width, AUTOREGRESSIVE.width) == (6, 1)
-    assert AUTOREGRESSIVE.describe() == "autoregressive" and "chain:7" in Strategy().describe()
+    assert AUTOREGRESSIVE.describe() == "autoregressive" and "chain:5" in Strategy().describe()
     with pytest.raises(dataclasses.FrozenInstanceError):
         Strategy().tree = "chain:1"
 

@@ -158,9 +158,9 @@ def test_statistics_are_consistent(engine, held_out):
     assert sum(stats.accepted_histogram) == stats.sequence_steps <= 2 * stats.steps
     assert stats.accepted == sum(n * count for n, count in enumerate(stats.accepted_histogram))
     # Every step gives its accepted drafts and one more, but the last may be cut by the budget.
-    assert stats.new_tokens <= stats.accepted + stats.sequence_steps <= stats.new_tokens + 2 * 7
+    assert stats.new_tokens <= stats.accepted + stats.sequence_steps <= stats.new_tokens + 2 * 5
     assert stats.mean_acceptance_length == pytest.approx(1 + stats.accepted / stats.sequence_steps)
-    assert all(0 <= rate <= 1 for rate in stats.acceptance_per_position) and len(stats.acceptance_per_position) == 7
+    assert all(0 <= rate <= 1 for rate in stats.acceptance_per_position) and len(stats.acceptance_per_position) == 5
     assert stats.decode_seconds > 0 and stats.prefill_seconds > 0 and stats.cache.total > 0
 
 
