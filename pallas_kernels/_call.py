@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,18 +18,21 @@ def triton_call(
     num_warps: int,
     num_stages: int = 1,
     interpret: bool = False,
+    aliases: Mapping[int, int] | None = None,
+    name: str | None = None,
 ) -> Any:
     """Runs ``kernel`` over ``grid`` on whole-array refs, lowered through Triton.
 
-    The compiler parameters are always given: without them jax 0.10 lowers through Mosaic. jax 0.11 and later emit a
-    DeprecationWarning when the call is lowered, which is not hidden here: by then we are no longer on the stack, and
-    Python's default filters drop it.
+    ``aliases`` maps operands to the outputs that take their place in memory. The compiler parameters are always
+    given: without them jax 0.10 lowers through Mosaic. jax 0.11 and later emit a DeprecationWarning when the call is
+    lowered, which is not hidden here: by then we are no longer on the stack, and Python's default filters drop it.
     """
     return pl.pallas_call(
         kernel,
         out_shape=out_shape,
         grid=tuple(grid),
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-        name=kernel.__name__,
+        name=name or kernel.__name__,
         interpret=interpret,
+        input_output_aliases=dict(aliases or {}),
     )(*operands)

@@ -1,0 +1,121 @@
+"""Native sparse attention of T new tokens per sequence against a paged cache: decoding, verification, prefill."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _dispatch
+from pallas_kernels.attention import branches, merge, selection
+from pallas_kernels.attention.arguments import Layer as Layer
+from pallas_kernels.attention.arguments import Selection as Selection
+from pallas_kernels.attention.arguments import Shape as Shape
+from pallas_kernels.attention.arguments import Sparsity as Sparsity
+from pallas_kernels.attention.arguments import Tail as Tail
+from pallas_kernels.attention.arguments import check
+from pallas_kernels.attention.config import AttentionConfig as AttentionConfig
+from pallas_kernels.attention.config import Branch as Branch
+from pallas_kernels.selection import kernel as selection_kernel
+
+MAX_GROUP, MAX_HEAD_DIM = 128, 256
+
+
+def limit(sparsity: Sparsity, shape: Shape, group: int | None = None) -> str | None:
+    """Why the kernels do not take these sizes; None if they do."""
+    blocks = shape.table + -(-shape.width // sparsity.select_block) + 1
+    if shape.group > 16:
+        return f"query: got {shape.group} heads per KV head, expected at most 16"
+    if shape.head_dim > MAX_HEAD_DIM:
+        return f"query: got head dim {shape.head_dim}, expected at most {MAX_HEAD_DIM}"
+    if sparsity.select_block & (sparsity.select_block - 1) or sparsity.entries_per_page & (
+        sparsity.entries_per_page - 1
+    ):
+        return (
+            f"sparsity: got l' = {sparsity.select_block} and d = {sparsity.compress_stride}, expected l' and l'/d to be "
+            "powers of two, as the sizes of all tensors in a Triton kernel"
+        )
+    if not 16 <= sparsity.select_block <= 128:
+        return f"sparsity: got l' = {sparsity.select_block}, expected 16 to 128: the keys of one matrix product"
+    if group is not None and group > MAX_GROUP:
+        return f"group: got {group}, expected at most {MAX_GROUP}"
+    return selection_kernel.limit(blocks, sparsity.num_selected)
+
+
+def unsupported(sparsity: Sparsity, shape: Shape) -> str | None:
+    """Why the kernels do not run for these sizes on the present device; None if they do."""
+    return limit(sparsity, shape) or _dispatch.device_limit()
+
+
+def attend(
+    sparsity: Sparsity,
+    query: jax.Array,
+    gates: jax.Array | None,
+    layer: Layer,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    tail: Tail,
+    *,
+    selected: Selection | None = None,
+    reuse_compressed: bool = True,
+    config: AttentionConfig | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, Selection]:
+    """NSA's output for the tail's tokens, and the blocks that they selected.
+
+    Token i sees the committed tokens of its sequence, its ancestors in the tail, and itself: its output is that of
+    decoding its path one token at a time. A refresh layer (``selected`` None) takes four launches: compressed and
+    window branch with block scores, selection, selected branch, merge. A reuse layer takes two: the branches, merge.
+
+    Args:
+      query: [B, T, Hq, D], bfloat16 or float32, rotated; all keys and values have its dtype.
+      gates: float32 [B, T, Hq, 3] in the order compressed, selected, window; None: the branches add up.
+      layer, tail: see :class:`Layer` and :class:`Tail`.
+      page_table: int32 [B, N]; entries behind a sequence's last page are not read.
+      lengths: int32 [B], committed tokens; −1: the sequence has nothing to do, and its output is 0.
+      selected: another layer's selection for the same tokens (a reuse layer).
+      reuse_compressed: False: a reuse layer leaves the compressed branch out.
+      config: the tuning parameters; None: chosen from the sizes. A reuse layer's group is the selection's.
+      interpret: interpret the kernels, on any device.
+
+    Returns:
+      [B, T, Hq, D] in the dtype of ``query``, and the :class:`Selection`.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together.
+      UnsupportedError: sizes or a device that the kernels do not take, with the reason.
+    """
+    shape = check(sparsity, query, gates, layer, page_table, lengths, tail)
+    config = config or AttentionConfig.heuristic(sparsity, shape)
+    reason = limit(sparsity, shape, config.group) or (None if interpret else _dispatch.device_limit())
+    if reason:
+        raise _dispatch.UnsupportedError(f"attend: implementation 'pallas': {reason}")
+    _check_selection(sparsity, shape, config, selected)
+    shown = [0, 1, 2] if sparsity.compressed_output else [1, 2]
+    arguments = (query, layer, page_table, lengths, tail)
+    if selected is not None:
+        if not reuse_compressed:
+            shown = [1, 2]
+        launch = branches.Launch(sparsity, shape, config, tuple(shown))
+        parts = [(launch, branches.run(launch, *arguments, selected, interpret))]
+    else:
+        scoring = branches.Launch(sparsity, shape, config, (0, 2), scored=True)
+        partial = branches.run(scoring, *arguments, None, interpret)
+        selected = selection.run(scoring, partial, lengths, tail, interpret)
+        launch = branches.Launch(sparsity, shape, config, (1,))
+        parts = [(scoring, partial), (launch, branches.run(launch, *arguments, selected, interpret))]
+    return merge.run(parts, gates, shown, jnp.dtype(query.dtype), interpret), selected
+
+
+def _check_selection(sparsity: Sparsity, shape: Shape, config: AttentionConfig, selected: Selection | None) -> None:
+    if selected is None:
+        return
+    expected = (shape.batch, shape.width, shape.num_kv_heads, sparsity.num_selected)
+    if selected.ids.shape != expected or selected.ids.dtype != jnp.int32:
+        raise ValueError(f"selected.ids: got {selected.ids.dtype} {selected.ids.shape}, expected int32 {expected}")
+    groups = (shape.batch, shape.num_kv_heads, -(-shape.width // config.group))
+    count = None if selected.count is None else selected.count.shape
+    if count != (groups if config.group > 1 else None):
+        raise ValueError(
+            f"selected.count: got {count}, expected {groups if config.group > 1 else None} "
+            f"as config.group = {config.group} says"
+        )

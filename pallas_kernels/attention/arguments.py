@@ -1,0 +1,207 @@
+"""What the attention kernels are given: the layer's static sizes, its cache, and a tail of new tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsity:
+    """The static choices of an NSA layer, in the paper's terms (arXiv 2502.11089); sizes in tokens.
+
+    Attributes:
+      compress_block, compress_stride: l and d; compression block i covers tokens [i·d, i·d+l).
+      select_block, num_selected: l' and n, the forced blocks included.
+      num_initial, num_local: blocks that every query selects, at the start and at its own end.
+      window: tokens in the window, the query's own included.
+      scale: of the dot products, before the softmax.
+      compressed_output: False: the compressed branch only selects.
+
+    Raises ValueError for sizes that do not divide.
+    """
+
+    compress_block: int = 32
+    compress_stride: int = 16
+    select_block: int = 64
+    num_selected: int = 16
+    num_initial: int = 1
+    num_local: int = 2
+    window: int = 512
+    scale: float = 128**-0.5
+    compressed_output: bool = True
+
+    def __post_init__(self) -> None:
+        l, d, lp = self.compress_block, self.compress_stride, self.select_block
+        if min(l, d, lp, self.window) < 1 or l % d or lp % d or l > lp:
+            raise ValueError(f"Sparsity: got l = {l}, d = {d}, l' = {lp}, expected d to divide l and l', and l <= l'")
+        if not 1 <= self.num_local or self.num_selected < self.num_initial + self.num_local:
+            raise ValueError(
+                f"Sparsity: got num_selected {self.num_selected}, num_initial {self.num_initial}, num_local "
+                f"{self.num_local}, expected num_selected >= num_initial + num_local and num_local >= 1"
+            )
+
+    @property
+    def entries_per_page(self) -> int:
+        """l'/d: compression blocks that begin in a selection block."""
+        return self.select_block // self.compress_stride
+
+
+class Layer(NamedTuple):
+    """A layer's cache. P pages of one selection block each; R slots of a ring, position p in slot p mod R.
+
+    Attributes:
+      key, value: [P, Hkv, l', D].
+      compressed_key, compressed_value: [P, Hkv, l'/d, D]; the value is None without ``compressed_output``.
+      window_key, window_value: [B, Hkv, R, D], the window branch's own; None: it reads ``key`` and ``value``.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    compressed_key: jax.Array
+    compressed_value: jax.Array | None
+    window_key: jax.Array | None
+    window_value: jax.Array | None
+
+
+class Tail(NamedTuple):
+    """T new tokens per sequence, behind the committed ones, as a tree whose node 0 is the root.
+
+    Attributes:
+      positions: int32 [B, T].
+      ancestor: bool [B or 1, T, T]; [i, j]: j is an ancestor of i, or i itself. None: node i − 1 is i's parent.
+      slot: int32 [B, M]: nodes at which a compression block ends, ascending, then T where unused.
+      key, value: [B, T, Hkv, D]; window_key, window_value: as these, None where ``Layer``'s are.
+      compressed_key, compressed_value: [B, M, Hkv, D], the blocks that end at ``slot``.
+    """
+
+    positions: jax.Array
+    ancestor: jax.Array | None
+    slot: jax.Array
+    key: jax.Array
+    value: jax.Array
+    window_key: jax.Array | None
+    window_value: jax.Array | None
+    compressed_key: jax.Array
+    compressed_value: jax.Array | None
+
+
+class Selection(NamedTuple):
+    """The blocks that queries selected, alone and as groups of C adjacent queries (U = min(C·n, N) at most).
+
+    Attributes:
+      ids: int32 [B, T, Hkv, n], ascending, −1 padded.
+      union: int32 [B, Hkv, T/C, U]: the distinct blocks of a group that hold committed tokens, ascending; of these
+        the first ``count`` int32 [B, Hkv, T/C] are meant.
+      owners: int32 [B, Hkv, T/C, ⌈C/32⌉, U]: bit q % 32 of word q // 32 says whether query q of the group owns it.
+      All three are None where queries are not grouped (C = 1).
+    """
+
+    ids: jax.Array
+    union: jax.Array | None
+    owners: jax.Array | None
+    count: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The sizes of one call, read off its arguments."""
+
+    batch: int
+    width: int  # T
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_pages: int
+    table: int  # N, page-table columns
+    slots: int  # M
+    ring: int  # R, 0 without a ring
+
+    @property
+    def group(self) -> int:
+        """G, query heads that share a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def lanes(self) -> int:
+        """G, up to a power of two: rows that a query takes."""
+        return 1 << (self.group - 1).bit_length()
+
+    @property
+    def rows(self) -> int:
+        """Rows of a (sequence, KV head): row t·lanes + g is head g of query t."""
+        return self.width * self.lanes
+
+
+def check(
+    sparsity: Sparsity,
+    query: jax.Array,
+    gates: jax.Array | None,
+    layer: Layer,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    tail: Tail,
+) -> Shape:
+    """The call's sizes. Raises ValueError naming the first argument of a wrong shape or dtype."""
+    if query.ndim != 4:
+        raise ValueError(f"query: got shape {query.shape}, expected [B, T, Hq, D]")
+    if layer.key.ndim != 4 or page_table.ndim != 2:
+        raise ValueError(
+            f"layer.key, page_table: got shapes {layer.key.shape}, {page_table.shape}, expected [P, Hkv, l', D], [B, N]"
+        )
+    batch, width, heads, dim = query.shape
+    pages, kv_heads = layer.key.shape[:2]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"query: got {heads} heads, expected a multiple of layer.key's {kv_heads}")
+    slots = tail.slot.shape[-1]
+    ring = 0 if layer.window_key is None else layer.window_key.shape[2]
+    per_page = sparsity.entries_per_page
+    ancestors = 1 if tail.ancestor is None else tail.ancestor.shape[0]
+    dtype, integer, boolean = query.dtype, jnp.dtype(jnp.int32), jnp.dtype(bool)
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"query: got {dtype}, expected bfloat16 or float32")
+    if ancestors not in (1, batch):
+        raise ValueError(f"tail.ancestor: got a batch of {ancestors}, expected 1 or {batch}")
+    token, slot = (batch, width, kv_heads, dim), (batch, slots, kv_heads, dim)
+    page, entry = (pages, kv_heads, sparsity.select_block, dim), (pages, kv_heads, per_page, dim)
+    near = (batch, kv_heads, ring, dim)
+    for name, array, shape, wanted in (
+        ("gates", gates, (batch, width, heads, 3), jnp.dtype(jnp.float32)),
+        ("layer.key", layer.key, page, dtype),
+        ("layer.value", layer.value, page, dtype),
+        ("layer.compressed_key", layer.compressed_key, entry, dtype),
+        ("layer.compressed_value", layer.compressed_value, entry, dtype),
+        ("layer.window_key", layer.window_key, near, dtype),
+        ("layer.window_value", layer.window_value, near, dtype),
+        ("page_table", page_table, (batch, page_table.shape[1]), integer),
+        ("lengths", lengths, (batch,), integer),
+        ("tail.positions", tail.positions, (batch, width), integer),
+        ("tail.ancestor", tail.ancestor, (ancestors, width, width), boolean),
+        ("tail.slot", tail.slot, (batch, slots), integer),
+        ("tail.key", tail.key, token, dtype),
+        ("tail.value", tail.value, token, dtype),
+        ("tail.window_key", tail.window_key, token, dtype),
+        ("tail.window_value", tail.window_value, token, dtype),
+        ("tail.compressed_key", tail.compressed_key, slot, dtype),
+        ("tail.compressed_value", tail.compressed_value, slot, dtype),
+    ):
+        if array is not None and (array.shape != shape or array.dtype != wanted):
+            raise ValueError(f"{name}: got {array.dtype} {array.shape}, expected {wanted} {shape}")
+    for name, values in (
+        ("compressed_value", (layer.compressed_value, tail.compressed_value)),
+        ("window_key", (layer.window_key, tail.window_key)),
+        ("window_value", (layer.window_value, tail.window_value)),
+    ):
+        if len({value is None for value in values}) != 1:
+            raise ValueError(f"{name}: given in one of layer and tail, expected in both or neither")
+    if (layer.window_key is None) != (layer.window_value is None):
+        raise ValueError("layer.window_key, layer.window_value: got one of them, expected both or neither")
+    if (layer.compressed_value is None) == sparsity.compressed_output:
+        raise ValueError(
+            f"layer.compressed_value: expected {'an array' if sparsity.compressed_output else 'None'}, as "
+            f"compressed_output = {sparsity.compressed_output} says"
+        )
+    return Shape(batch, width, heads, kv_heads, dim, pages, page_table.shape[1], slots, ring)

@@ -1,0 +1,525 @@
+"""The three branches as one kernel: rows of queries against lists of keys, split over programs.
+
+A row is one head of one query; the G heads of a KV head stand together, so a tile of rows is a matrix that one load of
+K and V serves. Every program walks over its share of the keys with a running softmax and leaves a partial output and
+its log-sum-exp; ``merge`` joins them. What a branch attends to besides the cache, the tail, is one more tile or two
+for the last split.
+
+Scores are kept in units of log 2, because exp2 is what the hardware has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels._call import triton_call
+from pallas_kernels.attention.arguments import Layer, Selection, Shape, Sparsity, Tail
+from pallas_kernels.attention.config import AttentionConfig, Branch
+
+# Finite, so that the difference of two such scores is 0 and never NaN.
+MASKED = np.float32(-1e30)
+LOG2E = math.log2(math.e)
+TAIL_TILE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Which branches a launch computes, as (branch index, how it is split), and whether it scores blocks."""
+
+    sparsity: Sparsity
+    shape: Shape
+    config: AttentionConfig
+    branches: tuple[int, ...]
+    scored: bool = False
+
+    def branch(self, index: int) -> Branch:
+        """The split of the compressed (0), the selected (1) or the window branch (2)."""
+        return (self.config.compressed, self.config.selected, self.config.window)[index]
+
+    def row_tiles(self, index: int) -> int:
+        """Row tiles of a (sequence, KV head); those of the selected branch do not cross groups."""
+        rows = self.branch(index).rows
+        if index == 1:
+            return self.groups * -(-self.config.group * self.shape.lanes // rows)
+        return -(-self.shape.rows // rows)
+
+    @property
+    def groups(self) -> int:
+        return -(-self.shape.width // self.config.group)
+
+    @property
+    def segments(self) -> list[tuple[int, int, int]]:
+        """(branch, first split, splits) in the launch's partial outputs."""
+        found, first = [], 0
+        for index in self.branches:
+            found.append((index, first, self.branch(index).splits))
+            first += self.branch(index).splits
+        return found
+
+    @property
+    def splits(self) -> int:
+        return sum(count for _, _, count in self.segments)
+
+    @property
+    def page_tile(self) -> int:
+        """Pages whose compressed entries make a tile."""
+        return max(1, self.config.tile // self.sparsity.entries_per_page)
+
+    @property
+    def entry_tile(self) -> int:
+        return self.page_tile * self.sparsity.entries_per_page
+
+    @property
+    def identity(self) -> bool:
+        """Whether each compression block is one selection block (l = l' = d): its score is the block's."""
+        return self.sparsity.compress_block == self.sparsity.select_block == self.sparsity.compress_stride
+
+    @property
+    def mask_words(self) -> int:
+        return -(-self.config.group // 32)
+
+    @property
+    def workspace(self) -> int:
+        """Words per (sequence, KV head) that the selection wants zeroed: who owns which block, and who has arrived.
+
+        Per group, ``mask_words`` rows of the table's N blocks and one that nobody reads; then one counter per group.
+        """
+        return self.groups * (self.mask_words * (self.shape.table + 1) + 1) if self.config.group > 1 else 0
+
+
+def run(
+    launch: Launch,
+    query: jax.Array,
+    layer: Layer,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    tail: Tail,
+    selection: Selection | None,
+    interpret: bool,
+) -> dict[str, jax.Array]:
+    """The launch's partial outputs, and the scores of blocks when it is ``scored``.
+
+    Returns:
+      out: float32 [B, Hkv, splits, rows, D], each split's softmax-weighted values;
+      lse: float32 [B, Hkv, splits, rows], log2 of the sums of its exponentials, −inf where it saw nothing;
+      scores: float32 [B, Hkv, rows, N]: log2 of the sum over a block's compressed entries of overlap · 2^score, each
+        block's own page only; carry [B, Hkv, rows, ⌈N/page_tile⌉]: the same of what a tile's last entries give to the
+        first block after it; slot_scores [B, Hkv, rows, M] of the tail's entries;
+      workspace: int32 [B, Hkv, ...], zeros (``Launch.workspace``).
+    """
+    shape = launch.shape
+    inputs: dict[str, jax.Array | None] = {
+        "query": query,
+        **{name: value for name, value in layer._asdict().items()},
+        "page_table": page_table,
+        "lengths": lengths,
+        **{f"tail_{name}": value for name, value in tail._asdict().items()},
+    }
+    if selection is not None and 1 in launch.branches:
+        inputs.update(selection._asdict())
+    inputs = {name: value for name, value in inputs.items() if value is not None}
+    lead = (shape.batch, shape.num_kv_heads)
+    out_shapes: dict[str, tuple[Any, ...]] = {
+        "out": (jnp.float32, launch.splits, shape.rows, shape.head_dim),
+        "lse": (jnp.float32, launch.splits, shape.rows),
+    }
+    if launch.scored:
+        out_shapes |= {
+            "scores": (jnp.float32, shape.rows, shape.table),
+            "slot_scores": (jnp.float32, shape.rows, shape.slots),
+        }
+        if not launch.identity:
+            out_shapes["carry"] = (jnp.float32, shape.rows, -(-shape.table // launch.page_tile))
+        if launch.workspace:
+            out_shapes["workspace"] = (jnp.int32, launch.workspace)
+    names = [*inputs, *out_shapes]
+
+    def branches_kernel(*refs: Any) -> None:
+        _kernel(launch, dict(zip(names, refs, strict=True)))
+
+    works = sum(launch.row_tiles(index) * launch.branch(index).splits for index in launch.branches)
+    outputs = triton_call(
+        branches_kernel,
+        *[value for value in inputs.values() if value is not None],
+        out_shape=[jax.ShapeDtypeStruct((*lead, *dims), dtype) for dtype, *dims in out_shapes.values()],
+        grid=(works, shape.num_kv_heads, shape.batch),
+        num_warps=launch.config.num_warps,
+        num_stages=launch.config.num_stages,
+        interpret=interpret,
+        name="nsa_" + "_".join(("compressed", "selected", "window")[index] for index in launch.branches),
+    )
+    return dict(zip(out_shapes, outputs, strict=True))
+
+
+def _kernel(launch: Launch, refs: dict[str, Any]) -> None:
+    work, first = pl.program_id(0), 0
+    # Here, not where they are used: interpret mode knows program ids at the top level only.
+    refs |= {"head": pl.program_id(1), "batch": pl.program_id(2), "programs": pl.num_programs(0)}
+    if launch.scored and launch.workspace:
+        _clear(launch, refs, work)
+    for index, split_base, splits in launch.segments:
+        count = launch.row_tiles(index) * splits
+        body = (_compressed, _selected, _window)[index]
+
+        @pl.when((work >= first) & (work < first + count))
+        def _(first=first, body=body, splits=splits, split_base=split_base):
+            own = work - first
+            body(launch, refs, own // splits, own % splits, splits, split_base)
+
+        first += count
+
+
+def _clear(launch: Launch, refs: dict[str, Any], work: Any) -> None:
+    programs = refs["programs"]
+    lane = lax.iota(jnp.int32, 1024)
+
+    def clear(step, carry):
+        at = (step * programs + work) * 1024 + lane
+        plgpu.store(
+            refs["workspace"].at[refs["batch"], refs["head"], at], jnp.zeros(1024, jnp.int32), mask=at < launch.workspace
+        )
+        return carry
+
+    lax.fori_loop(0, pl.cdiv(launch.workspace, 1024 * programs), clear, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """A program's rows: where they lie, the query and head of each, and their queries."""
+
+    index: Any  # int32 [rows], within the (sequence, KV head)
+    token: Any  # int32 [rows]
+    valid: Any  # bool [rows]
+    query: Any  # [rows, D]
+    size: int
+
+
+def _load_rows(launch: Launch, refs: dict[str, Any], size: int, first: Any, end: Any) -> _Rows:
+    """Rows ``first`` … ``first`` + size − 1, of which those before ``end`` count."""
+    shape = launch.shape
+    index = first + lax.iota(jnp.int32, size)
+    token, lane = index // shape.lanes, index % shape.lanes
+    valid = (index < end) & (lane < shape.group)
+    head = refs["head"] * shape.group + lane
+    query = load_rows(refs["query"], (refs["batch"], token, head), valid)
+    return _Rows(index, token, valid, query, size)
+
+
+def load_rows(ref: Any, at: tuple[Any, ...], live: Any) -> Any:
+    """``ref[*at, :]`` for index vectors ``at`` of one length (or scalars), 0 where not ``live``; [rows, D padded]."""
+    dim = ref.shape[-1]
+    lanes = pl.next_power_of_2(dim)
+    shape = (live.shape[0], lanes)
+    # Indices as whole matrices: interpret mode takes no masked mixture of vectors and slices.
+    column = lax.broadcasted_iota(jnp.int32, shape, 1)
+    wide = [jnp.broadcast_to(index[:, None], shape) if jnp.ndim(index) else index for index in at]
+    mask = jnp.broadcast_to(live[:, None], shape)
+    return plgpu.load(ref.at[(*wide, column)], mask=mask if lanes == dim else mask & (column < dim), other=0.0)
+
+
+def dot(a: Any, b: Any, trans_b: bool = False) -> Any:
+    """float32 a·b or a·bᵀ; float32 factors are not rounded."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return plgpu.dot(a, b, trans_b=trans_b, precision=precision)
+
+
+def _scores(launch: Launch, rows: _Rows, keys: Any) -> Any:
+    return dot(rows.query, keys, trans_b=True) * np.float32(launch.sparsity.scale * LOG2E)
+
+
+def _start(rows: _Rows, values: bool = True) -> tuple[Any, ...]:
+    """The running maximum, sum and weighted values of no keys."""
+    state = (jnp.full(rows.size, MASKED, jnp.float32), jnp.zeros(rows.size, jnp.float32))
+    return (*state, jnp.zeros((rows.size, rows.query.shape[1]), jnp.float32)) if values else state
+
+
+def _attend(state: tuple[Any, ...], scores: Any, visible: Any, values: Any) -> tuple[Any, tuple[Any, ...]]:
+    """One more tile: its weights relative to the new maximum, and the new state. ``values`` None: sums only."""
+    top, total, *weighted = state
+    scores = jnp.where(visible, scores, MASKED)
+    highest = jnp.maximum(top, jnp.max(scores, axis=1))
+    weights = jnp.where(visible, jnp.exp2(scores - highest[:, None]), 0.0)
+    fade = jnp.exp2(top - highest)
+    state = (highest, total * fade + jnp.sum(weights, axis=1))
+    if values is None:
+        return weights, state
+    return weights, (*state, weighted[0] * fade[:, None] + dot(weights.astype(values.dtype), values))
+
+
+def _finish(refs: dict[str, Any], rows: _Rows, split: Any, state: tuple[Any, ...]) -> None:
+    """Stores a split's output and log-sum-exp."""
+    top, total, *weighted = state
+    at = (refs["batch"], refs["head"], split)
+    lse = jnp.where(total > 0, top + jnp.log(total) * np.float32(LOG2E), -jnp.inf)
+    plgpu.store(refs["lse"].at[(*at, rows.index)], lse, mask=rows.valid)
+    if weighted:
+        ref = refs["out"]
+        out = weighted[0] / jnp.where(total > 0, total, 1.0)[:, None]
+        dim, lanes = ref.shape[-1], out.shape[1]
+        row = jnp.broadcast_to(rows.index[:, None], out.shape)
+        column = lax.broadcasted_iota(jnp.int32, out.shape, 1)
+        mask = jnp.broadcast_to(rows.valid[:, None], out.shape)
+        plgpu.store(ref.at[(*at, row, column)], out, mask=mask if lanes == dim else mask & (column < dim))
+
+
+def _share(steps: Any, split: Any, splits: int) -> tuple[Any, Any]:
+    """The ``split``-th of ``splits`` equal shares of ``steps`` steps."""
+    if splits == 1:
+        return 0, steps
+    each = pl.cdiv(steps, splits)
+    first = split * each
+    return jnp.minimum(first, steps), jnp.minimum(first + each, steps)
+
+
+def _ancestors(refs: dict[str, Any], rows: _Rows, node: Any, live: Any) -> Any:
+    """bool [rows, nodes]: is the node on the row's path?"""
+    mask = rows.valid[:, None] & live[None, :]
+    if "tail_ancestor" not in refs:
+        return mask & (node[None, :] <= rows.token[:, None])
+    ref = refs["tail_ancestor"]
+    batch = refs["batch"] if ref.shape[0] > 1 else 0
+    size = (rows.size, node.shape[0])
+    token = jnp.broadcast_to(jnp.where(rows.valid, rows.token, 0)[:, None], size)
+    node = jnp.broadcast_to(jnp.where(live, node, 0)[None, :], size)
+    return plgpu.load(ref.at[batch, token, node]) & mask
+
+
+def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, splits: int, base: int) -> None:
+    sparsity, shape = launch.sparsity, launch.shape
+    batch, head, per_page = refs["batch"], refs["head"], sparsity.entries_per_page
+    size = launch.branch(0).rows
+    rows = _load_rows(launch, refs, size, tile * size, shape.rows)
+    length = refs["lengths"][batch]
+    entries = jnp.maximum(length - sparsity.compress_block + sparsity.compress_stride, 0) // sparsity.compress_stride
+    lane = lax.iota(jnp.int32, launch.entry_tile)
+    with_values = sparsity.compressed_output
+
+    def step(i, state):
+        entry = i * launch.entry_tile + lane
+        live = entry < entries
+        page = plgpu.load(refs["page_table"].at[batch, entry // per_page], mask=live, other=0)
+        at = (page, head, entry % per_page)
+        scores = _scores(launch, rows, load_rows(refs["compressed_key"], at, live))
+        values = load_rows(refs["compressed_value"], at, live) if with_values else None
+        weights, state = _attend(state, scores, live[None, :], values)
+        if launch.scored:
+            _store_scores(launch, refs, rows, i, jnp.where(live[None, :], scores, -jnp.inf), weights, state[0])
+        return state
+
+    state = lax.fori_loop(*_share(pl.cdiv(entries, launch.entry_tile), split, splits), step, _start(rows, with_values))
+
+    # The blocks that end in the tail: each visible below the node at which it ends.
+    slot_tile = min(TAIL_TILE, max(16, pl.next_power_of_2(shape.slots)))
+
+    def slots(i, state):
+        slot = i * slot_tile + lax.iota(jnp.int32, slot_tile)
+        inside = slot < shape.slots
+        node = plgpu.load(refs["tail_slot"].at[batch, slot], mask=inside, other=shape.width)
+        used = node < shape.width
+        visible = _ancestors(refs, rows, node, used)
+        scores = _scores(launch, rows, load_rows(refs["tail_compressed_key"], (batch, slot, head), used))
+        values = load_rows(refs["tail_compressed_value"], (batch, slot, head), used) if with_values else None
+        if launch.scored:
+            where = (jnp.broadcast_to(index, scores.shape) for index in (rows.index[:, None], slot[None, :]))
+            plgpu.store(
+                refs["slot_scores"].at[(batch, head, *where)],
+                jnp.where(visible, scores, -jnp.inf),
+                mask=rows.valid[:, None] & inside[None, :],
+            )
+        return _attend(state, scores, visible, values)[1]
+
+    last = (split == splits - 1) & (length >= 0)
+    state = lax.fori_loop(0, jnp.where(last, jnp.int32(-(-shape.slots // slot_tile)), jnp.int32(0)), slots, state)
+    _finish(refs, rows, base + split, state)
+
+
+def _store_scores(
+    launch: Launch, refs: dict[str, Any], rows: _Rows, tile: Any, scores: Any, weights: Any, top: Any
+) -> None:
+    """A tile's block scores: log2 Σ overlap · 2^score, per block of its pages and for the first page after."""
+    sparsity, shape, pages = launch.sparsity, launch.shape, launch.page_tile
+    if launch.identity:
+        columns, logs = pages, scores
+    else:
+        # Columns: the tile's pages, the page after it, then nothing. One matrix product sums over entries.
+        columns = pl.next_power_of_2(pages + 1)
+        summed = _split_dot(weights, _overlaps(sparsity, launch.entry_tile, columns), refs["query"].dtype)
+        logs = top[:, None] + jnp.log(summed) * np.float32(LOG2E)
+    column = lax.broadcasted_iota(jnp.int32, logs.shape, 1)
+    row = jnp.broadcast_to(rows.index[:, None], logs.shape)
+    at = (refs["batch"], refs["head"], row)
+    block = tile * pages + column
+    valid = rows.valid[:, None]
+    plgpu.store(refs["scores"].at[(*at, block)], logs, mask=valid & (column < pages) & (block < shape.table))
+    if not launch.identity:
+        # Interpret mode writes back what masked lanes read, so these must not name the same place.
+        carry = jnp.where(column == pages, tile, refs["carry"].shape[-1])
+        plgpu.store(refs["carry"].at[(*at, carry)], logs, mask=valid & (column == pages))
+
+
+def overlap(sparsity: Sparsity, entry: Any, block: Any) -> Any:
+    """int32: the chunks of d tokens that compression block ``entry`` shares with selection block ``block``."""
+    chunks, per_page = sparsity.compress_block // sparsity.compress_stride, sparsity.entries_per_page
+    low = jnp.maximum(entry, per_page * block)
+    return jnp.maximum(jnp.minimum(entry + chunks, per_page * (block + 1)) - low, 0)
+
+
+def _overlaps(sparsity: Sparsity, entries: int, blocks: int) -> Any:
+    entry = lax.broadcasted_iota(jnp.int32, (entries, blocks), 0)
+    return overlap(sparsity, entry, lax.broadcasted_iota(jnp.int32, (entries, blocks), 1))
+
+
+def _split_dot(weights: Any, counts: Any, dtype: Any) -> Any:
+    """float32 weights · small integers, to float32's precision.
+
+    Tensor cores take bfloat16: three of them hold all 24 bits of a float32, and the counts are exact.
+    """
+    if dtype == jnp.float32:
+        return dot(weights, counts.astype(jnp.float32))
+    counts, total = counts.astype(jnp.bfloat16), None
+    for _ in range(3):
+        part = weights.astype(jnp.bfloat16)
+        weights = weights - part.astype(jnp.float32)
+        product = dot(part, counts)
+        total = product if total is None else total + product
+    return total
+
+
+def _tail_tiles(launch: Launch, rows: _Rows, last: Any) -> Any:
+    """Tiles of the tail that a program reads: none but in the last split, and on a chain none behind its rows."""
+    return jnp.where(last, jnp.minimum(jnp.max(rows.token), launch.shape.width - 1) // _tail_tile(launch) + 1, 0)
+
+
+def _tail_tile(launch: Launch) -> int:
+    return min(TAIL_TILE, max(16, pl.next_power_of_2(launch.shape.width)))
+
+
+def _window(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, splits: int, base: int) -> None:
+    sparsity, shape = launch.sparsity, launch.shape
+    batch, head, page = refs["batch"], refs["head"], sparsity.select_block
+    size = launch.branch(2).rows
+    rows = _load_rows(launch, refs, size, tile * size, shape.rows)
+    length = refs["lengths"][batch]
+    place = plgpu.load(refs["tail_positions"].at[batch, rows.token], mask=rows.valid, other=0)
+    oldest = place - sparsity.window  # the window begins after it
+    lane = lax.iota(jnp.int32, launch.config.tile)
+    ring = "window_key" in refs
+    first_page_tile = jnp.maximum(length - sparsity.window, 0) // launch.config.tile
+
+    def step(i, state):
+        if ring:
+            slot = i * launch.config.tile + lane
+            newest = length - 1
+            key_at = newest - (newest - slot + shape.ring) % shape.ring
+            # Slots hold the last R positions; a short sequence has not filled them all.
+            live = (slot < shape.ring) & (key_at >= 0)
+            at, keys, values = (batch, head, slot), refs["window_key"], refs["window_value"]
+        else:
+            key_at = (first_page_tile + i) * launch.config.tile + lane
+            live = key_at < length
+            owner = plgpu.load(refs["page_table"].at[batch, key_at // page], mask=live, other=0)
+            at, keys, values = (owner, head, key_at % page), refs["key"], refs["value"]
+        scores = _scores(launch, rows, load_rows(keys, at, live))
+        visible = live[None, :] & (key_at[None, :] > oldest[:, None])
+        return _attend(state, scores, visible, load_rows(values, at, live))[1]
+
+    # Where the ring is not full yet, its slots are those of the positions.
+    span = jnp.clip(length, 0, shape.ring) if ring else jnp.maximum(length - first_page_tile * launch.config.tile, 0)
+    steps = pl.cdiv(span, launch.config.tile)
+    state = lax.fori_loop(*_share(steps, split, splits), step, _start(rows))
+
+    own = "tail_window_key" if ring else "tail_key", "tail_window_value" if ring else "tail_value"
+    tail_lane = lax.iota(jnp.int32, _tail_tile(launch))
+
+    def near(i, state):
+        node = i * _tail_tile(launch) + tail_lane
+        inside = node < shape.width
+        node_at = plgpu.load(refs["tail_positions"].at[batch, node], mask=inside, other=0)
+        visible = _ancestors(refs, rows, node, inside) & (node_at[None, :] > oldest[:, None])
+        scores = _scores(launch, rows, load_rows(refs[own[0]], (batch, node, head), inside))
+        return _attend(state, scores, visible, load_rows(refs[own[1]], (batch, node, head), inside))[1]
+
+    last = (split == splits - 1) & (length >= 0)
+    state = lax.fori_loop(0, _tail_tiles(launch, rows, last), near, state)
+    _finish(refs, rows, base + split, state)
+
+
+def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, splits: int, base: int) -> None:
+    sparsity, shape, config = launch.sparsity, launch.shape, launch.config
+    batch, head, page = refs["batch"], refs["head"], sparsity.select_block
+    size = launch.branch(1).rows
+    per_group = -(-config.group * shape.lanes // size)
+    group = tile // per_group
+    first = group * config.group * shape.lanes
+    end = jnp.minimum(first + config.group * shape.lanes, shape.rows)
+    rows = _load_rows(launch, refs, size, first + tile % per_group * size, end)
+    length = refs["lengths"][batch]
+    grouped = config.group > 1
+    bit = jnp.maximum(rows.token - group * config.group, 0)
+    blocks = max(1, config.tile // page)  # of the list, in a tile
+    lane = lax.iota(jnp.int32, blocks * page)
+    # One block to a tile is a contiguous load; several are gathered by token.
+    place = lane // page if blocks > 1 else 0
+
+    def step(i, state):
+        item = i * blocks + place
+        if grouped:
+            inside = item < count
+            block = plgpu.load(refs["union"].at[batch, head, group, item], mask=inside, other=0)
+            owned = jnp.zeros((size, lane.shape[0]), jnp.int32)
+            for word in range(launch.mask_words):
+                owners = refs["owners"].at[batch, head, group, jnp.full_like(item, word), item]
+                mask = plgpu.load(owners, mask=inside, other=0)
+                mask = mask[None, :] if blocks > 1 else mask
+                bits = (mask >> (bit % 32)[:, None]) & 1
+                owned = jnp.where((bit // 32 == word)[:, None], bits, owned) if launch.mask_words > 1 else bits
+        else:
+            block = plgpu.load(refs["ids"].at[batch, group, head, item], mask=item < sparsity.num_selected, other=-1)
+            inside, owned = (block >= 0) & (block * page < length), None
+            block = jnp.maximum(block, 0)
+        owner = plgpu.load(refs["page_table"].at[batch, block], mask=inside, other=0)
+        live = inside & (block * page + lane % page < length)
+        at = (owner, head, lane % page)
+        scores = _scores(launch, rows, load_rows(refs["key"], at, live))
+        visible = jnp.broadcast_to(live[None, :], scores.shape)
+        if owned is not None:
+            visible &= jnp.broadcast_to(owned, scores.shape) > 0
+        return _attend(state, scores, visible, load_rows(refs["value"], at, live))[1]
+
+    count = refs["count"][batch, head, group] if grouped else jnp.int32(sparsity.num_selected)
+    count = jnp.where(length > 0, count, 0)
+    state = lax.fori_loop(*_share(pl.cdiv(count, blocks), split, splits), step, _start(rows))
+
+    tail_lane = lax.iota(jnp.int32, _tail_tile(launch))
+    # A query's own block and the num_local − 1 before it are selected: no tail token lies before those.
+    always = shape.width - 1 <= (sparsity.num_local - 1) * page and config.mode == "merged"
+
+    def near(i, state):
+        node = i * _tail_tile(launch) + tail_lane
+        inside = node < shape.width
+        visible = _ancestors(refs, rows, node, inside)
+        if not always:
+            block = plgpu.load(refs["tail_positions"].at[batch, node], mask=inside, other=-1) // page
+            token = jnp.where(rows.valid, rows.token, 0)
+
+            def one(k, found):
+                own = plgpu.load(refs["ids"].at[batch, token, head, jnp.broadcast_to(k, token.shape)])
+                return found | (own[:, None] == block[None, :]).astype(jnp.int32)
+
+            nothing = jnp.zeros((size, tail_lane.shape[0]), jnp.int32)
+            visible &= lax.fori_loop(0, sparsity.num_selected, one, nothing) > 0
+        scores = _scores(launch, rows, load_rows(refs["tail_key"], (batch, node, head), inside))
+        return _attend(state, scores, visible, load_rows(refs["tail_value"], (batch, node, head), inside))[1]
+
+    last = (split == splits - 1) & (length >= 0)
+    state = lax.fori_loop(0, _tail_tiles(launch, rows, last), near, state)
+    _finish(refs, rows, base + split, state)

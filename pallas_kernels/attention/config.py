@@ -1,0 +1,118 @@
+"""Tuning parameters of the attention kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Literal
+
+from pallas_kernels.attention.arguments import Shape, Sparsity
+
+GroupMode = Literal["merged", "shared"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """How one branch is spread over programs.
+
+    Attributes:
+      rows: most rows (queries × G) that a program holds; a power of two, at least 16.
+      splits: programs that share a row tile's keys; their partial softmaxes are merged later.
+    """
+
+    rows: int
+    splits: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """How a layer is mapped to the GPU.
+
+    Attributes:
+      group: C, adjacent queries whose selected blocks are loaded once for all; 1: every query loads its own.
+      mode: ``merged``: a query attends to exactly the blocks that it selected; ``shared``: to those of the group's
+        query with the longest prefix (approximate).
+      compressed, selected, window: the branches.
+      tile: keys that a program loads at a time; a multiple of l'/d, and of l' for the selected branch or l' itself.
+      num_warps, num_stages: of the branches' kernels; ``selection_warps`` of the selection.
+    """
+
+    group: int
+    compressed: Branch
+    selected: Branch
+    window: Branch
+    mode: GroupMode = "merged"
+    tile: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+    selection_warps: int = 4
+
+    def __post_init__(self) -> None:
+        if self.group < 1:
+            raise ValueError(f"group: got {self.group}, expected at least 1")
+        if self.mode not in ("merged", "shared"):
+            raise ValueError(f"mode: got {self.mode!r}, expected 'merged' or 'shared'")
+        for name in ("compressed", "selected", "window"):
+            branch = getattr(self, name)
+            if branch.rows < 16 or branch.rows & (branch.rows - 1) or branch.splits < 1:
+                raise ValueError(f"{name}: got {branch}, expected rows a power of two >= 16 and splits >= 1")
+
+    @classmethod
+    def heuristic(
+        cls, sparsity: Sparsity, shape: Shape, group: int | None = None, mode: GroupMode = "merged"
+    ) -> AttentionConfig:
+        """The config for a call of this shape; ``group`` None: chosen too.
+
+        Enough programs to fill a GPU of some 132 multiprocessors about twice, no more: splits cost merging.
+        """
+        if group is None:
+            group = shape.width if shape.width <= 16 else 16
+        group = min(group, shape.width)
+        every = shape.batch * shape.num_kv_heads
+        rows = _power(shape.rows, 16, 64)
+        tiles = -(-shape.rows // rows)
+        entries = -(-shape.table * sparsity.entries_per_page // 64)
+        own_rows = _power(group * shape.lanes, 16, 64)
+        groups = -(-shape.width // group) * -(-group * shape.lanes // own_rows)
+        blocks = min(group * sparsity.num_selected, shape.table)
+        near = -(-(shape.ring or sparsity.window) // 64)
+        return cls(
+            group=group,
+            mode=mode,
+            compressed=Branch(rows, _splits(every * tiles, entries)),
+            selected=Branch(own_rows, _splits(every * groups, blocks)),
+            window=Branch(rows, _splits(every * tiles, near, programs=128)),
+        )
+
+    @classmethod
+    def search_space(
+        cls, sparsity: Sparsity, shape: Shape, group: int | None = None, mode: GroupMode = "merged"
+    ) -> list[AttentionConfig]:
+        """The configs worth measuring around the heuristic for that shape."""
+        base = cls.heuristic(sparsity, shape, group, mode)
+        found = [base]
+        for compressed, selected in itertools.product((0.5, 1, 2), repeat=2):
+            for warps, stages in ((4, 2), (4, 3), (4, 4), (8, 3)):
+                found.append(
+                    dataclasses.replace(
+                        base,
+                        compressed=dataclasses.replace(
+                            base.compressed, splits=max(1, int(base.compressed.splits * compressed))
+                        ),
+                        selected=dataclasses.replace(
+                            base.selected, splits=max(1, int(base.selected.splits * selected))
+                        ),
+                        num_warps=warps,
+                        num_stages=stages,
+                    )
+                )
+        return list(dict.fromkeys(found))
+
+
+def _power(value: int, low: int, high: int) -> int:
+    return min(high, max(low, 1 << (value - 1).bit_length()))
+
+
+def _splits(programs_without: int, steps: int, programs: int = 264) -> int:
+    """Splits of work that takes ``steps`` tiles, done by ``programs_without`` programs when it is not split."""
+    return max(1, min(steps, 32, round(programs / programs_without)))

@@ -1,0 +1,88 @@
+"""Partial outputs of splits → branches → the gated output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels._call import triton_call
+from pallas_kernels.attention.branches import Launch
+
+
+def run(
+    parts: Sequence[tuple[Launch, dict[str, jax.Array]]],
+    gates: jax.Array | None,
+    branches: Sequence[int],
+    dtype: jnp.dtype,
+    interpret: bool,
+) -> jax.Array:
+    """Σ over ``branches`` of gate · branch, [B, T, Hq, D]; ``parts`` are launches with their partial results."""
+    shape = parts[0][0].shape
+    inputs: dict[str, jax.Array] = {} if gates is None else {"gates": gates}
+    segments = []  # (branch, launch number, first split, splits)
+    for number, (launch, partial) in enumerate(parts):
+        inputs |= {f"out{number}": partial["out"], f"lse{number}": partial["lse"]}
+        segments += [(index, number, first, count) for index, first, count in launch.segments if index in branches]
+    names = [*inputs, "merged"]
+    lanes = pl.next_power_of_2(shape.head_dim)
+    most = max(pl.next_power_of_2(count) for *_, count in segments)
+    # A program's rows, with all splits of a branch at once: as many as registers hold.
+    size = min(pl.next_power_of_2(shape.rows), max(1, 8192 // (most * lanes)))
+
+    def nsa_merge(*refs: Any) -> None:
+        named = dict(zip(names, refs, strict=True))
+        head, batch = pl.program_id(1), pl.program_id(2)
+        row = pl.program_id(0) * size + lax.iota(jnp.int32, size)
+        token, lane = row // shape.lanes, row % shape.lanes
+        valid = (row < shape.rows) & (lane < shape.group)
+        query_head = head * shape.group + lane
+        total = jnp.zeros((size, lanes), jnp.float32)
+        for index, number, first, count in segments:
+            merged = _branch(named[f"out{number}"], named[f"lse{number}"], row, valid, first, count, lanes)
+            if gates is not None:
+                gate = plgpu.load(
+                    named["gates"].at[batch, token, query_head, jnp.full_like(token, index)], mask=valid, other=0.0
+                )
+                merged = merged * gate[:, None]
+            total += merged
+        column = lax.broadcasted_iota(jnp.int32, (size, lanes), 1)
+        at = [jnp.broadcast_to(value[:, None], (size, lanes)) for value in (token, query_head)]
+        mask = valid[:, None] & (column < shape.head_dim)
+        plgpu.store(named["merged"].at[(batch, *at, column)], total.astype(dtype), mask=mask)
+
+    return triton_call(
+        nsa_merge,
+        *inputs.values(),
+        out_shape=jax.ShapeDtypeStruct((shape.batch, shape.width, shape.num_heads, shape.head_dim), dtype),
+        grid=(pl.cdiv(shape.rows, size), shape.num_kv_heads, shape.batch),
+        num_warps=4,
+        interpret=interpret,
+    )
+
+
+def _branch(out: Any, lse: Any, row: Any, valid: Any, first: int, count: int, lanes: int) -> Any:
+    """float32 [rows, lanes]: the splits ``first`` … ``first + count − 1``, each weighed by its share of the sum."""
+    splits = pl.next_power_of_2(count)
+    size = row.shape[0]
+    head, batch = pl.program_id(1), pl.program_id(2)
+    split = lax.broadcasted_iota(jnp.int32, (splits, size), 0)
+    mask = (split < count) & valid[None, :]
+    at = (batch, head, first + jnp.minimum(split, count - 1), jnp.broadcast_to(row[None, :], (splits, size)))
+    sums = plgpu.load(lse.at[at], mask=mask, other=-jnp.inf)
+    top = jnp.max(sums, axis=0)
+    top = jnp.where(top > -jnp.inf, top, 0.0)
+    weight = jnp.exp2(sums - top[None, :])
+    total = jnp.sum(weight, axis=0)
+    weight = weight / jnp.where(total > 0, total, 1.0)[None, :]
+    wide = (splits, size, lanes)
+    column = lax.broadcasted_iota(jnp.int32, wide, 2)
+    at = (batch, head, *(jnp.broadcast_to(index[:, :, None], wide) for index in at[2:]), column)
+    mask = jnp.broadcast_to(mask[:, :, None], wide) & (column < out.shape[-1])
+    values = plgpu.load(out.at[at], mask=mask, other=0.0)
+    return jnp.sum(weight[:, :, None] * values, axis=0)

@@ -1,0 +1,194 @@
+"""Scores of compressed entries → the blocks of each query, and the union of each group's blocks.
+
+One program a (query, KV head). It normalises its heads' block scores, adds those of the tail's compression blocks,
+chooses the top n, and marks them in its group's table of owners; the last program of a group to arrive then compacts
+the table into the union. So the union costs no launch of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels._call import triton_call
+from pallas_kernels.attention.arguments import Selection, Tail
+from pallas_kernels.attention.branches import Launch, overlap
+from pallas_kernels.selection.kernel import choose, store_ids
+
+
+def run(
+    launch: Launch, partial: dict[str, jax.Array], lengths: jax.Array, tail: Tail, interpret: bool
+) -> Selection:
+    """The selection from the partial results of a ``scored`` launch."""
+    shape, sparsity, config = launch.shape, launch.sparsity, launch.config
+    grouped = config.group > 1
+    union = min(config.group * sparsity.num_selected, shape.table)
+    lead = (shape.batch, shape.num_kv_heads, launch.groups)
+    inputs = {
+        name: partial[name] for name in ("lse", "scores", "carry", "slot_scores", "workspace") if name in partial
+    }
+    inputs |= {"lengths": lengths, "positions": tail.positions, "slot": tail.slot}
+    outputs = {"ids": (shape.batch, shape.width, shape.num_kv_heads, sparsity.num_selected)}
+    if grouped:
+        outputs |= {
+            "union": (*lead, union),
+            "owners": (*lead, launch.mask_words, union),
+            "count": lead,
+            # The inputs' workspace, changed in place; reading the output is right in interpret mode too.
+            "marks": partial["workspace"].shape,
+        }
+    names = [*inputs, *outputs]
+
+    def nsa_selection(*refs: Any) -> None:
+        _kernel(launch, dict(zip(names, refs, strict=True)), interpret)
+
+    result = triton_call(
+        nsa_selection,
+        *inputs.values(),
+        out_shape=[jax.ShapeDtypeStruct(dims, jnp.int32) for dims in outputs.values()],
+        grid=(shape.width, shape.num_kv_heads, shape.batch),
+        num_warps=config.selection_warps,
+        interpret=interpret,
+        aliases={names.index("workspace"): [*outputs].index("marks")} if grouped else None,
+    )
+    named = dict(zip(outputs, result, strict=True))
+    return Selection(named["ids"], named.get("union"), named.get("owners"), named.get("count"))
+
+
+def _kernel(launch: Launch, refs: dict[str, Any], interpret: bool) -> None:
+    sparsity, shape = launch.sparsity, launch.shape
+    token, head, batch = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    # Interpret mode knows program ids at the top level only.
+    refs |= {"token": token, "head": head, "batch": batch}
+    length, position = refs["lengths"][batch], refs["positions"][batch, token]
+    own = jnp.where(length >= 0, position // sparsity.select_block, -1)
+    num_blocks = shape.table + -(-shape.width // sparsity.select_block) + 1
+    importance = _importance(launch, refs, pl.next_power_of_2(num_blocks), length)
+    rule = dict(
+        num_selected=sparsity.num_selected, num_initial=sparsity.num_initial, num_local=sparsity.num_local
+    )
+    chosen, slot, count = choose(importance, own, num_blocks, **rule)
+    store_ids(refs["ids"], (batch, token, head), chosen, slot, count, sparsity.num_selected)
+    if launch.config.group > 1:
+        _unite(launch, refs, chosen, length, interpret)
+
+
+def _importance(launch: Launch, refs: dict[str, Any], lanes: int, length: Any) -> Any:
+    """Importance float32 [lanes] of this program's query: Σ over heads of the probabilities, by overlap."""
+    sparsity, shape = launch.sparsity, launch.shape
+    token, head, batch = refs["token"], refs["head"], refs["batch"]
+    first, splits = next((first, count) for index, first, count in launch.segments if index == 0)
+    block = lax.iota(jnp.int32, lanes)
+    entries = jnp.maximum(length - sparsity.compress_block + sparsity.compress_stride, 0) // sparsity.compress_stride
+    tiles = pl.cdiv(entries, launch.entry_tile)  # what the scoring launch went over
+    scored = block < jnp.minimum(tiles * launch.page_tile, shape.table)
+    tile = block // launch.page_tile
+    after_tile = (block % launch.page_tile == 0) & (block > 0) & (tile <= tiles)
+    split = lax.iota(jnp.int32, pl.next_power_of_2(splits))
+    slots = jnp.sum((_load(refs["slot"], batch, shape.slots, shape.width) < shape.width).astype(jnp.int32))
+    slots = jnp.where(length >= 0, slots, 0)
+
+    importance = jnp.zeros(lanes, jnp.float32)
+    for g in range(shape.group):
+        row = token * shape.lanes + g
+        lse = plgpu.load(refs["lse"].at[batch, head, first + split, jnp.full_like(split, 0) + row],
+                         mask=split < splits, other=-jnp.inf)  # fmt: skip
+        top = jnp.max(lse)
+        top = jnp.where(top > -jnp.inf, top, 0.0)
+        total = jnp.sum(jnp.exp2(lse - top))
+        # Adding a log is dividing by the sum; no entry is visible where the sum is 0.
+        norm = top + jnp.log2(jnp.where(total > 0, total, 1.0))
+        own = plgpu.load(refs["scores"].at[batch, head, row, block], mask=scored, other=-jnp.inf)
+        importance += jnp.exp2(own - norm)
+        if "carry" in refs:
+            carried = plgpu.load(
+                refs["carry"].at[batch, head, row, jnp.maximum(tile - 1, 0)], mask=after_tile, other=-jnp.inf
+            )
+            importance += jnp.exp2(carried - norm)
+
+        def ended(m, importance, row=row, norm=norm):
+            node = refs["slot"][batch, m]
+            end = refs["positions"][batch, node] + 1
+            entry = (end - sparsity.compress_block) // sparsity.compress_stride
+            probability = jnp.exp2(refs["slot_scores"][batch, head, row, m] - norm)
+            return importance + probability * overlap(sparsity, entry, block).astype(jnp.float32)
+
+        importance = lax.fori_loop(0, slots, ended, importance)
+    return importance
+
+
+def _load(ref: Any, row: Any, size: int, other: int) -> Any:
+    lane = lax.iota(jnp.int32, pl.next_power_of_2(size))
+    return plgpu.load(ref.at[row, lane], mask=lane < size, other=other)
+
+
+def _unite(launch: Launch, refs: dict[str, Any], chosen: Any, length: Any, interpret: bool) -> None:
+    """Marks the chosen blocks; in the group's last program, compacts its union."""
+    sparsity, shape, config = launch.sparsity, launch.shape, launch.config
+    token, head, batch = refs["token"], refs["head"], refs["batch"]
+    group, member = token // config.group, token % config.group
+    marks, row = refs["marks"], shape.table + 1
+    base = group * launch.mask_words * row
+    block = lax.iota(jnp.int32, chosen.shape[0])
+    # Blocks without a committed token are left to the tail. The row's last word is for lanes that mark nothing: masked
+    # on a GPU, where they would all meet there; interpret mode has no masked atomics.
+    marked = chosen & (block * sparsity.select_block < length)
+    at = base + member // 32 * row + jnp.where(marked, block, shape.table)
+    bit = jnp.where(marked, 1 << (member % 32), 0)
+    # A query sets its own bit once: adding it is setting it.
+    plgpu.atomic_add(marks, (batch, head, at), bit, mask=None if interpret else marked)
+    if not interpret:
+        plgpu.debug_barrier()
+    counter = launch.groups * launch.mask_words * row + group
+    members = jnp.minimum(config.group, shape.width - group * config.group)
+    arrived = plgpu.atomic_add(marks, (batch, head, counter), jnp.asarray(1, jnp.int32))
+
+    @pl.when(arrived == members - 1)
+    def _():
+        zeros = jnp.zeros(block.shape, jnp.int32)
+        words, owned = [], zeros != 0
+        for word in range(launch.mask_words):
+            # An atomic addition of 0 reads past L1, which does not know what other multiprocessors wrote.
+            at = base + word * row + jnp.minimum(block, shape.table)
+            mark = jnp.where(block < shape.table, plgpu.atomic_add(marks, (batch, head, at), zeros), 0)
+            words.append(mark)
+            owned |= mark != 0
+        if config.mode == "shared":
+            owned = _representative(launch, refs, group, members, block, length)
+            words = [jnp.where(owned, -1, 0) for _ in words]
+        rank = lax.cumsum(owned.astype(jnp.int32), axis=0) - 1
+        size = refs["union"].shape[-1]
+        slot = jnp.where(owned, rank, size)
+        plgpu.store(refs["union"].at[batch, head, group, slot], block, mask=owned)
+        for word, mark in enumerate(words):
+            plgpu.store(refs["owners"].at[batch, head, group, word, slot], mark, mask=owned)
+        refs["count"][batch, head, group] = jnp.sum(owned.astype(jnp.int32))
+
+
+def _representative(
+    launch: Launch, refs: dict[str, Any], group: Any, members: Any, block: Any, length: Any
+) -> Any:
+    """bool [lanes]: the blocks of the group's query with the longest prefix, which become those of all its queries."""
+    sparsity, config = launch.sparsity, launch.config
+    head, batch = refs["head"], refs["batch"]
+    member = lax.iota(jnp.int32, pl.next_power_of_2(config.group))
+    token = group * config.group + member
+    position = plgpu.load(refs["positions"].at[batch, token], mask=member < members, other=-1)
+    longest = jnp.max(position)
+    best = jnp.max(jnp.where(position == longest, token, -1))
+    owned = jnp.zeros(block.shape, jnp.int32)
+
+    # Read as _unite does.
+    def one(k, owned):
+        own = plgpu.atomic_add(refs["ids"], (batch, best, head, k), jnp.asarray(0, jnp.int32))
+        plgpu.store(refs["ids"].at[batch, token, head, jnp.full_like(token, 0) + k],
+                    jnp.broadcast_to(own, token.shape), mask=member < members)  # fmt: skip
+        return owned | (block == own).astype(jnp.int32)
+
+    owned = lax.fori_loop(0, sparsity.num_selected, one, owned)
+    return (owned > 0) & (block * sparsity.select_block < length)

@@ -1,0 +1,77 @@
+"""The seam to ``pallas_kernels``: which configs its attention takes, and a call of it in this package's terms."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels import attention
+from pallas_kernels.attention import AttentionConfig, Selection, Sparsity
+from specsa_jax.cache import Cache, LayerCache, LayerTail, Tail
+from specsa_jax.config import NSAConfig
+from specsa_jax.nsa.sequence import Projected
+
+
+def sparsity(config: NSAConfig) -> Sparsity:
+    """The kernels' view of a layer."""
+    return Sparsity(
+        compress_block=config.compress_block,
+        compress_stride=config.compress_stride,
+        select_block=config.select_block,
+        num_selected=config.num_selected,
+        num_initial=config.num_initial,
+        num_local=config.num_local,
+        window=config.window_tokens,
+        scale=config.softmax_scale,
+        compressed_output=config.compressed_output,
+    )
+
+
+def limit(config: NSAConfig, *, width: int = 1, pages: int = 1, batch: int = 1) -> str | None:
+    """Why the kernels do not take this layer on the present device (or at these sizes); None if they do."""
+    for name, wrong in (
+        ("fused_selected_window", config.fused_selected_window),
+        ("dense_len", config.dense_len > 0),
+        ("score_map", config.score_map != "overlap"),
+    ):
+        if wrong:
+            return f"{name}: got {getattr(config, name)!r}, which only the XLA path takes"
+    shape = attention.Shape(
+        batch, width, config.num_heads, config.num_kv_heads, config.head_dim, pages, pages, 1, config.window
+    )
+    return attention.unsupported(sparsity(config), shape)
+
+
+def attend(
+    config: NSAConfig,
+    projected: Projected,
+    cache: Cache,
+    layer: LayerCache,
+    tail: Tail,
+    new: LayerTail,
+    *,
+    is_chain: bool,
+    selected: Selection | None = None,
+    kernel_config: AttentionConfig | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, Selection]:
+    """Output [B, T, Hq, D] of the tail's queries and the blocks that they selected, by the kernels.
+
+    ``is_chain`` says that the tail's tree is one, whose ancestor mask needs no reading.
+    """
+    return attention.attend(
+        sparsity(config),
+        projected.query,
+        projected.gates,
+        attention.Layer(
+            layer.key, layer.value, layer.compressed_key, layer.compressed_value, layer.window_key, layer.window_value
+        ),
+        cache.page_table,
+        cache.lengths,
+        attention.Tail(
+            tail.positions, None if is_chain else tail.ancestor, tail.slot, new.key, new.value, new.window_key,
+            new.window_value, new.compressed_key, new.compressed_value,
+        ),
+        selected=selected,
+        config=kernel_config,
+        interpret=interpret,
+    )  # fmt: skip
