@@ -5,6 +5,10 @@ K and V serves. Every program walks over its share of the keys with a running so
 its log-sum-exp; ``merge`` joins them. What a branch attends to besides the cache, the tail, is one more tile or two
 for the last split.
 
+A warp holds 16 rows, the least that a tensor core takes, and all keys of a tile: so softmax needs no word between
+warps. More warps than that would do the same work twice, and keys on the warps' side would meet in shared memory at
+every tile (measured: 2.5 times the instructions).
+
 Scores are kept in units of log 2, because exp2 is what the hardware has.
 """
 
@@ -84,6 +88,11 @@ class Launch:
         return self.sparsity.compress_block == self.sparsity.select_block == self.sparsity.compress_stride
 
     @property
+    def num_warps(self) -> int:
+        """One warp for 16 rows."""
+        return max(1, min(8, max(self.branch(index).rows for index in self.branches) // 16))
+
+    @property
     def mask_words(self) -> int:
         return -(-self.config.group // 32)
 
@@ -111,9 +120,9 @@ def run(
     Returns:
       out: float32 [B, Hkv, splits, rows, D], each split's softmax-weighted values;
       lse: float32 [B, Hkv, splits, rows], log2 of the sums of its exponentials, −inf where it saw nothing;
-      scores: float32 [B, Hkv, rows, N]: log2 of the sum over a block's compressed entries of overlap · 2^score, each
-        block's own page only; carry [B, Hkv, rows, ⌈N/page_tile⌉]: the same of what a tile's last entries give to the
-        first block after it; slot_scores [B, Hkv, rows, M] of the tail's entries;
+      scores: float32 [B, Hkv, rows, N]: log2 of the sum over the entries that begin in a block of overlap · 2^score;
+        carry, where entries reach into the next block: the same with their overlap there;
+        slot_scores [B, Hkv, rows, M]: the scores of the tail's entries;
       workspace: int32 [B, Hkv, ...], zeros (``Launch.workspace``).
     """
     shape = launch.shape
@@ -137,8 +146,8 @@ def run(
             "scores": (jnp.float32, shape.rows, shape.table),
             "slot_scores": (jnp.float32, shape.rows, shape.slots),
         }
-        if not launch.identity:
-            out_shapes["carry"] = (jnp.float32, shape.rows, -(-shape.table // launch.page_tile))
+        if launch.sparsity.compress_block > launch.sparsity.compress_stride:
+            out_shapes["carry"] = (jnp.float32, shape.rows, shape.table)
         if launch.workspace:
             out_shapes["workspace"] = (jnp.int32, launch.workspace)
     names = [*inputs, *out_shapes]
@@ -152,7 +161,7 @@ def run(
         *[value for value in inputs.values() if value is not None],
         out_shape=[jax.ShapeDtypeStruct((*lead, *dims), dtype) for dtype, *dims in out_shapes.values()],
         grid=(works, shape.num_kv_heads, shape.batch),
-        num_warps=launch.config.num_warps,
+        num_warps=launch.num_warps,
         num_stages=launch.config.num_stages,
         interpret=interpret,
         name="nsa_" + "_".join(("compressed", "selected", "window")[index] for index in launch.branches),
@@ -226,13 +235,14 @@ def load_rows(ref: Any, at: tuple[Any, ...], live: Any) -> Any:
     return plgpu.load(ref.at[(*wide, column)], mask=mask if lanes == dim else mask & (column < dim), other=0.0)
 
 
-def dot(a: Any, b: Any, trans_b: bool = False) -> Any:
-    """float32 a·b or a·bᵀ; float32 factors are not rounded."""
+def dot(a: Any, b: Any, **transposed: bool) -> Any:
+    """float32 a·b, either transposed if so asked; float32 factors are not rounded."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return plgpu.dot(a, b, trans_b=trans_b, precision=precision)
+    return plgpu.dot(a, b, precision=precision, **transposed)
 
 
 def _scores(launch: Launch, rows: _Rows, keys: Any) -> Any:
+    """float32 [rows, keys], scaled."""
     return dot(rows.query, keys, trans_b=True) * np.float32(launch.sparsity.scale * LOG2E)
 
 
@@ -345,25 +355,24 @@ def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, spl
 def _store_scores(
     launch: Launch, refs: dict[str, Any], rows: _Rows, tile: Any, scores: Any, weights: Any, top: Any
 ) -> None:
-    """A tile's block scores: log2 Σ overlap · 2^score, per block of its pages and for the first page after."""
+    """A tile's block scores: log2 Σ overlap · 2^score, and of that what its last entries give to the next block."""
     sparsity, shape, pages = launch.sparsity, launch.shape, launch.page_tile
     if launch.identity:
-        columns, logs = pages, scores
+        sums = {"scores": scores}
     else:
-        # Columns: the tile's pages, the page after it, then nothing. One matrix product sums over entries.
-        columns = pl.next_power_of_2(pages + 1)
-        summed = _split_dot(weights, _overlaps(sparsity, launch.entry_tile, columns), refs["query"].dtype)
-        logs = top[:, None] + jnp.log(summed) * np.float32(LOG2E)
-    column = lax.broadcasted_iota(jnp.int32, logs.shape, 1)
-    row = jnp.broadcast_to(rows.index[:, None], logs.shape)
-    at = (refs["batch"], refs["head"], row)
-    block = tile * pages + column
-    valid = rows.valid[:, None]
-    plgpu.store(refs["scores"].at[(*at, block)], logs, mask=valid & (column < pages) & (block < shape.table))
-    if not launch.identity:
-        # Interpret mode writes back what masked lanes read, so these must not name the same place.
-        carry = jnp.where(column == pages, tile, refs["carry"].shape[-1])
-        plgpu.store(refs["carry"].at[(*at, carry)], logs, mask=valid & (column == pages))
+        per_page = sparsity.entries_per_page
+        entry = lax.broadcasted_iota(jnp.int32, (1, 1, per_page), 2)
+        weights = weights.reshape(rows.size, pages, per_page)
+        sums = {
+            name: top[:, None] + jnp.log(jnp.sum(weights * shared.astype(jnp.float32), axis=2)) * np.float32(LOG2E)
+            for name, shared in (("scores", overlap(sparsity, entry, 0)), ("carry", overlap(sparsity, entry, 1)))
+            if name in refs
+        }
+    for name, logs in sums.items():
+        block = tile * pages + lax.broadcasted_iota(jnp.int32, logs.shape, 1)
+        row = jnp.broadcast_to(rows.index[:, None], logs.shape)
+        mask = rows.valid[:, None] & (block < shape.table)
+        plgpu.store(refs[name].at[refs["batch"], refs["head"], row, block], logs, mask=mask)
 
 
 def overlap(sparsity: Sparsity, entry: Any, block: Any) -> Any:
@@ -371,27 +380,6 @@ def overlap(sparsity: Sparsity, entry: Any, block: Any) -> Any:
     chunks, per_page = sparsity.compress_block // sparsity.compress_stride, sparsity.entries_per_page
     low = jnp.maximum(entry, per_page * block)
     return jnp.maximum(jnp.minimum(entry + chunks, per_page * (block + 1)) - low, 0)
-
-
-def _overlaps(sparsity: Sparsity, entries: int, blocks: int) -> Any:
-    entry = lax.broadcasted_iota(jnp.int32, (entries, blocks), 0)
-    return overlap(sparsity, entry, lax.broadcasted_iota(jnp.int32, (entries, blocks), 1))
-
-
-def _split_dot(weights: Any, counts: Any, dtype: Any) -> Any:
-    """float32 weights · small integers, to float32's precision.
-
-    Tensor cores take bfloat16: three of them hold all 24 bits of a float32, and the counts are exact.
-    """
-    if dtype == jnp.float32:
-        return dot(weights, counts.astype(jnp.float32))
-    counts, total = counts.astype(jnp.bfloat16), None
-    for _ in range(3):
-        part = weights.astype(jnp.bfloat16)
-        weights = weights - part.astype(jnp.float32)
-        product = dot(part, counts)
-        total = product if total is None else total + product
-    return total
 
 
 def _tail_tiles(launch: Launch, rows: _Rows, last: Any) -> Any:
@@ -465,13 +453,12 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
     length = refs["lengths"][batch]
     grouped = config.group > 1
     bit = jnp.maximum(rows.token - group * config.group, 0)
-    blocks = max(1, config.tile // page)  # of the list, in a tile
-    lane = lax.iota(jnp.int32, blocks * page)
-    # One block to a tile is a contiguous load; several are gathered by token.
-    place = lane // page if blocks > 1 else 0
+    lane = lax.iota(jnp.int32, config.tile)
+    several = config.tile > page  # blocks of the list in a tile
 
     def step(i, state):
-        item = i * blocks + place
+        at = i * config.tile + (lane if several else 0)
+        item, offset = at // page, (at % page if several else at % page + lane)
         if grouped:
             inside = item < count
             block = plgpu.load(refs["union"].at[batch, head, group, item], mask=inside, other=0)
@@ -479,7 +466,7 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
             for word in range(launch.mask_words):
                 owners = refs["owners"].at[batch, head, group, jnp.full_like(item, word), item]
                 mask = plgpu.load(owners, mask=inside, other=0)
-                mask = mask[None, :] if blocks > 1 else mask
+                mask = mask[None, :] if several else mask
                 bits = (mask >> (bit % 32)[:, None]) & 1
                 owned = jnp.where((bit // 32 == word)[:, None], bits, owned) if launch.mask_words > 1 else bits
         else:
@@ -487,8 +474,8 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
             inside, owned = (block >= 0) & (block * page < length), None
             block = jnp.maximum(block, 0)
         owner = plgpu.load(refs["page_table"].at[batch, block], mask=inside, other=0)
-        live = inside & (block * page + lane % page < length)
-        at = (owner, head, lane % page)
+        live = inside & (block * page + offset < length)
+        at = (owner, head, offset)
         scores = _scores(launch, rows, load_rows(refs["key"], at, live))
         visible = jnp.broadcast_to(live[None, :], scores.shape)
         if owned is not None:
@@ -497,7 +484,7 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
 
     count = refs["count"][batch, head, group] if grouped else jnp.int32(sparsity.num_selected)
     count = jnp.where(length > 0, count, 0)
-    state = lax.fori_loop(*_share(pl.cdiv(count, blocks), split, splits), step, _start(rows))
+    state = lax.fori_loop(*_share(pl.cdiv(count * page, config.tile), split, splits), step, _start(rows))
 
     tail_lane = lax.iota(jnp.int32, _tail_tile(launch))
     # A query's own block and the num_local − 1 before it are selected: no tail token lies before those.

@@ -33,8 +33,9 @@ class AttentionConfig:
       mode: ``merged``: a query attends to exactly the blocks that it selected; ``shared``: to those of the group's
         query with the longest prefix (approximate).
       compressed, selected, window: the branches.
-      tile: keys that a program loads at a time; a multiple of l'/d, and of l' for the selected branch or l' itself.
-      num_warps, num_stages: of the branches' kernels; ``selection_warps`` of the selection.
+      tile: keys that a program loads at a time, a power of two.
+      num_stages: tiles in flight, of the branches' kernels (which have a warp for 16 rows).
+      selection_warps: of the selection.
     """
 
     group: int
@@ -43,8 +44,7 @@ class AttentionConfig:
     window: Branch
     mode: GroupMode = "merged"
     tile: int = 64
-    num_warps: int = 4
-    num_stages: int = 3
+    num_stages: int = 2
     selection_warps: int = 4
 
     def __post_init__(self) -> None:
@@ -52,6 +52,8 @@ class AttentionConfig:
             raise ValueError(f"group: got {self.group}, expected at least 1")
         if self.mode not in ("merged", "shared"):
             raise ValueError(f"mode: got {self.mode!r}, expected 'merged' or 'shared'")
+        if self.tile < 16 or self.tile & (self.tile - 1):
+            raise ValueError(f"tile: got {self.tile}, expected a power of two of at least 16")
         for name in ("compressed", "selected", "window"):
             branch = getattr(self, name)
             if branch.rows < 16 or branch.rows & (branch.rows - 1) or branch.splits < 1:
@@ -92,7 +94,7 @@ class AttentionConfig:
         base = cls.heuristic(sparsity, shape, group, mode)
         found = [base]
         for compressed, selected in itertools.product((0.5, 1, 2), repeat=2):
-            for warps, stages in ((4, 2), (4, 3), (4, 4), (8, 3)):
+            for stages in (2, 3, 4):
                 found.append(
                     dataclasses.replace(
                         base,
@@ -102,7 +104,6 @@ class AttentionConfig:
                         selected=dataclasses.replace(
                             base.selected, splits=max(1, int(base.selected.splits * selected))
                         ),
-                        num_warps=warps,
                         num_stages=stages,
                     )
                 )

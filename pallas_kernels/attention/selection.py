@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -18,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels._call import triton_call
 from pallas_kernels.attention.arguments import Selection, Tail
 from pallas_kernels.attention.branches import Launch, overlap
-from pallas_kernels.selection.kernel import choose, store_ids
+from pallas_kernels.selection.kernel import choose, lane_parts, store_ids
 
 
 def run(
@@ -68,32 +69,30 @@ def _kernel(launch: Launch, refs: dict[str, Any], interpret: bool) -> None:
     length, position = refs["lengths"][batch], refs["positions"][batch, token]
     own = jnp.where(length >= 0, position // sparsity.select_block, -1)
     num_blocks = shape.table + -(-shape.width // sparsity.select_block) + 1
-    importance = _importance(launch, refs, pl.next_power_of_2(num_blocks), length)
+    importance = _importance(launch, refs, num_blocks, length)
     rule = dict(
         num_selected=sparsity.num_selected, num_initial=sparsity.num_initial, num_local=sparsity.num_local
     )
     chosen, slot, count = choose(importance, own, num_blocks, **rule)
     store_ids(refs["ids"], (batch, token, head), chosen, slot, count, sparsity.num_selected)
     if launch.config.group > 1:
-        _unite(launch, refs, chosen, length, interpret)
+        _unite(launch, refs, chosen, num_blocks, length, interpret)
 
 
-def _importance(launch: Launch, refs: dict[str, Any], lanes: int, length: Any) -> Any:
-    """Importance float32 [lanes] of this program's query: Σ over heads of the probabilities, by overlap."""
+def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: Any) -> list[Any]:
+    """Importance float32 of all blocks for this program's query: Σ over heads of the probabilities, by overlap."""
     sparsity, shape = launch.sparsity, launch.shape
     token, head, batch = refs["token"], refs["head"], refs["batch"]
     first, splits = next((first, count) for index, first, count in launch.segments if index == 0)
-    block = lax.iota(jnp.int32, lanes)
+    parts = lane_parts(num_blocks)
     entries = jnp.maximum(length - sparsity.compress_block + sparsity.compress_stride, 0) // sparsity.compress_stride
     tiles = pl.cdiv(entries, launch.entry_tile)  # what the scoring launch went over
-    scored = block < jnp.minimum(tiles * launch.page_tile, shape.table)
-    tile = block // launch.page_tile
-    after_tile = (block % launch.page_tile == 0) & (block > 0) & (tile <= tiles)
+    reached = jnp.minimum(tiles * launch.page_tile, shape.table)
     split = lax.iota(jnp.int32, pl.next_power_of_2(splits))
     slots = jnp.sum((_load(refs["slot"], batch, shape.slots, shape.width) < shape.width).astype(jnp.int32))
     slots = jnp.where(length >= 0, slots, 0)
 
-    importance = jnp.zeros(lanes, jnp.float32)
+    importance = [jnp.zeros(block.shape, jnp.float32) for block in parts]
     for g in range(shape.group):
         row = token * shape.lanes + g
         lse = plgpu.load(refs["lse"].at[batch, head, first + split, jnp.full_like(split, 0) + row],
@@ -103,20 +102,24 @@ def _importance(launch: Launch, refs: dict[str, Any], lanes: int, length: Any) -
         total = jnp.sum(jnp.exp2(lse - top))
         # Adding a log is dividing by the sum; no entry is visible where the sum is 0.
         norm = top + jnp.log2(jnp.where(total > 0, total, 1.0))
-        own = plgpu.load(refs["scores"].at[batch, head, row, block], mask=scored, other=-jnp.inf)
-        importance += jnp.exp2(own - norm)
-        if "carry" in refs:
-            carried = plgpu.load(
-                refs["carry"].at[batch, head, row, jnp.maximum(tile - 1, 0)], mask=after_tile, other=-jnp.inf
-            )
-            importance += jnp.exp2(carried - norm)
+        for number, block in enumerate(parts):
+            own = plgpu.load(refs["scores"].at[batch, head, row, block], mask=block < reached, other=-jnp.inf)
+            importance[number] += jnp.exp2(own - norm)
+            if "carry" in refs:
+                # The block before reaches into this one.
+                before = refs["carry"].at[batch, head, row, jnp.maximum(block - 1, 0)]
+                carried = plgpu.load(before, mask=(block > 0) & (block - 1 < reached), other=-jnp.inf)
+                importance[number] += jnp.exp2(carried - norm)
 
         def ended(m, importance, row=row, norm=norm):
             node = refs["slot"][batch, m]
             end = refs["positions"][batch, node] + 1
             entry = (end - sparsity.compress_block) // sparsity.compress_stride
             probability = jnp.exp2(refs["slot_scores"][batch, head, row, m] - norm)
-            return importance + probability * overlap(sparsity, entry, block).astype(jnp.float32)
+            return [
+                part + probability * overlap(sparsity, entry, block).astype(jnp.float32)
+                for part, block in zip(importance, parts, strict=True)
+            ]
 
         importance = lax.fori_loop(0, slots, ended, importance)
     return importance
@@ -127,21 +130,25 @@ def _load(ref: Any, row: Any, size: int, other: int) -> Any:
     return plgpu.load(ref.at[row, lane], mask=lane < size, other=other)
 
 
-def _unite(launch: Launch, refs: dict[str, Any], chosen: Any, length: Any, interpret: bool) -> None:
+def _unite(launch: Launch, refs: dict[str, Any], chosen: list[Any], num_blocks: int, length: Any, interpret: bool) -> None:
     """Marks the chosen blocks; in the group's last program, compacts its union."""
     sparsity, shape, config = launch.sparsity, launch.shape, launch.config
     token, head, batch = refs["token"], refs["head"], refs["batch"]
     group, member = token // config.group, token % config.group
     marks, row = refs["marks"], shape.table + 1
     base = group * launch.mask_words * row
-    block = lax.iota(jnp.int32, chosen.shape[0])
     # Blocks without a committed token are left to the tail. The row's last word is for lanes that mark nothing: masked
     # on a GPU, where they would all meet there; interpret mode has no masked atomics.
-    marked = chosen & (block * sparsity.select_block < length)
-    at = base + member // 32 * row + jnp.where(marked, block, shape.table)
-    bit = jnp.where(marked, 1 << (member % 32), 0)
-    # A query sets its own bit once: adding it is setting it.
-    plgpu.atomic_add(marks, (batch, head, at), bit, mask=None if interpret else marked)
+    for block, part in zip(lane_parts(num_blocks), chosen, strict=True):
+        marked = part & (block * sparsity.select_block < length)
+        at = base + member // 32 * row + jnp.where(marked, block, shape.table)
+        bit = jnp.where(marked, 1 << (member % 32), 0)
+        # A query sets its own bit once: adding it is setting it, and interpret mode has no atomic_or.
+        if interpret:
+            plgpu.atomic_add(marks, (batch, head, at), bit)
+        else:
+            # Not atomic_add: of a tensor of integers it lowers to an addition of floats.
+            plgpu.atomic_or(marks, (batch, head, at), bit, mask=marked)
     if not interpret:
         plgpu.debug_barrier()
     counter = launch.groups * launch.mask_words * row + group
@@ -150,28 +157,34 @@ def _unite(launch: Launch, refs: dict[str, Any], chosen: Any, length: Any, inter
 
     @pl.when(arrived == members - 1)
     def _():
-        zeros = jnp.zeros(block.shape, jnp.int32)
-        words, owned = [], zeros != 0
-        for word in range(launch.mask_words):
-            # An atomic addition of 0 reads past L1, which does not know what other multiprocessors wrote.
-            at = base + word * row + jnp.minimum(block, shape.table)
-            mark = jnp.where(block < shape.table, plgpu.atomic_add(marks, (batch, head, at), zeros), 0)
-            words.append(mark)
-            owned |= mark != 0
-        if config.mode == "shared":
-            owned = _representative(launch, refs, group, members, block, length)
-            words = [jnp.where(owned, -1, 0) for _ in words]
-        rank = lax.cumsum(owned.astype(jnp.int32), axis=0) - 1
-        size = refs["union"].shape[-1]
-        slot = jnp.where(owned, rank, size)
-        plgpu.store(refs["union"].at[batch, head, group, slot], block, mask=owned)
-        for word, mark in enumerate(words):
-            plgpu.store(refs["owners"].at[batch, head, group, word, slot], mark, mask=owned)
-        refs["count"][batch, head, group] = jnp.sum(owned.astype(jnp.int32))
+        size, filled = refs["union"].shape[-1], np.int32(0)
+        for block in lane_parts(shape.table):
+            words, owned = [], jnp.zeros(block.shape, bool)
+            for word in range(launch.mask_words):
+                # An atomic operation that changes nothing reads past L1, which does not know what others wrote.
+                at = base + word * row + jnp.minimum(block, shape.table)
+                mark = _read(marks, (batch, head, at), jnp.zeros(block.shape, jnp.int32), interpret)
+                words.append(jnp.where(block < shape.table, mark, 0))
+                owned |= words[-1] != 0
+            if config.mode == "shared":
+                owned = _representative(launch, refs, group, members, block, length, interpret)
+                words = [jnp.where(owned, -1, 0) for _ in words]
+            slot = jnp.where(owned, filled + lax.cumsum(owned.astype(jnp.int32), axis=0) - 1, size)
+            plgpu.store(refs["union"].at[batch, head, group, slot], block, mask=owned)
+            for word, mark in enumerate(words):
+                word = jnp.full_like(slot, word)
+                plgpu.store(refs["owners"].at[batch, head, group, word, slot], mark, mask=owned)
+            filled = filled + jnp.sum(owned.astype(jnp.int32))
+        refs["count"][batch, head, group] = filled
+
+
+def _read(ref: Any, at: tuple[Any, ...], zeros: Any, interpret: bool) -> Any:
+    """``ref[*at]`` as an atomic operation reads it."""
+    return plgpu.atomic_add(ref, at, zeros) if interpret else plgpu.atomic_or(ref, at, zeros)
 
 
 def _representative(
-    launch: Launch, refs: dict[str, Any], group: Any, members: Any, block: Any, length: Any
+    launch: Launch, refs: dict[str, Any], group: Any, members: Any, block: Any, length: Any, interpret: bool
 ) -> Any:
     """bool [lanes]: the blocks of the group's query with the longest prefix, which become those of all its queries."""
     sparsity, config = launch.sparsity, launch.config
@@ -185,7 +198,7 @@ def _representative(
 
     # Read as _unite does.
     def one(k, owned):
-        own = plgpu.atomic_add(refs["ids"], (batch, best, head, k), jnp.asarray(0, jnp.int32))
+        own = _read(refs["ids"], (batch, best, head, k), jnp.asarray(0, jnp.int32), interpret)
         plgpu.store(refs["ids"].at[batch, token, head, jnp.full_like(token, 0) + k],
                     jnp.broadcast_to(own, token.shape), mask=member < members)  # fmt: skip
         return owned | (block == own).astype(jnp.int32)

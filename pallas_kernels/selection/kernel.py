@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -47,15 +48,16 @@ def select_blocks(
     rows = math.prod(batch)
     if rows == 0:
         return jnp.zeros((*batch, num_selected), jnp.int32)
-    lanes = pl.next_power_of_2(num_blocks)  # tensors in a Triton kernel have power-of-two sizes
 
     def select_blocks_kernel(importance_ref, positions_ref, ids_ref):
         row = pl.program_id(0)
         own = positions_ref[_position_of(row, batch, positions.shape)] // select_block
-        ids = lax.iota(jnp.int32, lanes)
-        importance = plgpu.load(importance_ref.at[row, ids], mask=ids <= jnp.minimum(own, num_blocks - 1), other=0.0)
+        last = jnp.minimum(own, num_blocks - 1)
+        parts = [
+            plgpu.load(importance_ref.at[row, ids], mask=ids <= last, other=0.0) for ids in lane_parts(num_blocks)
+        ]
         rule = dict(num_selected=num_selected, num_initial=num_initial, num_local=num_local)
-        store_ids(ids_ref, (row,), *choose(importance, own, num_blocks, **rule), num_selected)
+        store_ids(ids_ref, (row,), *choose(parts, own, num_blocks, **rule), num_selected)
 
     ids = triton_call(
         select_blocks_kernel,
@@ -69,37 +71,53 @@ def select_blocks(
     return ids.reshape(*batch, num_selected)
 
 
+def lane_parts(num_blocks: int) -> list[Any]:
+    """Inside a kernel: the ids 0 … ``num_blocks`` − 1 as one or two vectors, the first the longer.
+
+    Tensors in a Triton kernel have power-of-two sizes; one that holds all would often be half empty.
+    """
+    whole = 1 << (num_blocks.bit_length() - 1)
+    rest = num_blocks - whole
+    if rest == 0:
+        return [lax.iota(jnp.int32, whole)]
+    if rest > whole // 2:
+        return [lax.iota(jnp.int32, 2 * whole)]
+    return [lax.iota(jnp.int32, whole), whole + lax.iota(jnp.int32, max(32, pl.next_power_of_2(rest)))]
+
+
 def choose(
-    importance: Any, own: Any, num_blocks: int, *, num_selected: int, num_initial: int, num_local: int
-) -> tuple[Any, Any, Any]:
+    importance: Sequence[Any], own: Any, num_blocks: int, *, num_selected: int, num_initial: int, num_local: int
+) -> tuple[list[Any], list[Any], Any]:
     """Inside a kernel: which blocks a query selects.
 
     Args:
-      importance: float32 [lanes], a power of two at least ``num_blocks``; any value where a block has not begun.
+      importance: float32 vectors, one for each of :func:`lane_parts`; any value where a block has not begun.
       own: int32 [], the query's own block; negative selects nothing.
 
     Returns:
-      chosen: bool [lanes]; slot: int32 [lanes], the rank of each chosen block, ``num_selected`` elsewhere; count: int32
-      [], how many are chosen.
+      chosen: bool, as ``importance``; slot: int32, likewise: the rank of each chosen block, ``num_selected``
+      elsewhere; count: int32 [], how many are chosen.
     """
-    ids = lax.iota(jnp.int32, importance.shape[0])
     last = jnp.minimum(own, num_blocks - 1)
-    # Non-negative floats are ordered like their bits. Blocks that have not begun get -1, which is never counted.
-    begun = ids <= last
-    key = lax.bitcast_convert_type(importance, jnp.int32)
-    key = jnp.where(key > _INFINITY, 0, jnp.clip(key, 0, _LARGEST_FINITE))
-    key = jnp.where((ids < num_initial) | (ids > own - num_local), _FORCED, key)
-    key = jnp.where(begun, key, -1)
     count = jnp.minimum(last + 1, num_selected)
 
-    def number(mask):
-        return jnp.sum(mask.astype(jnp.int32), dtype=jnp.int32)
+    def key_of(ids, importance):
+        # Non-negative floats are ordered like their bits. Blocks that have not begun get -1, which is never counted.
+        key = lax.bitcast_convert_type(importance, jnp.int32)
+        key = jnp.where(key > _INFINITY, 0, jnp.clip(key, 0, _LARGEST_FINITE))
+        key = jnp.where((ids < num_initial) | (ids > own - num_local), _FORCED, key)
+        return jnp.where(ids <= last, key, -1)
+
+    keys = [key_of(ids, part) for ids, part in zip(lane_parts(num_blocks), importance, strict=True)]
+
+    def number(masks):
+        return sum((jnp.sum(mask.astype(jnp.int32), dtype=jnp.int32) for mask in masks), start=np.int32(0))
 
     # The largest threshold that `count` keys reach, bit by bit; done early once exactly `count` keys reach it.
     def narrow(state):
         bit, threshold, reached = state
         candidate = threshold | (1 << bit)
-        candidate_reached = number(key >= candidate)
+        candidate_reached = number([key >= candidate for key in keys])
         accept = candidate_reached >= count
         return bit - 1, jnp.where(accept, candidate, threshold), jnp.where(accept, candidate_reached, reached)
 
@@ -108,19 +126,29 @@ def choose(
     )
 
     # Keys above the threshold are in; of those equal to it, the first `ties`. One cumsum counts both.
-    above, equal = key > threshold, key == threshold
-    ties = count - number(above)
-    counts = lax.cumsum(above.astype(jnp.int32) + (equal.astype(jnp.int32) << 16), axis=0)
-    above_so_far, equal_so_far = counts & 0xFFFF, counts >> 16
-    chosen = above | (equal & (equal_so_far <= ties))
-    # Interpret mode writes back what masked lanes read, so these must not name a slot in use.
-    slot = jnp.where(chosen, above_so_far + jnp.minimum(equal_so_far, ties) - 1, num_selected)
-    return chosen, slot, count
+    ties = count - number([key > threshold for key in keys])
+    all_chosen, slots, before = [], [], np.int32(0)
+    for key in keys:
+        above, equal = key > threshold, key == threshold
+        both = above.astype(jnp.int32) + (equal.astype(jnp.int32) << 16)
+        counts = before + lax.cumsum(both, axis=0)
+        above_so_far, equal_so_far = counts & 0xFFFF, counts >> 16
+        chosen = above | (equal & (equal_so_far <= ties))
+        all_chosen.append(chosen)
+        # Interpret mode writes back what masked lanes read, so these must not name a slot in use.
+        slots.append(jnp.where(chosen, above_so_far + jnp.minimum(equal_so_far, ties) - 1, num_selected))
+        before = before + jnp.sum(both, dtype=jnp.int32)
+    return all_chosen, slots, count
 
 
-def store_ids(ref: Any, at: tuple[Any, ...], chosen: Any, slot: Any, count: Any, num_selected: int) -> None:
+def store_ids(
+    ref: Any, at: tuple[Any, ...], chosen: Sequence[Any], slots: Sequence[Any], count: Any, num_selected: int
+) -> None:
     """Inside a kernel: writes the chosen ids to ``ref[*at]`` int32 [num_selected], ascending, then −1."""
-    plgpu.store(ref.at[(*at, slot)], lax.iota(jnp.int32, chosen.shape[0]), mask=chosen)
+    first = 0
+    for part, slot in zip(chosen, slots, strict=True):
+        plgpu.store(ref.at[(*at, slot)], first + lax.iota(jnp.int32, part.shape[0]), mask=part)
+        first += part.shape[0]
     slot = lax.iota(jnp.int32, pl.next_power_of_2(num_selected))
     plgpu.store(ref.at[(*at, slot)], jnp.full_like(slot, -1), mask=(slot >= count) & (slot < num_selected))
 
