@@ -120,7 +120,8 @@ def run(
     Returns:
       out: float32 [B, Hkv, splits, rows, D], each split's softmax-weighted values;
       lse: float32 [B, Hkv, splits, rows], log2 of the sums of its exponentials, −inf where it saw nothing;
-      scores: float32 [B, Hkv, rows, N]: log2 of the sum over the entries that begin in a block of overlap · 2^score;
+      scores: float32 [B, Hkv, rows, N]: sums over the entries that begin in a block of overlap · 2^(score − top), with
+        tops [B, Hkv, rows, ⌈N/page_tile⌉] of each tile of blocks (where a block is one entry: its score, no tops);
         carry, where entries reach into the next block: the same with their overlap there;
         slot_scores [B, Hkv, rows, M]: the scores of the tail's entries;
       workspace: int32 [B, Hkv, ...], zeros (``Launch.workspace``).
@@ -146,6 +147,8 @@ def run(
             "scores": (jnp.float32, shape.rows, shape.table),
             "slot_scores": (jnp.float32, shape.rows, shape.slots),
         }
+        if not launch.identity:
+            out_shapes["tops"] = (jnp.float32, shape.rows, -(-shape.table // launch.page_tile))
         if launch.sparsity.compress_block > launch.sparsity.compress_stride:
             out_shapes["carry"] = (jnp.float32, shape.rows, shape.table)
         if launch.workspace:
@@ -355,8 +358,12 @@ def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, spl
 def _store_scores(
     launch: Launch, refs: dict[str, Any], rows: _Rows, tile: Any, scores: Any, weights: Any, top: Any
 ) -> None:
-    """A tile's block scores: log2 Σ overlap · 2^score, and of that what its last entries give to the next block."""
+    """What a tile's entries give to the blocks in which they begin, and to the blocks after those.
+
+    Sums relative to the running maximum, which is stored too: a logarithm here would cost more than all else.
+    """
     sparsity, shape, pages = launch.sparsity, launch.shape, launch.page_tile
+    at = refs["batch"], refs["head"]
     if launch.identity:
         sums = {"scores": scores}
     else:
@@ -364,15 +371,15 @@ def _store_scores(
         entry = lax.broadcasted_iota(jnp.int32, (1, 1, per_page), 2)
         weights = weights.reshape(rows.size, pages, per_page)
         sums = {
-            name: top[:, None] + jnp.log(jnp.sum(weights * shared.astype(jnp.float32), axis=2)) * np.float32(LOG2E)
-            for name, shared in (("scores", overlap(sparsity, entry, 0)), ("carry", overlap(sparsity, entry, 1)))
+            name: jnp.sum(weights * overlap(sparsity, entry, block).astype(jnp.float32), axis=2)
+            for name, block in (("scores", 0), ("carry", 1))
             if name in refs
         }
-    for name, logs in sums.items():
-        block = tile * pages + lax.broadcasted_iota(jnp.int32, logs.shape, 1)
-        row = jnp.broadcast_to(rows.index[:, None], logs.shape)
-        mask = rows.valid[:, None] & (block < shape.table)
-        plgpu.store(refs[name].at[refs["batch"], refs["head"], row, block], logs, mask=mask)
+        plgpu.store(refs["tops"].at[(*at, rows.index, jnp.full_like(rows.index, 0) + tile)], top, mask=rows.valid)
+    for name, values in sums.items():
+        block = tile * pages + lax.broadcasted_iota(jnp.int32, values.shape, 1)
+        row = jnp.broadcast_to(rows.index[:, None], values.shape)
+        plgpu.store(refs[name].at[(*at, row, block)], values, mask=rows.valid[:, None] & (block < shape.table))
 
 
 def overlap(sparsity: Sparsity, entry: Any, block: Any) -> Any:

@@ -32,8 +32,8 @@ def run(
     names = [*inputs, "merged"]
     lanes = pl.next_power_of_2(shape.head_dim)
     most = max(pl.next_power_of_2(count) for *_, count in segments)
-    # A program's rows, with all splits of a branch at once: as many as registers hold.
-    size = min(pl.next_power_of_2(shape.rows), max(1, 8192 // (most * lanes)))
+    # A program's rows, with all splits of a branch at once. Few, since many small programs hide latency.
+    size = min(pl.next_power_of_2(shape.rows), max(1, 2048 // (most * lanes)))
 
     def nsa_merge(*refs: Any) -> None:
         named = dict(zip(names, refs, strict=True))

@@ -31,7 +31,7 @@ def run(
     union = min(config.group * sparsity.num_selected, shape.table)
     lead = (shape.batch, shape.num_kv_heads, launch.groups)
     inputs = {
-        name: partial[name] for name in ("lse", "scores", "carry", "slot_scores", "workspace") if name in partial
+        name: partial[name] for name in ("lse", "scores", "tops", "carry", "slot_scores", "workspace") if name in partial
     }
     inputs |= {"lengths": lengths, "positions": tail.positions, "slot": tail.slot}
     outputs = {"ids": (shape.batch, shape.width, shape.num_kv_heads, sparsity.num_selected)}
@@ -103,13 +103,9 @@ def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: A
         # Adding a log is dividing by the sum; no entry is visible where the sum is 0.
         norm = top + jnp.log2(jnp.where(total > 0, total, 1.0))
         for number, block in enumerate(parts):
-            own = plgpu.load(refs["scores"].at[batch, head, row, block], mask=block < reached, other=-jnp.inf)
-            importance[number] += jnp.exp2(own - norm)
-            if "carry" in refs:
-                # The block before reaches into this one.
-                before = refs["carry"].at[batch, head, row, jnp.maximum(block - 1, 0)]
-                carried = plgpu.load(before, mask=(block > 0) & (block - 1 < reached), other=-jnp.inf)
-                importance[number] += jnp.exp2(carried - norm)
+            importance[number] += _probability(launch, refs, "scores", row, block, reached, norm)
+            if "carry" in refs:  # the block before reaches into this one
+                importance[number] += _probability(launch, refs, "carry", row, block - 1, reached, norm)
 
         def ended(m, importance, row=row, norm=norm):
             node = refs["slot"][batch, m]
@@ -123,6 +119,19 @@ def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: A
 
         importance = lax.fori_loop(0, slots, ended, importance)
     return importance
+
+
+def _probability(launch: Launch, refs: dict[str, Any], name: str, row: Any, block: Any, reached: Any, norm: Any) -> Any:
+    """float32 [lanes]: a row's ``scores`` or ``carry`` of blocks as probabilities, 0 outside 0 … ``reached`` − 1."""
+    at = (refs["batch"], refs["head"], row)
+    mask = (block >= 0) & (block < reached)
+    block = jnp.where(mask, block, 0)
+    other = -jnp.inf if launch.identity else 0.0
+    values = plgpu.load(refs[name].at[(*at, block)], mask=mask, other=other)
+    if launch.identity:
+        return jnp.exp2(values - norm)
+    top = plgpu.load(refs["tops"].at[(*at, block // launch.page_tile)], mask=mask, other=-jnp.inf)
+    return values * jnp.exp2(top - norm)
 
 
 def _load(ref: Any, row: Any, size: int, other: int) -> Any:
