@@ -293,6 +293,15 @@ def _share(steps: Any, split: Any, splits: int) -> tuple[Any, Any]:
     return jnp.minimum(first, steps), jnp.minimum(first + each, steps)
 
 
+def _walk(first: Any, end: Any, page_of: Any, step: Any, state: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The state after the steps ``first`` … ``end`` − 1; each gets its page, and returns the next step's.
+
+    A page looked up one step ahead is there when the keys are asked for. Looked up in the same step, it would take one
+    of the stages in which tiles are in flight.
+    """
+    return lax.fori_loop(first, end, step, (page_of(first), state))[1]
+
+
 def _ancestors(refs: dict[str, Any], rows: _Rows, node: Any, live: Any) -> Any:
     """bool [rows, nodes]: is the node on the row's path?"""
     mask = rows.valid[:, None] & live[None, :]
@@ -316,19 +325,23 @@ def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, spl
     lane = lax.iota(jnp.int32, launch.entry_tile)
     with_values = sparsity.compressed_output
 
-    def step(i, state):
+    def page_of(i):
+        entry = i * launch.entry_tile + lane
+        return plgpu.load(refs["page_table"].at[batch, entry // per_page], mask=entry < entries, other=0)
+
+    def step(i, carry):
+        page, state = carry
         entry = i * launch.entry_tile + lane
         live = entry < entries
-        page = plgpu.load(refs["page_table"].at[batch, entry // per_page], mask=live, other=0)
         at = (page, head, entry % per_page)
         scores = _scores(launch, rows, load_rows(refs["compressed_key"], at, live))
         values = load_rows(refs["compressed_value"], at, live) if with_values else None
         weights, state = _attend(state, scores, live[None, :], values)
         if launch.scored:
             _store_scores(launch, refs, rows, i, jnp.where(live[None, :], scores, -jnp.inf), weights, state[0])
-        return state
+        return page_of(i + 1), state
 
-    state = lax.fori_loop(*_share(pl.cdiv(entries, launch.entry_tile), split, splits), step, _start(rows, with_values))
+    state = _walk(*_share(pl.cdiv(entries, launch.entry_tile), split, splits), page_of, step, _start(rows, with_values))
 
     # The blocks that end in the tail: each visible below the node at which it ends.
     slot_tile = min(TAIL_TILE, max(16, pl.next_power_of_2(shape.slots)))
@@ -463,35 +476,41 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
     lane = lax.iota(jnp.int32, config.tile)
     several = config.tile > page  # blocks of the list in a tile
 
-    def step(i, state):
+    def item_of(i):
         at = i * config.tile + (lane if several else 0)
-        item, offset = at // page, (at % page if several else at % page + lane)
+        return at // page, (at % page if several else at % page + lane)
+
+    def page_of(i):
+        """The list's block at step ``i``, −1 behind its end, and its page in the pool."""
+        item, _ = item_of(i)
         if grouped:
-            inside = item < count
-            block = plgpu.load(refs["union"].at[batch, head, group, item], mask=inside, other=0)
-            owned = jnp.zeros((size, lane.shape[0]), jnp.int32)
-            for word in range(launch.mask_words):
-                owners = refs["owners"].at[batch, head, group, jnp.full_like(item, word), item]
-                mask = plgpu.load(owners, mask=inside, other=0)
-                mask = mask[None, :] if several else mask
-                bits = (mask >> (bit % 32)[:, None]) & 1
-                owned = jnp.where((bit // 32 == word)[:, None], bits, owned) if launch.mask_words > 1 else bits
+            block = plgpu.load(refs["union"].at[batch, head, group, item], mask=item < count, other=-1)
         else:
-            block = plgpu.load(refs["ids"].at[batch, group, head, item], mask=item < sparsity.num_selected, other=-1)
-            inside, owned = (block >= 0) & (block * page < length), None
-            block = jnp.maximum(block, 0)
-        owner = plgpu.load(refs["page_table"].at[batch, block], mask=inside, other=0)
-        live = inside & (block * page + offset < length)
+            block = plgpu.load(refs["ids"].at[batch, group, head, item], mask=item < count, other=-1)
+            block = jnp.where(block * page < length, block, -1)
+        return block, plgpu.load(refs["page_table"].at[batch, jnp.maximum(block, 0)], mask=block >= 0, other=0)
+
+    def step(i, carry):
+        (block, owner), state = carry
+        item, offset = item_of(i)
+        live = (block >= 0) & (block * page + offset < length)
         at = (owner, head, offset)
         scores = _scores(launch, rows, load_rows(refs["key"], at, live))
         visible = jnp.broadcast_to(live[None, :], scores.shape)
-        if owned is not None:
+        if grouped:
+            owned = jnp.zeros((size, lane.shape[0]), jnp.int32)
+            for word in range(launch.mask_words):
+                owners = refs["owners"].at[batch, head, group, jnp.full_like(item, word), item]
+                mask = plgpu.load(owners, mask=item < count, other=0)
+                mask = mask[None, :] if several else mask
+                bits = (mask >> (bit % 32)[:, None]) & 1
+                owned = jnp.where((bit // 32 == word)[:, None], bits, owned) if launch.mask_words > 1 else bits
             visible &= jnp.broadcast_to(owned, scores.shape) > 0
-        return _attend(state, scores, visible, load_rows(refs["value"], at, live))[1]
+        return page_of(i + 1), _attend(state, scores, visible, load_rows(refs["value"], at, live))[1]
 
     count = refs["count"][batch, head, group] if grouped else jnp.int32(sparsity.num_selected)
     count = jnp.where(length > 0, count, 0)
-    state = lax.fori_loop(*_share(pl.cdiv(count * page, config.tile), split, splits), step, _start(rows))
+    state = _walk(*_share(pl.cdiv(count * page, config.tile), split, splits), page_of, step, _start(rows))
 
     tail_lane = lax.iota(jnp.int32, _tail_tile(launch))
     # A query's own block and the num_local − 1 before it are selected: no tail token lies before those.
