@@ -183,7 +183,19 @@ def test_statistics_are_consistent(engine, held_out):
         ({"prompts": ["x"], "top_p": 0.0}, ValueError, "top_p: got 0.0"),
         ({"prompts": ["x"], "top_k": -1}, ValueError, "top_k: got -1"),
         ({"prompts": ["x", "y"], "sampling": [SamplingParams()]}, PromptError, "got 1 parameter sets"),
-        ({"prompts": ["x"], "stop": [""]}, PromptError, "stop"),
+        ({"prompts": ["x"], "sampling": [{"temperature": 1}]}, PromptError, "sampling: .*expected a list of Sampling"),
+        ({"prompts": ["x"], "sampling": 7}, PromptError, "sampling: got 7"),
+        ({"prompts": ["x"], "seed": -1}, ValueError, "seed: got -1"),
+        ({"prompts": ["x"], "seed": 2**32}, ValueError, "seed: got 4294967296"),
+        ({"prompts": ["x"], "seed": 0.5}, ValueError, "seed: got 0.5"),
+        ({"prompts": ["x"], "seed": "0"}, ValueError, "seed: got '0'"),
+        ({"prompts": ["x"], "stop": [""]}, PromptError, r"stop: got \('',\)"),
+        ({"prompts": ["x"], "stop": ""}, PromptError, r"stop: got \('',\)"),
+        ({"prompts": ["x"], "stop": None}, PromptError, r"stop: got \(None,\)"),
+        ({"prompts": ["x"], "strategy": "chain:5"}, PromptError, "strategy: got 'chain:5', expected a Strategy"),
+        ({"prompts": [5, 6]}, PromptError, r"prompts\[0\]: got int64 of shape \[\], expected a text or a list"),
+        ({"prompts": [[1, [2]]]}, PromptError, r"prompts\[0\]: got \[1, \[2\]\], expected a text or a list"),
+        ({"prompts": ["x", "\ud800"]}, PromptError, r"prompts\[1\]: got .*ud800., expected a text or a list"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_any_work(engine, arguments, error, words):
@@ -191,6 +203,20 @@ def test_bad_input_is_refused_before_any_work(engine, arguments, error, words):
     with pytest.raises(error, match=words):
         engine.generate(**arguments)
     assert sum(engine.decoder.traces.values()) == before
+
+
+@pytest.mark.parametrize(
+    "tokens, error, words",
+    [
+        ([], PromptError, "tokens: is empty"),
+        ([4096], PromptError, "tokens: got token id 4096, expected 0 to 4095"),
+        ([[1, 2]], PromptError, r"tokens: got int64 of shape \[1, 2\]"),
+        ([1] * 8193, CapacityError, "8193 tokens"),
+    ],
+)
+def test_tokens_that_cannot_be_scored_are_refused(engine, tokens, error, words):
+    with pytest.raises(error, match=words):
+        engine.score(tokens)
 
 
 def test_a_cache_larger_than_allowed_is_refused_with_the_numbers():
@@ -210,6 +236,11 @@ def test_unknown_and_damaged_checkpoints_are_refused(tmp_path):
 def test_a_tree_that_cannot_be_read_is_refused(tree):
     with pytest.raises(ValueError, match="chain:K"):
         Strategy(tree=tree)
+
+
+def test_a_drafter_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="drafter: got 'lookup', expected a Drafter"):
+        Strategy("lookup")
 
 
 def test_buckets_waste_at_most_an_eighth():
