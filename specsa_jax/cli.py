@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from specsa_jax.decoding import Strategy
     from specsa_jax.engine import Engine, Result
 
-# A file of the standard library that the embedded model has not seen: its path is in the held-out split.
-DEFAULT_PROMPT = "concurrent/futures/process.py"
+# A file of the standard library that the embedded model has not seen (its path is in the held-out split), up to a
+# comment in its middle. The text before it is the same in Python 3.11 and 3.12.
+DEFAULT_PROMPT = "multiprocessing/connection.py"
+DEFAULT_CUT = "# Definitions for connections based on sockets\n#\n"
 
 app = typer.Typer(
     add_completion=False,
@@ -134,9 +136,8 @@ def _strategy(drafter: str, tree: str) -> Strategy:
 def _prompts(files: list[Path]) -> list[tuple[str, str]]:
     """(name, text) of each prompt. Raises ValueError for a file that cannot be read, is not UTF-8, or is empty."""
     if not files:
-        text = _read(Path(sysconfig.get_path("stdlib")) / DEFAULT_PROMPT)
-        cut = text.find("\n", len(text) // 2) + 1
-        return [(f"the first half of {DEFAULT_PROMPT}", text[:cut])]
+        head, cut, _ = _read(Path(sysconfig.get_path("stdlib")) / DEFAULT_PROMPT).partition(DEFAULT_CUT)
+        return [(f"the beginning of {DEFAULT_PROMPT}", head + cut)]
     if sum(str(file) == "-" for file in files) > 1:
         raise ValueError("prompt_file: got '-' twice, expected standard input at most once")
     return [("standard input" if str(file) == "-" else str(file), _read(file)) for file in files]

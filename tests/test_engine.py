@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import specsa_jax
-from specsa_jax import CapacityError, CheckpointError, Engine, PromptError, PromptLookup, SamplingParams, Strategy
+from specsa_jax import CapacityError, CheckpointError, Engine, PromptError, PromptLookup, SamplingParams, Strategy, cli
 from specsa_jax.engine import _bucket, _Output
 from specsa_jax.training import is_held_out
 
@@ -66,6 +66,20 @@ def test_greedy_speculation_gives_the_tokens_of_decoding_one_by_one(engine, held
             assert a.finish == b.finish
         speculated += drafted.stats.accepted
     assert speculated > count // 2  # drafts were really accepted
+
+
+@pytest.mark.slow
+def test_the_default_prompt_is_long_held_out_and_continued_with_good_drafts(engine):
+    """``make demo``: the same tokens, two a step at least, and text that is no single line for ever."""
+    ((_, prompt),) = cli._prompts([])
+    assert is_held_out(cli.DEFAULT_PROMPT, HOLDOUT) and prompt.endswith(cli.DEFAULT_CUT)
+    assert 4000 < len(engine.tokenizer.encode(prompt).ids) < 6000
+    plain, drafted = engine.generate(prompt, speculate=False), engine.generate(prompt)
+    assert plain[0].tokens.tolist() == drafted[0].tokens.tolist()
+    assert drafted.stats.mean_acceptance_length >= 2
+    lines = [line for line in drafted[0].text.splitlines() if line.strip()]
+    assert len(set(lines)) >= 6 and "def " in drafted[0].text
+    assert not any(a == b == c for a, b, c in zip(lines, lines[1:], lines[2:], strict=False))
 
 
 def test_one_trace_per_strategy_whatever_the_call(engine, held_out):
