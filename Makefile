@@ -17,7 +17,7 @@ help:
 	@echo 'make clean    remove environments, caches and build products'
 
 demo: .venv/.stamp
-	.venv/bin/specsa generate --compare
+	.venv/bin/specsa generate --compare --json
 
 test: .venv/.stamp
 	.venv/bin/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -67,12 +68,13 @@ def measure(
     return Timing(statistics.median(times) * scale, min(times) * scale, max(times) * scale)
 
 
-def environment() -> dict[str, str | None]:
+def environment() -> dict[str, str | int | None]:
     """What a figure depends on: device, versions, commit, command line."""
     here = Path(__file__).parent
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
     return {
         "device": jax.devices()[0].device_kind,
+        "cpus": os.cpu_count(),
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "backend": get_backend().platform_version,
@@ -92,6 +94,6 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         print("  ".join([row[0].ljust(len(first)), *rest]))
 
 
-def save(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes the rows with :func:`environment` as JSON."""
-    Path(path).write_text(json.dumps({**environment(), "rows": rows}, indent=1) + "\n")
+def save(path: str | Path, rows: Sequence[dict[str, Any]], **summary: Any) -> None:
+    """Writes the rows, and what sums them up, with :func:`environment` as JSON."""
+    Path(path).write_text(json.dumps({**environment(), **summary, "rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -3,24 +3,18 @@
 Each prompt is the first half of a held-out file, of which the last ``--tokens`` tokens are kept. Both loops are
 compiled and warm; the best of ``--repeats`` runs counts for each, in turns. Prints a table, writes JSON.
 
-    python benchmarks/held_out.py --prompts 8 --out benchmarks/results/cpu/held_out.json
+    python benchmarks/held_out.py --out benchmarks/results/cpu/held_out.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import sys
 import sysconfig
 from pathlib import Path
 
-import jax
-from rich.console import Console
-from rich.table import Table
+import harness
 
-import specsa_jax
 from specsa_jax import Engine, Strategy
 from specsa_jax.training import is_held_out
 
@@ -42,14 +36,14 @@ def held_out_prompts(engine: Engine, count: int, tokens: int) -> list[tuple[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=8, help="at most so many files")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--new-tokens", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out")
     args = parser.parse_args()
 
-    engine, strategy, rows = Engine.from_pretrained("embedded"), Strategy(), []
+    engine, rows = Engine.from_pretrained("embedded"), []
     for path, ids in held_out_prompts(engine, args.prompts, args.tokens):
         runs = [
             (engine.generate([ids], args.new_tokens, speculate=False), engine.generate([ids], args.new_tokens))
@@ -68,29 +62,19 @@ def main() -> None:
                 "acceptance_per_position": runs[0][1].stats.acceptance_per_position,
             }
         )
-    table = Table("file", "one at a time", "speculative", "speed-up", "acceptance", "identical")
-    for row in rows:
-        table.add_row(
-            row["file"], f"{row['baseline_tokens_per_second']:.0f}", f"{row['tokens_per_second']:.0f}",
-            f"{row['speedup']:.2f}x", f"{row['mean_acceptance_length']:.2f}", str(row["identical"]),
-        )  # fmt: skip
-    Console().print(table)
-    report = {
-        "device": jax.devices()[0].device_kind,
-        "processor": platform.processor() or platform.machine(),
-        "jax": jax.__version__,
-        "specsa_jax": specsa_jax.__version__,
-        "command": " ".join(sys.argv),
-        "strategy": strategy.describe(),
+    harness.print_table(
+        [{name: value for name, value in row.items() if name != "acceptance_per_position"} for row in rows]
+    )
+    summary = {
+        "strategy": Strategy().describe(),
         "prompt_tokens": args.tokens,
         "new_tokens": args.new_tokens,
         "median_speedup": statistics.median(row["speedup"] for row in rows),
         "mean_acceptance_length": statistics.mean(row["mean_acceptance_length"] for row in rows),
-        "rows": rows,
     }
+    harness.print_table([summary])
     if args.out:
-        Path(args.out).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps({key: value for key, value in report.items() if key != "rows"}))
+        harness.save(args.out, rows, **summary)
 
 
 if __name__ == "__main__":

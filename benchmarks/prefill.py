@@ -6,11 +6,11 @@ python benchmarks/prefill.py --preset 8b --tokens 65536 --out result.json
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import sys
 import time
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,10 +50,7 @@ def main() -> None:
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
     host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    report = {
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "command": " ".join(sys.argv),
+    row = {
         "preset": args.preset,
         "dtype": str(jnp.dtype(dtype)),
         "tokens": args.tokens,
@@ -66,10 +63,9 @@ def main() -> None:
         "cache_bytes": cache_bytes(config, pages, 1, dtype).total,
         "temporary_bytes": prefill.memory_analysis().temp_size_in_bytes,
     }
-    print(json.dumps(report, indent=2))
+    harness.print_table([row])
     if args.out:
-        with open(args.out, "w", encoding="utf-8") as file:
-            file.write(json.dumps(report, indent=2) + "\n")
+        harness.save(args.out, [row])
 
 
 if __name__ == "__main__":

@@ -31,13 +31,15 @@ class Strategy:
       drafter: proposes tokens; None decodes one token at a time.
       tree: shape of the draft, ``chain:K`` for K drafted tokens (a step then verifies K + 1).
 
-    Raises ValueError for a tree that cannot be read or is too large.
+    Raises ValueError for a drafter that is none, and for a tree that cannot be read or is too large.
     """
 
     drafter: Drafter | None = PromptLookup()
     tree: str = "chain:5"
 
     def __post_init__(self) -> None:
+        if self.drafter is not None and not callable(getattr(self.drafter, "propose", None)):
+            raise ValueError(f"drafter: got {self.drafter!r}, expected a Drafter, such as PromptLookup(), or None")
         match = re.fullmatch(r"chain:(\d+)", self.tree) if isinstance(self.tree, str) else None
         if not match or not 1 <= int(match[1]) <= 127:
             raise ValueError(f"tree: got {self.tree!r}, expected chain:K with K from 1 to 127")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -240,12 +240,17 @@ class Engine:
     ) -> Stream:
         """As :meth:`generate`, but gives an iterator over chunks of text, which ends with ``stream.result`` set."""
         rows = self._encode(prompts)
-        _whole("max_new_tokens", max_new_tokens)
+        max_new_tokens = _whole("max_new_tokens", max_new_tokens)
         stop = self._stops(stop)
         if sampling is None:
-            sampling = [SamplingParams(temperature, top_k, top_p, (seed + i) % 2**32) for i in range(len(rows))]
+            first = SamplingParams(temperature, top_k, top_p, seed)
+            sampling = [dataclasses.replace(first, seed=(first.seed + i) % 2**32) for i in range(len(rows))]
+        if not isinstance(sampling, Sequence) or not all(isinstance(one, SamplingParams) for one in sampling):
+            raise PromptError(f"sampling: got {sampling!r}, expected a list of SamplingParams")
         if len(sampling) != len(rows):
             raise PromptError(f"sampling: got {len(sampling)} parameter sets, expected one per prompt ({len(rows)})")
+        if not isinstance(strategy, Strategy | None):
+            raise PromptError(f"strategy: got {strategy!r}, expected a Strategy")
         strategy = AUTOREGRESSIVE if not speculate else Strategy() if strategy is None else strategy
         pages, size = self._plan_pages(rows, max_new_tokens)
         watched = bool(stop) or not _quiet
@@ -304,7 +309,7 @@ class Engine:
 
         Raises PromptError or CapacityError, before any work.
         """
-        (row,) = self._encode([tokens])
+        row = self._row("tokens", tokens)
         pages, _ = self._plan_pages([row], 0)
         chunk = min(self.prefill_chunk, max(16, 1 << (len(row) - 1).bit_length()))
         cache = self._initial_state([row], pages, 0).cache
@@ -380,26 +385,29 @@ class Engine:
             raise PromptError(f"prompts: got {type(prompts).__name__}, expected texts or lists of token ids") from error
         if not prompts:
             raise PromptError("prompts: got a batch of 0, expected at least one prompt")
-        rows = []
-        for index, prompt in enumerate(prompts):
-            where = f"prompts[{index}]"
+        return [self._row(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
+
+    def _row(self, where: str, prompt: Any) -> np.ndarray:
+        """Token ids int32 [T] of a text or a list of ids. Raises PromptError that says ``where``."""
+        try:
             ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else prompt
             row = np.asarray(ids)
-            if row.size == 0:
-                raise PromptError(f"{where}: is empty, expected at least one token")
-            if row.ndim != 1 or row.dtype.kind not in "iu":
-                raise PromptError(
-                    f"{where}: got {row.dtype} of shape {list(row.shape)}, expected a text or a list of token ids"
-                )
-            if row.min() < 0 or row.max() >= self.config.vocab_size:
-                bad = int(row[(row < 0) | (row >= self.config.vocab_size)][0])
-                raise PromptError(f"{where}: got token id {bad}, expected 0 to {self.config.vocab_size - 1}")
-            rows.append(row.astype(np.int32))
-        return rows
+        except (TypeError, ValueError) as error:  # a lone surrogate, lists of unequal lengths
+            raise PromptError(f"{where}: got {prompt!r:.80}, expected a text or a list of token ids") from error
+        if row.size == 0:
+            raise PromptError(f"{where}: is empty, expected at least one token")
+        if row.ndim != 1 or row.dtype.kind not in "iu":
+            raise PromptError(
+                f"{where}: got {row.dtype} of shape {list(row.shape)}, expected a text or a list of token ids"
+            )
+        if row.min() < 0 or row.max() >= self.config.vocab_size:
+            bad = int(row[(row < 0) | (row >= self.config.vocab_size)][0])
+            raise PromptError(f"{where}: got token id {bad}, expected 0 to {self.config.vocab_size - 1}")
+        return row.astype(np.int32)
 
     @staticmethod
     def _stops(stop: Any) -> tuple[str, ...]:
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stops = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
         if not all(isinstance(text, str) and text for text in stops):
             raise PromptError(f"stop: got {stops!r}, expected non-empty texts")
         return stops

@@ -1,5 +1,6 @@
-"""The command line, run as a user runs it."""
+"""The command line."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,26 +8,32 @@ import sys
 
 import pytest
 
+from specsa_jax.cli import main
+from specsa_jax.config import preset
 
-def specsa(*arguments, stdin=""):
+
+def specsa(*arguments, stdin="", stderr=subprocess.PIPE):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     return subprocess.run(
         [sys.executable, "-m", "specsa_jax", *map(str, arguments)],
-        input=stdin if isinstance(stdin, bytes) else stdin.encode(), capture_output=True, env=environment, timeout=300,
+        input=stdin if isinstance(stdin, bytes) else stdin.encode(), stdout=subprocess.PIPE, stderr=stderr,
+        env=environment, timeout=300,
     )  # fmt: skip
 
 
 def test_generate_continues_standard_input_and_ends_with_json():
+    """The last line, also where a terminal or a log shows standard output and error together."""
     run = specsa(
-        "generate", "--prompt-file", "-", "--max-new-tokens", 16, "--compare", "--json", stdin="import os\nimport "
-    )
-    assert run.returncode == 0, run.stderr
+        "generate", "--prompt-file", "-", "--max-new-tokens", 16, "--compare", "--json", stdin="import os\nimport ",
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout
     *text, last = run.stdout.decode().splitlines()
     report = json.loads(last)
-    assert text and report["identical"] is True and report["new_tokens"] <= 16
-    wanted = {"speedup", "mean_acceptance_length", "tokens_per_second", "baseline_tokens_per_second", "prompt_tokens"}
-    assert wanted <= set(report)
-    assert "mean acceptance length" in run.stderr.decode()
+    assert text and report["identical"] is True and 0 < report["new_tokens"] <= 16 and report["prompt_tokens"] > 2
+    wanted = {"speedup", "mean_acceptance_length", "tokens_per_second", "baseline_tokens_per_second"}
+    assert wanted <= set(report) and all(report[name] > 0 for name in wanted)
+    assert any("mean acceptance length" in line for line in text)
 
 
 def test_several_prompt_files_make_a_batch(tmp_path):
@@ -39,30 +46,87 @@ def test_several_prompt_files_make_a_batch(tmp_path):
     assert b"a.py" in run.stderr and b"b.py" in run.stderr
 
 
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """Runs a command that is to be refused: the line that it ends with."""
+
+    def run(*arguments, stdin=b""):
+        monkeypatch.setattr(sys, "argv", ["specsa", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        assert stopped.value.code == 2, err
+        assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+        return err
+
+    return run
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--prompt-file", "absent.py"], "absent.py"),
-        (["--prompt-file", "{empty}"], "empty"),
-        (["--prompt-file", "{binary}"], "not UTF-8 at byte 2"),
+        (["--prompt-file", "{tmp}/absent.py"], "prompt_file: got '{tmp}/absent.py', expected a readable file: No such"),
+        (["--prompt-file", "{tmp}"], "expected a readable file: Is a directory"),
+        (["--prompt-file", "{tmp}/empty"], "prompt_file: {tmp}/empty: is empty"),
+        (["--prompt-file", "{tmp}/binary"], "prompt_file: {tmp}/binary: not UTF-8 at byte 2"),
+        (["--prompt-file", "{tmp}/long"], "tokens and max_new_tokens = 256 make"),
+        (["--prompt-file", "-"], "prompt_file: -: is empty"),
+        (["--prompt-file", "-", "--prompt-file", "-"], "prompt_file: got '-' twice"),
         (["--drafter", "oracle"], "drafter: got 'oracle', expected one of lookup, none"),
-        (["--tree", "bush"], "tree: got 'bush'"),
+        (["--tree", "bush"], "tree: got 'bush', expected chain:K"),
         (["--temperature", "-1"], "temperature: got -1.0"),
         (["--temperature", "nan"], "temperature: got nan"),
         (["--top-p", "0"], "top_p: got 0.0"),
+        (["--top-k", "-1"], "top_k: got -1"),
+        (["--seed", "-1"], "seed: got -1"),
+        (["--seed", str(2**32)], "seed: got 4294967296"),
+        (["--stop", ""], "stop: got ('',), expected non-empty texts"),
         (["--max-new-tokens", "100000"], "max_new_tokens = 100000"),
         (["--max-new-tokens", "0"], "max_new_tokens: got 0"),
-        (["--checkpoint", "nonesuch"], "nonesuch"),
+        (["--max-new-tokens", "-3"], "max_new_tokens: got -3"),
+        (["--max-new-tokens", "1.5"], "Invalid value for '--max-new-tokens'"),
+        (["--checkpoint", "nonesuch"], "checkpoint: got 'nonesuch', expected"),
+        (["--checkpoint", ""], "checkpoint: got '', expected"),
+        (["--checkpoint", "{tmp}"], "config.json: missing"),
+        (["--colour"], "No such option: --colour"),
     ],
 )
-def test_bad_input_ends_with_one_clear_line_and_exit_code_2(tmp_path, arguments, words):
+def test_bad_input_ends_with_one_clear_line_and_exit_code_2(tmp_path, refusal, arguments, words):
     (tmp_path / "empty").touch()
     (tmp_path / "binary").write_bytes(b"ab\xff")
-    run = specsa("generate", *(a.format(empty=tmp_path / "empty", binary=tmp_path / "binary") for a in arguments))
-    message = " ".join(run.stderr.decode().split())
-    assert run.returncode == 2, message
-    assert words in message and "error: " in message and "Traceback" not in message
-    assert run.stdout == b""
+    (tmp_path / "long").write_text("x = [1, 2]\n" * 4000)
+    assert words.format(tmp=tmp_path) in refusal("generate", *(a.format(tmp=tmp_path) for a in arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["{tmp}/absent"], "data: got '{tmp}/absent', expected an existing directory or file"),
+        (["stdlib", "-o", "{tmp}/file/run"], "output: {tmp}/file/run: cannot be written: Not a directory"),
+        (["stdlib", "--batch", "0"], "stage batch: got 0, expected at least 1"),
+        (["stdlib", "--context", "0"], "stage context: got 0, expected at least 1"),
+        (["stdlib", "--steps", "0"], "stage steps: got 0, expected at least 1"),
+        (["stdlib", "--learning-rate", "nan"], "learning_rate: got nan"),
+        (["stdlib", "--model", "{tmp}/config.json"], "num_heads: got 3, expected a multiple of num_kv_heads = 2"),
+        ([], "Missing argument 'data'"),
+    ],
+)
+def test_training_that_cannot_start_ends_with_one_clear_line_too(tmp_path, refusal, arguments, words):
+    (tmp_path / "file").touch()
+    config = preset("embedded").to_dict()
+    config["nsa"] |= {"num_heads": 3, "num_kv_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    line = refusal("train", "-o", tmp_path / "run", *(a.format(tmp=tmp_path) for a in arguments))
+    assert words.format(tmp=tmp_path) in line
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    with subprocess.Popen([sys.executable, "-m", "specsa_jax", "generate", "--prompt-file", "-"],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:  # fmt: skip
+        run.stdout.close()
+        _, notes = run.communicate(b"import os\n", timeout=300)
+    assert run.returncode == 1 and b"rror" not in notes, notes
 
 
 def test_help_is_there_for_every_command_with_an_example():

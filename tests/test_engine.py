@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import specsa_jax
-from specsa_jax import CapacityError, CheckpointError, Engine, PromptError, PromptLookup, SamplingParams, Strategy
+from specsa_jax import CapacityError, CheckpointError, Engine, PromptError, PromptLookup, SamplingParams, Strategy, cli
 from specsa_jax.engine import _bucket, _Output
 from specsa_jax.training import is_held_out
 
@@ -66,6 +66,20 @@ def test_greedy_speculation_gives_the_tokens_of_decoding_one_by_one(engine, held
             assert a.finish == b.finish
         speculated += drafted.stats.accepted
     assert speculated > count // 2  # drafts were really accepted
+
+
+@pytest.mark.slow
+def test_the_default_prompt_is_long_held_out_and_continued_with_good_drafts(engine):
+    """``make demo``: the same tokens, two a step at least, and text that is no single line for ever."""
+    ((_, prompt),) = cli._prompts([])
+    assert is_held_out(cli.DEFAULT_PROMPT, HOLDOUT) and prompt.endswith(cli.DEFAULT_CUT)
+    assert 4000 < len(engine.tokenizer.encode(prompt).ids) < 6000
+    plain, drafted = engine.generate(prompt, speculate=False), engine.generate(prompt)
+    assert plain[0].tokens.tolist() == drafted[0].tokens.tolist()
+    assert drafted.stats.mean_acceptance_length >= 2
+    lines = [line for line in drafted[0].text.splitlines() if line.strip()]
+    assert len(set(lines)) >= 6 and "def " in drafted[0].text
+    assert not any(a == b == c for a, b, c in zip(lines, lines[1:], lines[2:], strict=False))
 
 
 def test_one_trace_per_strategy_whatever_the_call(engine, held_out):
@@ -183,7 +197,19 @@ def test_statistics_are_consistent(engine, held_out):
         ({"prompts": ["x"], "top_p": 0.0}, ValueError, "top_p: got 0.0"),
         ({"prompts": ["x"], "top_k": -1}, ValueError, "top_k: got -1"),
         ({"prompts": ["x", "y"], "sampling": [SamplingParams()]}, PromptError, "got 1 parameter sets"),
-        ({"prompts": ["x"], "stop": [""]}, PromptError, "stop"),
+        ({"prompts": ["x"], "sampling": [{"temperature": 1}]}, PromptError, "sampling: .*expected a list of Sampling"),
+        ({"prompts": ["x"], "sampling": 7}, PromptError, "sampling: got 7"),
+        ({"prompts": ["x"], "seed": -1}, ValueError, "seed: got -1"),
+        ({"prompts": ["x"], "seed": 2**32}, ValueError, "seed: got 4294967296"),
+        ({"prompts": ["x"], "seed": 0.5}, ValueError, "seed: got 0.5"),
+        ({"prompts": ["x"], "seed": "0"}, ValueError, "seed: got '0'"),
+        ({"prompts": ["x"], "stop": [""]}, PromptError, r"stop: got \('',\)"),
+        ({"prompts": ["x"], "stop": ""}, PromptError, r"stop: got \('',\)"),
+        ({"prompts": ["x"], "stop": None}, PromptError, r"stop: got \(None,\)"),
+        ({"prompts": ["x"], "strategy": "chain:5"}, PromptError, "strategy: got 'chain:5', expected a Strategy"),
+        ({"prompts": [5, 6]}, PromptError, r"prompts\[0\]: got int64 of shape \[\], expected a text or a list"),
+        ({"prompts": [[1, [2]]]}, PromptError, r"prompts\[0\]: got \[1, \[2\]\], expected a text or a list"),
+        ({"prompts": ["x", "\ud800"]}, PromptError, r"prompts\[1\]: got .*ud800., expected a text or a list"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_any_work(engine, arguments, error, words):
@@ -191,6 +217,20 @@ def test_bad_input_is_refused_before_any_work(engine, arguments, error, words):
     with pytest.raises(error, match=words):
         engine.generate(**arguments)
     assert sum(engine.decoder.traces.values()) == before
+
+
+@pytest.mark.parametrize(
+    "tokens, error, words",
+    [
+        ([], PromptError, "tokens: is empty"),
+        ([4096], PromptError, "tokens: got token id 4096, expected 0 to 4095"),
+        ([[1, 2]], PromptError, r"tokens: got int64 of shape \[1, 2\]"),
+        ([1] * 8193, CapacityError, "8193 tokens"),
+    ],
+)
+def test_tokens_that_cannot_be_scored_are_refused(engine, tokens, error, words):
+    with pytest.raises(error, match=words):
+        engine.score(tokens)
 
 
 def test_a_cache_larger_than_allowed_is_refused_with_the_numbers():
@@ -210,6 +250,11 @@ def test_unknown_and_damaged_checkpoints_are_refused(tmp_path):
 def test_a_tree_that_cannot_be_read_is_refused(tree):
     with pytest.raises(ValueError, match="chain:K"):
         Strategy(tree=tree)
+
+
+def test_a_drafter_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="drafter: got 'lookup', expected a Drafter"):
+        Strategy("lookup")
 
 
 def test_buckets_waste_at_most_an_eighth():

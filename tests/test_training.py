@@ -5,7 +5,11 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -128,6 +132,32 @@ def test_killed_and_interrupted_runs_resume_with_the_same_losses(config, tmp_pat
     summary = train(resumed)
     assert (summary.stopped, summary.steps) == ("completed", 6)
     assert losses_of(config) == expected  # bit for bit
+
+
+@pytest.mark.slow
+def test_a_killed_command_resumes_and_ctrl_c_saves_then_stops(config):
+    """SIGKILL in the middle, --resume, Ctrl-C: the losses so far are those of a run that nobody disturbed."""
+    config = dataclasses.replace(config, stages=(Stage(32, 4, 300),), save_every=2)
+    words = shlex.split(config.command())[1:]
+
+    def run_until(saved, number, *more):
+        command = subprocess.Popen([sys.executable, "-m", "specsa_jax", *words, *more], stderr=subprocess.PIPE)
+        state, deadline = Path(config.output) / "state", time.monotonic() + 120
+        while max([int(p.name) for p in state.glob("*") if p.name.isdecimal()], default=0) < saved:
+            assert command.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        command.send_signal(number)
+        _, notes = command.communicate(timeout=60)
+        return command.returncode, notes.decode()
+
+    assert run_until(4, signal.SIGKILL)[0] == -signal.SIGKILL
+    code, notes = run_until(max(losses_of(config)) + 4, signal.SIGINT, "--resume")
+    assert code == 130 and "training: SIGINT" in notes and "--resume" in notes
+    losses = losses_of(config)
+    assert len(losses) < 300 and (Path(config.output) / "state" / str(max(losses))).exists()
+    whole = dataclasses.replace(config, output=config.output + "-whole", save_every=0)
+    train(whole)
+    assert losses == {step: loss for step, loss in losses_of(whole).items() if step <= max(losses)}  # bit for bit
 
 
 def test_time_limit_saves_exports_and_can_be_resumed(config):

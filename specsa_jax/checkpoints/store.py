@@ -67,7 +67,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     packaged = {p.parent.name: p.parent for p in sorted(_PACKAGED.glob("*/config.json"))}
     if str(name_or_path) in packaged:
         return packaged[str(name_or_path)]
-    if path.is_dir():
+    if str(name_or_path) and path.is_dir():  # '' would be the working directory
         return path
     names = ", ".join(packaged) or "none"
     raise CheckpointError(

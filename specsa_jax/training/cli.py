@@ -23,9 +23,9 @@ def train(
     data: Annotated[list[str], typer.Argument(help="Directories and files; 'stdlib': this Python's standard library.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The run's directory.")],
     stages: Annotated[str, typer.Option(help="context:batch:steps[,…], in place of the three options below.")] = "",
-    context: Annotated[int, typer.Option(help="Tokens a sequence; 4096 if not given.", show_default=False)] = 0,
-    batch: Annotated[int, typer.Option(help="Sequences an optimiser step; 16 if not given.", show_default=False)] = 0,
-    steps: Annotated[int, typer.Option(help="Optimiser steps; 3000 if not given.", show_default=False)] = 0,
+    context: Annotated[int | None, typer.Option(help="Tokens a sequence; 4096 if not given.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences an optimiser step; 16 if not given.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; 3000 if not given.")] = None,
     model: Annotated[str, typer.Option(help="A preset, or the path of a ModelConfig JSON file.")] = _D["model"],
     init: Annotated[str, typer.Option(help="Start from this checkpoint, with its config and tokenizer.")] = "",
     vocab_size: Annotated[int, typer.Option(help="BPE vocabulary; 0: the model's.")] = 0,
@@ -68,10 +68,12 @@ def train(
     Exit codes: 0 done (or time limit), 1 training failed, 2 bad input, 130 interrupted, 143 terminated.
     """
     console = Console(stderr=True)
+    shape = {"context": context, "batch": batch, "steps": steps}
     try:
-        if stages and (context or batch or steps):
+        given = {name: value for name, value in shape.items() if value is not None}
+        if stages and given:
             raise ConfigError("stages: cannot be given with --context, --batch or --steps")
-        shapes = parse_stages(stages) if stages else (Stage(context or 4096, batch or 16, steps or 3000),)
+        shapes = parse_stages(stages) if stages else (dataclasses.replace(Stage(4096, 16, 3000), **given),)
         config = TrainConfig(
             data=tuple(data), output=output, stages=shapes, model=model, init=init, vocab_size=vocab_size, glob=glob,
             exclude=tuple(exclude or ()), skip_undecodable=skip_undecodable, holdout=holdout, grad_accum=grad_accum,

@@ -80,19 +80,19 @@ class Display:
         self.console = console
         self._progress = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(), console=console,
+            TimeRemainingColumn(), console=console, disable=not console.is_terminal,
         )  # fmt: skip
         self._task = self._progress.add_task("training", total=steps, text="")
         self._held_out = ""
 
     def __enter__(self) -> Display:
-        self._progress.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._progress.stop()
 
     def __call__(self, record: Record) -> None:
+        self._progress.start()  # not before the first record: a run that is refused shows one line
         if "message" in record:
             self.console.print(record["message"], highlight=False, markup=False)
             return
