@@ -197,7 +197,9 @@ def _clear(launch: Launch, refs: dict[str, Any], work: Any) -> None:
     def clear(step, carry):
         at = (step * programs + work) * 1024 + lane
         plgpu.store(
-            refs["workspace"].at[refs["batch"], refs["head"], at], jnp.zeros(1024, jnp.int32), mask=at < launch.workspace
+            refs["workspace"].at[refs["batch"], refs["head"], at],
+            jnp.zeros(1024, jnp.int32),
+            mask=at < launch.workspace,
         )
         return carry
 

@@ -22,16 +22,16 @@ from pallas_kernels.attention.branches import Launch, overlap
 from pallas_kernels.selection.kernel import choose, lane_parts, store_ids
 
 
-def run(
-    launch: Launch, partial: dict[str, jax.Array], lengths: jax.Array, tail: Tail, interpret: bool
-) -> Selection:
+def run(launch: Launch, partial: dict[str, jax.Array], lengths: jax.Array, tail: Tail, interpret: bool) -> Selection:
     """The selection from the partial results of a ``scored`` launch."""
     shape, sparsity, config = launch.shape, launch.sparsity, launch.config
     grouped = config.group > 1
     union = min(config.group * sparsity.num_selected, shape.table)
     lead = (shape.batch, shape.num_kv_heads, launch.groups)
     inputs = {
-        name: partial[name] for name in ("lse", "scores", "tops", "carry", "slot_scores", "workspace") if name in partial
+        name: partial[name]
+        for name in ("lse", "scores", "tops", "carry", "slot_scores", "workspace")
+        if name in partial
     }
     inputs |= {"lengths": lengths, "positions": tail.positions, "slot": tail.slot}
     outputs = {"ids": (shape.batch, shape.width, shape.num_kv_heads, sparsity.num_selected)}
@@ -70,9 +70,7 @@ def _kernel(launch: Launch, refs: dict[str, Any], interpret: bool) -> None:
     own = jnp.where(length >= 0, position // sparsity.select_block, -1)
     num_blocks = shape.table + -(-shape.width // sparsity.select_block) + 1
     importance = _importance(launch, refs, num_blocks, length)
-    rule = dict(
-        num_selected=sparsity.num_selected, num_initial=sparsity.num_initial, num_local=sparsity.num_local
-    )
+    rule = dict(num_selected=sparsity.num_selected, num_initial=sparsity.num_initial, num_local=sparsity.num_local)
     chosen, slot, count = choose(importance, own, num_blocks, **rule)
     store_ids(refs["ids"], (batch, token, head), chosen, slot, count, sparsity.num_selected)
     if launch.config.group > 1:
@@ -139,7 +137,9 @@ def _load(ref: Any, row: Any, size: int, other: int) -> Any:
     return plgpu.load(ref.at[row, lane], mask=lane < size, other=other)
 
 
-def _unite(launch: Launch, refs: dict[str, Any], chosen: list[Any], num_blocks: int, length: Any, interpret: bool) -> None:
+def _unite(
+    launch: Launch, refs: dict[str, Any], chosen: list[Any], num_blocks: int, length: Any, interpret: bool
+) -> None:
     """Marks the chosen blocks; in the group's last program, compacts its union."""
     sparsity, shape, config = launch.sparsity, launch.shape, launch.config
     token, head, batch = refs["token"], refs["head"], refs["batch"]

@@ -74,7 +74,9 @@ class AttentionSpec:
             complete = max(0, (length - sparsity.compress_block) // sparsity.compress_stride + 1)
             total += entry * (complete + min(max(length, 0), sparsity.window))
         blocks = sum(
-            len(set(self.wanted()[b, :, h].ravel()) - {-1}) for b in range(len(self.lengths)) for h in range(self.heads[1])
+            len(set(self.wanted()[b, :, h].ravel()) - {-1})
+            for b in range(len(self.lengths))
+            for h in range(self.heads[1])
         )
         return total + blocks * entry // self.heads[1] * sparsity.select_block
 
@@ -117,6 +119,7 @@ class AttentionSpec:
         for row, length in zip(table, self.lengths, strict=True):
             own = min(-(-(max(length, 0) + width) // page), shape.table)
             row[:own], used = order[used : used + own], used + own
+
         def pages(entries: int) -> jax.Array:
             # Big pools repeat some pages' values: 2^31 random numbers would take minutes.
             some = normal(min(shape.num_pages, 2048), kv_heads, entries, dim)
@@ -195,7 +198,10 @@ def _chain(name: str, width: int, *lengths: int, **others: Any) -> AttentionSpec
 _TREE = (-1, 0, 0, 1, 1, 2, 3, 5)
 _WIDE = (-1, *[0] * 9, *range(1, 10), *range(10, 19))
 _DEFAULT = Sparsity(32, 16, 64, 8, window=96, scale=0.25)
-_IDENTITY_16, _IDENTITY_64 = Sparsity(16, 16, 16, 6, window=24, scale=0.25), Sparsity(64, 64, 64, 4, window=70, scale=0.2)
+_IDENTITY_16, _IDENTITY_64 = (
+    Sparsity(16, 16, 16, 6, window=24, scale=0.25),
+    Sparsity(64, 64, 64, 4, window=70, scale=0.2),
+)
 TESTS = [
     _chain("decode", 1, 200, 37),
     _chain("chain-8", 8, 211, 37, 128),

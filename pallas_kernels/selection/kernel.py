@@ -53,9 +53,7 @@ def select_blocks(
         row = pl.program_id(0)
         own = positions_ref[_position_of(row, batch, positions.shape)] // select_block
         last = jnp.minimum(own, num_blocks - 1)
-        parts = [
-            plgpu.load(importance_ref.at[row, ids], mask=ids <= last, other=0.0) for ids in lane_parts(num_blocks)
-        ]
+        parts = [plgpu.load(importance_ref.at[row, ids], mask=ids <= last, other=0.0) for ids in lane_parts(num_blocks)]
         rule = dict(num_selected=num_selected, num_initial=num_initial, num_local=num_local)
         store_ids(ids_ref, (row,), *choose(parts, own, num_blocks, **rule), num_selected)
 
