@@ -510,7 +510,7 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
             visible &= jnp.broadcast_to(owned, scores.shape) > 0
         return page_of(i + 1), _attend(state, scores, visible, load_rows(refs["value"], at, live))[1]
 
-    count = refs["count"][batch, head, group] if grouped else jnp.int32(sparsity.num_selected)
+    count = refs["size"][batch, head, group] if grouped else jnp.int32(sparsity.num_selected)
     count = jnp.where(length > 0, count, 0)
     state = _walk(*_share(pl.cdiv(count * page, config.tile), split, splits), page_of, step, _start(rows))
 

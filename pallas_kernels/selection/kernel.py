@@ -125,7 +125,7 @@ def choose(
 
     # Keys above the threshold are in; of those equal to it, the first `ties`. One cumsum counts both.
     ties = count - number([key > threshold for key in keys])
-    all_chosen, slots, before = [], [], np.int32(0)
+    all_chosen, slots, before = [], [], jnp.zeros((), jnp.int32)
     for key in keys:
         above, equal = key > threshold, key == threshold
         both = above.astype(jnp.int32) + (equal.astype(jnp.int32) << 16)
