@@ -2,8 +2,8 @@
 
 A row is one head of one query; the G heads of a KV head stand together, so a tile of rows is a matrix that one load of
 K and V serves. Every program walks over its share of the keys with a running softmax and leaves a partial output and
-its log-sum-exp; ``merge`` joins them. What a branch attends to besides the cache, the tail, is one more tile or two
-for the last split.
+its log-sum-exp; ``merge`` joins them. What a branch attends to besides the cache, the tail, is the last split's work:
+all of it where there are several, so that no program waits for the cache and then for the tail.
 
 A warp holds 16 rows, the least that a tensor core takes, and all keys of a tile: so softmax needs no word between
 warps. More warps than that would do the same work twice, and keys on the warps' side would meet in shared memory at
@@ -287,10 +287,10 @@ def _finish(refs: dict[str, Any], rows: _Rows, split: Any, state: tuple[Any, ...
 
 
 def _share(steps: Any, split: Any, splits: int) -> tuple[Any, Any]:
-    """The ``split``-th of ``splits`` equal shares of ``steps`` steps."""
+    """The ``split``-th share of ``steps`` steps over the cache: equal, and nothing for the last of several splits."""
     if splits == 1:
         return 0, steps
-    each = pl.cdiv(steps, splits)
+    each = pl.cdiv(steps, splits - 1)
     first = split * each
     return jnp.minimum(first, steps), jnp.minimum(first + each, steps)
 

@@ -17,7 +17,8 @@ class Branch:
 
     Attributes:
       rows: most rows (queries × G) that a program holds; a power of two, at least 16.
-      splits: programs that share a row tile's keys; their partial softmaxes are merged later.
+      splits: programs that share a row tile's keys, the last of several taking the tail; their partial softmaxes are
+        merged later.
     """
 
     rows: int
@@ -117,5 +118,5 @@ def _power(value: int, low: int, high: int) -> int:
 
 
 def _splits(programs_without: int, steps: int, programs: int = 400) -> int:
-    """Splits of work that takes ``steps`` tiles, done by ``programs_without`` programs when it is not split."""
-    return max(1, min(steps, 32, round(programs / programs_without)))
+    """Splits of work that takes ``steps`` tiles and ``programs_without`` programs when it is not split; one for the tail."""
+    return max(1, min(steps, 31, round(programs / programs_without))) + 1
