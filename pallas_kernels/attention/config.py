@@ -118,5 +118,5 @@ def _power(value: int, low: int, high: int) -> int:
 
 
 def _splits(programs_without: int, steps: int, programs: int = 400) -> int:
-    """Splits of work that takes ``steps`` tiles and ``programs_without`` programs when it is not split; one for the tail."""
+    """Splits of ``steps`` tiles that ``programs_without`` programs would take without splits; one is for the tail."""
     return max(1, min(steps, 31, round(programs / programs_without))) + 1
