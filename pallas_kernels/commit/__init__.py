@@ -42,9 +42,9 @@ def commit(
 
     Step s of a sequence's path, node ``path[b, s]``, gets position p = L + s. Its key and value go to slot p mod l' of
     the page of block p // l'; into rings at p mod R, where of steps that meet the last stays. If a compression block
-    ends at the node, its compressed entry i = (p + 1 − l) // d goes to slot i mod l'/d of the page of block i // (l'/d).
-    What falls beyond a sequence's pages is dropped. All else keeps its bits; under jit the arrays of ``layer`` are
-    updated in place if nothing reads them afterwards.
+    ends at the node, its compressed entry i = (p + 1 − l) // d goes to slot i mod (l'/d) of the page of block
+    i // (l'/d). What falls beyond a sequence's pages is dropped. All else keeps its bits; under jit the arrays of
+    ``layer`` are updated in place if nothing reads them afterwards.
 
     Args:
       layer: the cache, of any dtype; see :class:`Entries`. d follows from the shapes.

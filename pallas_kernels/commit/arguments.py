@@ -64,7 +64,10 @@ def check(
             raise ValueError(f"{field}: given in one of layer and new, expected in both or neither")
     stored = [(field, array) for field, array in layer._asdict().items() if array is not None]
     for name, array, expected in (
-        *((f"layer.{field}", array, "[P, Hkv, l', D]" if field in PAGED else "[B, Hkv, R, D]") for field, array in stored),
+        *(
+            (f"layer.{field}", array, "[P, Hkv, l', D]" if field in PAGED else "[B, Hkv, R, D]")
+            for field, array in stored
+        ),
         ("new.key", new.key, "[B, T, Hkv, D]"),
         ("page_table", page_table, "[B, N]"),
         ("path", path, "[B, A]"),
@@ -75,15 +78,15 @@ def check(
     pages, heads, page, dim = layer.key.shape
     batch, width = new.key.shape[:2]
     slots = slot.shape[1]
-    for name, array, shape in (
-        ("page_table", page_table, (batch, page_table.shape[1])),
-        ("lengths", lengths, (batch,)),
-        ("path", path, (batch, path.shape[1])),
-        ("count", count, (batch,)),
-        ("slot", slot, (batch, slots)),
+    for name, array, own in (
+        ("page_table", page_table, page_table.shape[1:]),
+        ("lengths", lengths, ()),
+        ("path", path, path.shape[1:]),
+        ("count", count, ()),
+        ("slot", slot, slot.shape[1:]),
     ):
-        if array.shape != shape or array.dtype != jnp.int32:
-            raise ValueError(f"{name}: got {array.dtype} {array.shape}, expected int32 {shape}")
+        if array.shape != (batch, *own) or array.dtype != jnp.int32:
+            raise ValueError(f"{name}: got {array.dtype} {array.shape}, expected int32 {(batch, *own)}")
     per_page = next((array.shape[2] for field, array in stored if field.startswith("compressed")), page)
     if page % per_page:
         raise ValueError(f"layer.compressed_key: got {per_page} entries per page, expected a divisor of l' = {page}")

@@ -96,7 +96,7 @@ def _kernel(refs: dict[str, Any], arrays: dict[str, tuple[Any, Any]], compress_b
 
         page, owned = owner(position // page_size, True)
         places = {name: (page, position % page_size, owned) for name in ("key", "value")}
-        sources = dict.fromkeys(arrays, (node, True))
+        sources: dict[str, tuple[Any, Any]] = dict.fromkeys(arrays, (node, True))
         for name in ("raw_key", "raw_value", "window_key", "window_value"):
             if name in arrays:
                 # Of steps that meet in one slot only the last may write: programs have no order.

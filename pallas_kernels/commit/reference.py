@@ -21,7 +21,9 @@ def commit(
     compress_block: int,
 ) -> Entries:
     """See :func:`pallas_kernels.commit.commit`; arrays of NumPy's, returned as copies."""
-    result: dict[str, Any] = {name: None if array is None else np.array(array) for name, array in layer._asdict().items()}
+    result: dict[str, Any] = {
+        name: None if array is None else np.array(array) for name, array in layer._asdict().items()
+    }
     num_pages, _, page_size, _ = layer.key.shape
 
     def to_page(name: str, sequence: int, index: int, value: Any) -> None:

@@ -77,8 +77,9 @@ class CommitSpec:
             return jax.ShapeDtypeStruct((shape.batch, *dims), jnp.int32)
 
         token, pool = (shape.batch, self.width, self.heads), (pages, self.heads)
+        raw, near = ((*lead, size) for size in self.rings)
         return (
-            entries((*pool, self.page), (*pool, self.page // self.stride), (*lead, self.rings[0]), (*lead, self.rings[1])),
+            entries((*pool, self.page), (*pool, self.page // self.stride), raw, near),
             entries(token, (shape.batch, shape.slots, self.heads), token, token),
             integers(self.table), integers(), integers(shape.steps), integers(), integers(shape.slots),
         )  # fmt: skip
