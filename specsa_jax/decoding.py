@@ -133,7 +133,10 @@ class Decoder:
         """The cache with the first ``count`` int32 [B] tokens of the chain."""
         batch, width = tails[0].key.shape[:2]
         path = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
-        return commit(self.config.nsa, cache, tails, self._tail(cache, width), path, count)
+        return commit(
+            self.config.nsa, cache, tails, self._tail(cache, width), path, count,
+            implementation=self.backend.implementation, interpret=self.backend.interpret,
+        )  # fmt: skip
 
     def _prefill(self, params: transformer.Params, state: State, max_chunks: jax.Array, chunk: int) -> State:
         """Commits known tokens but the last, ``chunk`` at a time, at most ``max_chunks`` int32 [] of them."""
