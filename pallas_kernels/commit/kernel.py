@@ -76,7 +76,9 @@ def commit(
 
 
 def _kernel(refs: dict[str, Any], arrays: dict[str, tuple[Any, Any]], compress_block: int, heads: int) -> None:
-    step, first, batch = pl.program_id(0), pl.program_id(1) * heads, pl.program_id(2)
+    # From the last step to the first: interpret mode runs programs in order, which would hide who overwrites whom.
+    step = pl.num_programs(0) - 1 - pl.program_id(0)
+    first, batch = pl.program_id(1) * heads, pl.program_id(2)
     count, node, position = refs["count"][batch], refs["path"][batch, step], refs["lengths"][batch] + step
     table = refs["page_table"]
     num_pages, num_heads, page_size, dim = arrays["key"][1].shape
