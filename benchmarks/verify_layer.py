@@ -1,0 +1,362 @@
+"""One NSA layer's verification of T draft tokens (class ``exact``), in a captured loop on inputs larger than L2.
+
+    python benchmarks/verify_layer.py --out benchmarks/results/verify_layer.json
+    python benchmarks/verify_layer.py --heads 32x8 --context 64 --batch 8 --width 8 --overlap 50,70,90 --group 1,2,4,8,T
+    python benchmarks/verify_layer.py --batch 8 --width 8 --xla --stages
+    python benchmarks/verify_layer.py --tiny --interpret      # does the script run? (on a CPU)
+
+A row is a case and a group size C: the refresh layer (scores, selection, three branches, merge), the reuse layer, the
+XLA path with ``--xla``, and the peer. Times are medians in µs of a loop that runs 5 ms or more, less ``link``, the
+cost of what makes one call depend on the one before. ``floor`` is the time that HBM takes to deliver every needed byte
+once (compressed entries, windows, the union of the blocks that were selected); ``of floor`` its fraction of the
+refresh layer's. Group 1 is our per-query path.
+
+The XLA path is ``specsa_jax.nsa.cached.attend_cached`` on the same arrays. Besides what the kernels do it rotates the
+tail's keys and compresses the blocks that end in the tail (mean pooling: the cheapest there is).
+
+Before a group is timed, its output and selection are compared with group 1's; the XLA path's output too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention import AttentionConfig, Sparsity, attend, branches, merge, selection, specs
+from pallas_kernels.attention.arguments import check
+
+L2_BYTES = 60e6
+LOOP_US = 5000
+# µs of Scalable-Flash-Native-Sparse-Attention (Triton, paged, split-K, CUDA graph), one layer, T draft tokens as T
+# rows that share a page table: l 32, d 16, l' 64, n 16, w 512, D 128, bf16, measured by us on an NVIDIA H200.
+# (heads, context in K, batch) → T → µs.
+PEER = {
+    ("32x8", 16, 1): {1: 52, 4: 54, 8: 58, 16: 70, 32: 94, 64: 161, 128: 289},
+    ("32x8", 16, 8): {1: 69, 4: 106, 8: 178, 16: 314},
+    ("32x8", 16, 32): {1: 144, 4: 345, 8: 611, 16: 1139},
+    ("32x8", 64, 1): {1: 72, 4: 78, 8: 87, 16: 109, 32: 185, 64: 339, 128: 628},
+    ("32x8", 64, 8): {1: 105, 4: 201, 8: 353, 16: 658},
+    ("32x8", 64, 32): {1: 289, 4: 705, 8: 1285, 16: 2492},
+    ("64x4", 16, 1): {1: 54, 4: 56, 8: 57, 16: 62},
+    ("64x4", 16, 8): {1: 62, 4: 80, 8: 114, 16: 199},
+    ("64x4", 16, 32): {1: 95, 4: 213, 8: 373, 16: 685},
+    ("64x4", 64, 1): {1: 71, 4: 73, 8: 78, 16: 88},
+    ("64x4", 64, 8): {1: 86, 4: 120, 8: 204, 16: 379},
+    ("64x4", 64, 32): {1: 169, 4: 397, 8: 723, 16: 1386},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A spec with the axes that it comes from; ``context`` in units of 1024 tokens."""
+
+    spec: specs.AttentionSpec
+    heads: str
+    context: int
+    overlap: str
+
+    @property
+    def axes(self) -> dict[str, Any]:
+        return {
+            "heads": self.heads, "context": self.context, "batch": len(self.spec.lengths), "width": self.spec.width,
+            "overlap": self.overlap,
+        }  # fmt: skip
+
+    @property
+    def peer(self) -> int | None:
+        return PEER.get((self.heads, self.context, len(self.spec.lengths)), {}).get(self.spec.width)
+
+
+def needed_bytes(spec: specs.AttentionSpec, ids: np.ndarray) -> int:
+    """As ``spec.bytes``, for the selected blocks ``ids`` [B, T, Hkv, n]: compressed entries, windows, union."""
+    sparsity, item = spec.sparsity, jnp.dtype(spec.dtype).itemsize
+    token, tokens = 2 * spec.dim * item, 0  # of one KV head
+    for own, length in zip(ids, spec.lengths, strict=True):
+        entries = max(0, (length - sparsity.compress_block) // sparsity.compress_stride + 1)
+        tokens += spec.heads[1] * (entries + min(max(length, 0), sparsity.window))
+        committed = -(-length // sparsity.select_block)
+        for head in range(spec.heads[1]):
+            union = np.unique(own[:, head])
+            tokens += sparsity.select_block * int(((union >= 0) & (union < committed)).sum())
+    return token * tokens
+
+
+def link(lengths, out):
+    """Lengths that depend on ``out`` and are what they were, which XLA does not know."""
+    out = jax.lax.optimization_barrier(out)  # all of it, not the element that is used
+    return jax.lax.optimization_barrier(lengths + jnp.minimum(jnp.abs(out.reshape(-1)[:1]).astype(jnp.int32), 0)[0])
+
+
+def with_lengths(arguments, lengths):
+    query, gates, layer, page_table, _, tail = arguments
+    return query, gates, layer, page_table, lengths, tail
+
+
+def stage(spec: specs.AttentionSpec, config: AttentionConfig, arguments, last: int, interpret: bool):
+    """What the first ``last`` of a refresh layer's four launches leave."""
+    query, gates, layer, page_table, lengths, tail = arguments
+    shape, inputs = check(spec.sparsity, *arguments), (query, layer, page_table, lengths, tail)
+    scoring = branches.Launch(spec.sparsity, shape, config, (0, 2), scored=True)
+    partial = branches.run(scoring, *inputs, None, interpret)
+    if last == 1:
+        return partial["out"]
+    selected = selection.run(scoring, partial, lengths, tail, interpret)
+    if last == 2:
+        # Of the group's last program to arrive, where there is one.
+        return selected.ids if selected.count is None else selected.count
+    launch = branches.Launch(spec.sparsity, shape, config, (1,))
+    rest = branches.run(launch, *inputs, selected, interpret)
+    if last == 3:
+        return rest["out"]
+    return merge.run([(scoring, partial), (launch, rest)], gates, [0, 1, 2], jnp.dtype(query.dtype), interpret)
+
+
+def xla_path(spec: specs.AttentionSpec):
+    """``attend_cached`` as a function of the kernels' arguments, giving the output and the tail's entries."""
+    from flax import nnx
+
+    from specsa_jax import cache as caches
+    from specsa_jax.config import NSAConfig, RopeConfig
+    from specsa_jax.nsa.cached import attend_cached
+    from specsa_jax.nsa.compression import Compress
+    from specsa_jax.nsa.sequence import Projected
+
+    sizes = dataclasses.asdict(spec.sparsity)
+    config = NSAConfig(
+        num_heads=spec.heads[0], num_kv_heads=spec.heads[1], head_dim=spec.dim, compression="mean",
+        compress_position="none", compressed_rope="none", **sizes,
+    )  # fmt: skip
+    # The arguments are rotated already: so slow a rotation is the identity.
+    rope = RopeConfig(kind="linear", factor=1e12)
+    phi = Compress(config, has_position=False, dtype=jnp.dtype(spec.dtype), rngs=nnx.Rngs(0))
+    tree, slots = caches.chain(spec.width, config.compress_block), caches.chain_slots(config, spec.width)
+    ring = caches.ring_sizes(config, 1)[0]
+
+    def run(arguments):
+        query, gates, layer, page_table, lengths, tail = arguments
+        # The raw ring, which the kernels do not read, has the window's values: any would do.
+        raw = [jnp.tile(x, (1, 1, -(-ring // x.shape[2]), 1))[:, :, :ring] for x in layer[4:]]
+        own = caches.LayerCache(*layer[:4], *raw, *layer[4:])
+        cache = caches.Cache([own], page_table, lengths)
+        keys = jnp.stack([tail.key, tail.key, tail.window_key], axis=2)
+        values = jnp.stack([tail.value, tail.value, tail.window_value], axis=2)
+        # Its positions are the arguments', not the loop's: made once.
+        new = caches.make_tail(config, tree, tail.positions[:, 0], slots)
+        return attend_cached(config, rope, phi, phi, Projected(query, keys, values, gates), cache, own, new)
+
+    return run
+
+
+def compare(name: str, out, expected, dtype: str) -> None:
+    """Stops unless ``out`` is ``expected`` to what the dtype allows: no figures from a wrong kernel."""
+    out, expected = (np.asarray(x, np.float32) for x in (out, expected))
+    tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype] * max(1.0, float(np.abs(expected).max()))
+    error = float(np.abs(out - expected).max())
+    if not error <= tolerance:
+        raise SystemExit(f"{name}: an output is off by {error:.2g}, expected at most {tolerance:.2g}")
+
+
+class Bench:
+    """One case's inputs on the device, and how its functions are timed."""
+
+    def __init__(self, case: Case, args: argparse.Namespace):
+        self.case, self.spec, self.args = case, case.spec, args
+        first = self.spec.arguments()
+        self.baseline = AttentionConfig.heuristic(self.spec.sparsity, self.spec.shape, 1)
+        self.expected, chosen = self.attend(self.baseline)(first)
+        self.ids = np.asarray(chosen.ids)
+        self.bytes = needed_bytes(self.spec, self.ids)
+        count = 1 if args.tiny else max(1, min(24, math.ceil(2 * L2_BYTES / self.bytes)))
+        self.buffers = [first, *(self.spec.arguments(seed) for seed in range(1, count))]
+        jax.block_until_ready(self.buffers)
+        self.floor = self.bytes / (args.bandwidth * 1e6)
+        self.link = 0.0
+        self.link = self.time(lambda arguments: arguments[4], self.buffers)["median"]
+
+    def attend(self, config: AttentionConfig):
+        spec, interpret = self.spec, self.args.interpret
+        return jax.jit(lambda arguments: attend(spec.sparsity, *arguments, config=config, interpret=interpret))
+
+    def time(self, function, buffers, guess: float | None = None) -> dict[str, float]:
+        """µs of ``function(arguments, *rest)`` over ``buffers``; ``guess``: of a call, for the loop's length."""
+
+        def step(lengths, buffer):
+            arguments, *rest = buffer if isinstance(buffer, list) else [buffer]
+            return link(lengths, function(with_lengths(arguments, lengths), *rest))
+
+        # Never faster than the floor, nor than a launch.
+        guess = max(guess or self.floor, 5.0)
+        iterations = 1 if self.args.tiny else math.ceil(LOOP_US / (guess * len(buffers)))
+        sizes = dict(repeats=1) if self.args.tiny else dict(seconds=self.args.seconds, repeats=9)
+        timing = harness.measure(step, self.buffers[0][4], buffers, iterations=iterations, **sizes)
+        return {field: value - self.link for field, value in dataclasses.asdict(timing).items()}
+
+    def row(self, group: int) -> dict[str, Any]:
+        """All figures of one group size."""
+        spec, args = self.spec, self.args
+        config = AttentionConfig.heuristic(spec.sparsity, spec.shape, group)
+        name = f"{spec.name}, group {group}"
+        run = self.attend(config)
+        out, selected = run(self.buffers[0])
+        compare(name, out, self.expected, spec.dtype)
+        if not np.array_equal(selected.ids, self.ids):
+            raise SystemExit(f"{name}: other blocks than group 1")
+        refresh = self.time(lambda arguments: run(arguments)[0], self.buffers)
+
+        def reuse_layer(arguments, selected):
+            return attend(spec.sparsity, *arguments, selected=selected, config=config, interpret=args.interpret)[0]
+
+        compare(f"{name}, reuse layer", jax.jit(reuse_layer)(self.buffers[0], selected), self.expected, spec.dtype)
+        pairs = [[arguments, run(arguments)[1]] for arguments in self.buffers]
+        reuse = self.time(reuse_layer, pairs, refresh["median"] / 2)["median"]
+        row = {
+            **self.case.axes, "group": group, "refresh": refresh["median"], "low": refresh["low"],
+            "high": refresh["high"], "floor": self.floor, "of floor": self.floor / refresh["median"], "reuse": reuse,
+            "peer": self.case.peer, "speed-up": self.case.peer and self.case.peer / refresh["median"],
+        }  # fmt: skip
+        if args.stages:
+            ends = [
+                self.time(lambda arguments, last=last: stage(spec, config, arguments, last, args.interpret),
+                          self.buffers, refresh["median"])["median"] for last in (1, 2, 3, 4)
+            ]  # fmt: skip
+            names = ("scores+window", "selection", "selected", "merge")
+            row |= {name: end - start for name, start, end in zip(names, [0.0, *ends], ends, strict=False)}
+        details = {"bytes": self.bytes, "link": self.link, "buffers": len(self.buffers), "measured overlap": overlap(self.ids)}
+        return row | details | {"config": dataclasses.asdict(config)}
+
+    def xla(self) -> float | str:
+        """The XLA path's median, or why it has none."""
+        path, spec = xla_path(self.spec), self.spec
+        try:
+            out, new = jax.jit(path)(self.buffers[0])
+            # The path compresses the tail's blocks itself; the kernels are given its entries.
+            *others, tail = self.buffers[0]
+            tail = tail._replace(compressed_key=new.compressed_key, compressed_value=new.compressed_value)
+            ours = self.attend(self.baseline)((*others, tail))[0]
+            compare(f"{spec.name}, XLA", out, ours, spec.dtype)
+            return self.time(lambda arguments: path(arguments)[0], self.buffers, 10 * self.floor)["median"]
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return "out of memory"
+
+
+def overlap(ids: np.ndarray) -> float | None:
+    """Mean share of their blocks that adjacent queries have in common, of ids [B, T, Hkv, n]."""
+    if ids.shape[1] < 2:
+        return None
+    both = (ids[:, :-1, :, :, None] == ids[:, 1:, :, None, :]) & (ids[:, 1:, :, None, :] >= 0)
+    return float(both.any(axis=-1).mean())
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row that fit a screen."""
+    hidden = {"low", "high", "bytes", "link", "buffers", "config", "measured overlap"}
+    return {key: "-" if value is None else value for key, value in row.items() if key not in hidden}
+
+
+def write(path: str, rows: list[dict[str, Any]], complete: bool) -> None:
+    """Whole files only: a run that is cut off leaves the rows before."""
+    part = Path(path + ".part")
+    harness.save(part, rows, complete=complete)
+    os.replace(part, path)
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    if args.tiny:
+        sparsity = Sparsity(8, 4, 16, 8, window=20, scale=0.25)
+        own = [specs.AttentionSpec(f"tiny-T{width}", width, (700 - width,) * 2, overlap=0.7, sparsity=sparsity)
+               for width in (1, 3)]  # fmt: skip
+        return [Case(spec, "4x2", 0, "70") for spec in own]
+    return [
+        Case(specs.benchmark(batch, width, 1024 * context, heads, int(share) / 100),
+             "x".join(map(str, heads)), context, share)
+        for heads in [tuple(map(int, text.split("x"))) for text in args.heads.split(",")]
+        for context in map(int, args.context.split(","))
+        for share in args.overlap.split(",")
+        for batch in map(int, args.batch.split(","))
+        for width in map(int, args.width.split(","))
+        # Adjacent queries are what overlaps.
+        if width > 1 or share == args.overlap.split(",")[0]
+    ]  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", default="32x8,64x4", help="query x KV heads")
+    parser.add_argument("--context", default="64,16", help="in units of 1024 tokens, the draft included")
+    parser.add_argument("--overlap", default="70", help="percent of their blocks that adjacent queries share")
+    parser.add_argument("--batch", default="1,8,32")
+    parser.add_argument("--width", default="1,4,8,16,64", help="T, up to 128")
+    parser.add_argument("--group", default="T,1", help="C: numbers, or T; those above T are left out")
+    parser.add_argument("--xla", action="store_true", help="time the XLA path too")
+    parser.add_argument("--stages", action="store_true", help="split a refresh layer into its four launches")
+    parser.add_argument("--out", help="write JSON to this path, anew after every case")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that --out holds and measure the others")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no other case begins")
+    parser.add_argument("--seconds", type=float, default=0.2, help="spent on each figure's repeats")
+    parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s, for the floor (an H200's measured copy)")
+    parser.add_argument("--interpret", action="store_true", help="interpret the kernels")
+    parser.add_argument("--tiny", action="store_true", help="two small cases, once")
+    args = parser.parse_args(argv)
+    start, rows, complete = time.perf_counter(), [], True
+    if args.resume and args.out and Path(args.out).exists():
+        rows = json.loads(Path(args.out).read_text(encoding="utf-8"))["rows"]
+    known = {json.dumps([*(row[axis] for axis in ("heads", "context", "batch", "width", "overlap")), row["group"]])
+             for row in rows}  # fmt: skip
+    header = False
+    for case in cases(args):
+        width = case.spec.width
+        groups = list(dict.fromkeys(width if text == "T" else int(text) for text in args.group.split(",")))
+        groups = [group for group in groups if group <= width
+                  and json.dumps([*case.axes.values(), group]) not in known]  # fmt: skip
+        if not groups:
+            continue
+        if time.perf_counter() - start > args.budget:
+            complete = False
+            print(f"stopped before {case.spec.name}: {args.budget:.0f} s are over")
+            break
+        bench, found = Bench(case, args), []
+        xla = bench.xla() if args.xla else None
+        for group in groups:
+            if found and time.perf_counter() - start > args.budget:
+                complete = False
+                break
+            found.append(bench.row(group) | ({"xla": xla} if args.xla else {}))
+        best = min(row["refresh"] for row in found)
+        found = [row | {"best": row["refresh"] == best} for row in found]
+        rows += found
+        for row in found:
+            print_row(shown(row), not header)
+            header = True
+        if args.out:
+            write(args.out, rows, complete=False)
+        del bench
+    if not rows:
+        raise SystemExit("no case has these axes")
+    if args.out:
+        write(args.out, rows, complete)
+
+
+def print_row(row: dict[str, Any], header: bool) -> None:
+    """A row of a table whose columns' widths are known from the first one, so that rows can be printed as they come."""
+    cells = [f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()]
+    widths = [max(8, len(name)) for name in row]
+    if header:
+        print("  ".join(name.rjust(width) for name, width in zip(row, widths, strict=True)))
+    print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
