@@ -19,6 +19,7 @@ from specsa_jax.cache import cache_bytes, create_cache, pages_for
 from specsa_jax.config import PRESETS, preset
 from specsa_jax.decoding import Decoder, State
 from specsa_jax.model import init_params
+from specsa_jax.nsa import kernels
 
 
 def main() -> None:
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="embedded")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--chunk", type=int, default=512 if jax.default_backend() == "gpu" else 64)
+    parser.add_argument("--implementation", choices=("pallas", "xla"), help="of attention; default: what runs here")
     parser.add_argument("--out", help="write the JSON here too")
     args = parser.parse_args()
 
@@ -40,10 +42,12 @@ def main() -> None:
         known = jnp.array([args.tokens + 1], jnp.int32)
         return State(cache, jnp.asarray(tokens, jnp.int32), known, known + 1, jnp.zeros(1, bool))
 
-    decoder = Decoder(config, dtype)
+    implementation = kernels.choose(config.nsa, args.tokens, args.implementation)
+    decoder = Decoder(config, dtype, implementation=implementation)
     begun = time.perf_counter()
     prefill = decoder.prefill.lower(params, state(), jnp.int32(2**30), chunk=args.chunk).compile()
     compiled = time.perf_counter()
+    print(f"compiled in {compiled - begun:.0f} s", file=sys.stderr, flush=True)
     done = jax.block_until_ready(prefill(params, state(), jnp.int32(2**30)))
     seconds = time.perf_counter() - compiled
     assert int(done.cache.lengths[0]) == args.tokens
@@ -55,6 +59,7 @@ def main() -> None:
         "dtype": str(jnp.dtype(dtype)),
         "tokens": args.tokens,
         "chunk": args.chunk,
+        "implementation": implementation,
         "seconds": seconds,
         "tokens_per_second": args.tokens / seconds,
         "compile_seconds": compiled - begun,

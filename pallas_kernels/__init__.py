@@ -6,4 +6,5 @@ named argument specs that tests and benchmarks share.
 
 from pallas_kernels._dispatch import Implementation as Implementation
 from pallas_kernels._dispatch import UnsupportedError as UnsupportedError
+from pallas_kernels._dispatch import choose as choose
 from pallas_kernels.selection import select_blocks as select_blocks

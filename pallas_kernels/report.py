@@ -21,6 +21,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect
 
+from pallas_kernels.commit import CommitConfig, commit
+from pallas_kernels.commit import specs as commit_specs
 from pallas_kernels.selection import SelectionConfig, select_blocks, specs
 
 H200 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", None, "gpu"))
@@ -82,6 +84,10 @@ def programs() -> Iterator[tuple[str, Callable[..., Any], tuple[jax.ShapeDtypeSt
         for config in SelectionConfig.search_space(spec.rows, spec.shape[-1]):
             select: Any = partial(select_blocks, implementation="pallas", config=config)
             yield f"selection/{spec.name}", partial(select, **spec.counts), spec.abstract()
+    for case in commit_specs.BENCHMARKS:
+        for own in CommitConfig.search_space(case.shape):
+            write = partial(commit, compress_block=case.block, config=own)
+            yield f"commit/{case.name}", write, case.abstract()
 
 
 def _triton_calls(operation):

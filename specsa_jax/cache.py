@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import Implementation
+from pallas_kernels import commit as kernels
 from specsa_jax.config import ModelConfig, NSAConfig
 
 
@@ -203,13 +205,36 @@ def gather_pages(pool: jax.Array, page_table: jax.Array) -> jax.Array:
 
 
 def commit(
-    config: NSAConfig, cache: Cache, tails: Sequence[LayerTail], tail: Tail, path: jax.Array, count: jax.Array
+    config: NSAConfig,
+    cache: Cache,
+    tails: Sequence[LayerTail],
+    tail: Tail,
+    path: jax.Array,
+    count: jax.Array,
+    *,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
 ) -> Cache:
     """Writes the first ``count`` int32 [B] nodes of ``path`` int32 [B, A] to positions L … L + count − 1.
 
     ``path`` starts at the root and each node is a child of the one before; positions beyond a sequence's pages are
     dropped, so callers bound ``count``. The result equals the cache that sequential decoding leaves.
+
+    ``implementation`` is "pallas" (one kernel a layer), "xla" (a scatter for each array), or None: "pallas" on a GPU
+    for sizes that it takes, else "xla". ``interpret`` interprets the kernel, on any device. Both write the same bits.
+
+    Raises UnsupportedError for "pallas" where the kernel does not run.
     """
+    if kernels.choose(tail.slot.shape[1], config.head_dim, implementation, interpret) == "pallas":
+        layers = []
+        for layer, new in zip(cache.layers, tails, strict=True):
+            entries = kernels.Entries(**new._asdict())
+            written = kernels.commit(
+                kernels.Entries(**layer._asdict()), entries, cache.page_table, cache.lengths, path, count, tail.slot,
+                compress_block=config.compress_block, interpret=interpret,
+            )  # fmt: skip
+            layers.append(LayerCache(**written._asdict()))
+        return cache._replace(layers=layers, lengths=cache.lengths + count)
     batch, steps = path.shape
     page, per_page = config.select_block, config.blocks_per_page
     num_pages = cache.layers[0].key.shape[0]

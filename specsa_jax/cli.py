@@ -61,6 +61,9 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends a sequence; repeatable.")] = None,
     drafter: Annotated[str, typer.Option(help="Who drafts: lookup, or none.")] = "lookup",
     tree: Annotated[str, typer.Option(help="Shape of a draft: chain:K, K drafted tokens.")] = "chain:5",
+    implementation: Annotated[
+        str, typer.Option(help="Attention by 'pallas' (GPU kernels) or 'xla'; 'auto': pallas where it runs.")
+    ] = "auto",
     compare: Annotated[
         bool, typer.Option("--compare", help="Also decode one token at a time, and state what speculation brings.")
     ] = False,
@@ -84,7 +87,9 @@ def generate(
 
         SamplingParams(temperature, top_k, top_p, seed)  # refused before the model is loaded
         with notes.status("loading the model"):
-            engine = Engine.from_pretrained(checkpoint)
+            engine = Engine.from_pretrained(
+                checkpoint, implementation=None if implementation == "auto" else implementation
+            )
         arguments: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
             "seed": seed, "stop": stop or (),
@@ -111,6 +116,7 @@ def main() -> None:
 @contextlib.contextmanager
 def _clear_errors(notes: Console) -> Iterator[None]:
     """Bad input ends with one line and exit code 2, Ctrl-C with 130."""
+    from pallas_kernels import UnsupportedError
     from specsa_jax.cache import CapacityError
     from specsa_jax.checkpoints import CheckpointError
 
@@ -118,7 +124,7 @@ def _clear_errors(notes: Console) -> Iterator[None]:
         yield
     except BrokenPipeError:  # the reader of standard output has gone: no fault of the input's
         raise
-    except (CapacityError, CheckpointError, ValueError, OSError) as error:
+    except (CapacityError, CheckpointError, UnsupportedError, ValueError, OSError) as error:
         notes.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
@@ -188,6 +194,7 @@ def _report(result: Result, engine: Engine) -> dict[str, Any]:
         "batch": len(result),
         "device": jax.devices()[0].device_kind,
         "dtype": str(engine.dtype),
+        "implementation": engine.implementation,
     }
 
 

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import Implementation
 from specsa_jax import model as transformer
 from specsa_jax.acceptance import accept_chain
 from specsa_jax.cache import Cache, LayerTail, Tail, chain, chain_slots, commit, make_tail
 from specsa_jax.config import ModelConfig
 from specsa_jax.drafting import Drafter, PromptLookup
+from specsa_jax.nsa.cached import Backend
 from specsa_jax.sampling import Sampling, sample
 
 
@@ -99,7 +101,16 @@ class Decoder:
     ``traces`` counts how often each was traced.
     """
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, end_tokens: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: jnp.dtype,
+        end_tokens: tuple[int, ...] = (),
+        implementation: Implementation = "xla",
+        interpret: bool = False,
+    ):
+        # Every tail of these loops is a chain.
+        self.backend = Backend(implementation, is_chain=True, interpret=interpret)
         self.config, self.dtype, self.end_tokens = config, jnp.dtype(dtype), end_tokens
         self.traces: collections.Counter[Strategy | int] = collections.Counter()
         self.decode = jax.jit(self._decode, static_argnames="strategy", donate_argnames="state")
@@ -116,13 +127,16 @@ class Decoder:
     ) -> tuple[jax.Array, list[LayerTail]]:
         """The chain ``tokens`` int32 [B, T] against the cache: hidden states [B, T, H], and what a commit needs."""
         tail = self._tail(cache, tokens.shape[1])
-        return transformer.verify(self.config, params, tokens, cache, tail, dtype=self.dtype)
+        return transformer.verify(self.config, params, tokens, cache, tail, dtype=self.dtype, backend=self.backend)
 
     def _commit(self, cache: Cache, tails: list[LayerTail], count: jax.Array) -> Cache:
         """The cache with the first ``count`` int32 [B] tokens of the chain."""
         batch, width = tails[0].key.shape[:2]
         path = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
-        return commit(self.config.nsa, cache, tails, self._tail(cache, width), path, count)
+        return commit(
+            self.config.nsa, cache, tails, self._tail(cache, width), path, count,
+            implementation=self.backend.implementation, interpret=self.backend.interpret,
+        )  # fmt: skip
 
     def _prefill(self, params: transformer.Params, state: State, max_chunks: jax.Array, chunk: int) -> State:
         """Commits known tokens but the last, ``chunk`` at a time, at most ``max_chunks`` int32 [] of them."""

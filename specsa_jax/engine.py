@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from pallas_kernels import Implementation
 from specsa_jax import checkpoints
 from specsa_jax.cache import CacheBytes, CapacityError, cache_bytes, create_cache, pages_for
 from specsa_jax.config import ModelConfig
 from specsa_jax.decoding import AUTOREGRESSIVE, Decoder, State, Strategy
+from specsa_jax.nsa import kernels
 from specsa_jax.sampling import SamplingParams, batch_sampling
 
 # Steps between two looks of the host when text is streamed or stop strings are watched for, and otherwise.
@@ -143,6 +145,8 @@ class Engine:
       max_cache_bytes: refuse calls whose cache would be larger; None: nine tenths of the memory that is free.
       prefill_chunk: prompt tokens per forward pass of the prefill; None: 512 on GPUs, 64 elsewhere (where a chunk
         that stays in the CPU's caches is faster).
+      implementation: of attention: "pallas" (the GPU kernels), "xla", or None: "pallas" where device and model allow
+        it. UnsupportedError where "pallas" is named and does not run, with the reason.
     """
 
     def __init__(
@@ -155,6 +159,7 @@ class Engine:
         max_length: int | None = None,
         max_cache_bytes: int | None = None,
         prefill_chunk: int | None = None,
+        implementation: Implementation | None = None,
     ):
         on_gpu = jax.default_backend() == "gpu"
         if dtype is None:
@@ -168,7 +173,8 @@ class Engine:
         self.params = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
         end = tokenizer.token_to_id("<|endoftext|>")
         self.end_tokens = () if end is None else (end,)
-        self.decoder = Decoder(config, self.dtype, self.end_tokens)
+        self.implementation = kernels.choose(config.nsa, self.max_length, implementation)
+        self.decoder = Decoder(config, self.dtype, self.end_tokens, self.implementation)
         self._compiled: dict[Any, Any] = {}
 
     @classmethod

@@ -16,7 +16,7 @@ from flax import nnx
 
 from specsa_jax.cache import Cache, LayerCache, LayerTail, Tail
 from specsa_jax.config import ModelConfig
-from specsa_jax.nsa.cached import attend_cached
+from specsa_jax.nsa.cached import Backend, attend_cached
 from specsa_jax.nsa.compression import Compress
 from specsa_jax.nsa.sequence import Projected, attend_sequence
 from specsa_jax.rope import rotate
@@ -72,11 +72,13 @@ class Attention(nnx.Module):
         )
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
-    def tail(self, x: jax.Array, cache: Cache, layer: LayerCache, tail: Tail) -> tuple[jax.Array, LayerTail]:
+    def tail(
+        self, x: jax.Array, cache: Cache, layer: LayerCache, tail: Tail, backend: Backend
+    ) -> tuple[jax.Array, LayerTail]:
         """[B, T, H] → [B, T, H] for the tail's tokens against the cache, and what a commit of them needs."""
         projected = self.project(x, tail.positions)
         out, layer_tail = attend_cached(
-            self.config.nsa, self.config.rope, self.compress_k, self._phi_value, projected, cache, layer, tail
+            self.config.nsa, self.config.rope, self.compress_k, self._phi_value, projected, cache, layer, tail, backend
         )
         return self.o_proj(out.reshape(*x.shape[:2], -1)), layer_tail
 
@@ -108,8 +110,10 @@ class Layer(nnx.Module):
         x = x + self.attn.sequence(self.attn_norm(x), query_chunk)
         return x + self.mlp(self.mlp_norm(x))
 
-    def tail(self, x: jax.Array, cache: Cache, layer: LayerCache, tail: Tail) -> tuple[jax.Array, LayerTail]:
-        out, layer_tail = self.attn.tail(self.attn_norm(x), cache, layer, tail)
+    def tail(
+        self, x: jax.Array, cache: Cache, layer: LayerCache, tail: Tail, backend: Backend
+    ) -> tuple[jax.Array, LayerTail]:
+        out, layer_tail = self.attn.tail(self.attn_norm(x), cache, layer, tail, backend)
         x = x + out
         return x + self.mlp(self.mlp_norm(x)), layer_tail
 
@@ -196,7 +200,14 @@ def head(config: ModelConfig, params: Params, hidden: jax.Array, dtype: jnp.dtyp
 
 
 def verify(
-    config: ModelConfig, params: Params, tokens: jax.Array, cache: Cache, tail: Tail, *, dtype: jnp.dtype = jnp.float32
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    cache: Cache,
+    tail: Tail,
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    backend: Backend = Backend(),
 ) -> tuple[jax.Array, list[LayerTail]]:
     """Final-normed hidden states [B, T, H] of the tail's tokens int32 [B, T] against ``cache``; and each layer's tail.
 
@@ -205,6 +216,6 @@ def verify(
     model = bind(config, params, dtype)
     x, tails = model.embed(tokens), []
     for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
-        x, layer_tail = layer.tail(x, cache, layer_cache, tail)
+        x, layer_tail = layer.tail(x, cache, layer_cache, tail, backend)
         tails.append(layer_tail)
     return model.norm(x), tails

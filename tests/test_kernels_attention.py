@@ -210,7 +210,7 @@ def test_errors(change, message):
 def test_selection_of_another_grouping_is_refused():
     arguments = arguments_of(CHAIN_8)
     ids = jnp.zeros((3, 8, 2, 4), jnp.int32)
-    with pytest.raises(ValueError, match="selected.count: got None, expected"):
+    with pytest.raises(ValueError, match="selected.size: got None, expected"):
         attend(CHAIN_8.sparsity, *arguments, selected=Selection(ids, None, None, None), config=config_of(CHAIN_8),
                interpret=True)  # fmt: skip
 

@@ -31,8 +31,8 @@ def limit(sparsity: Sparsity, shape: Shape, group: int | None = None) -> str | N
         sparsity.entries_per_page - 1
     ):
         return (
-            f"sparsity: got l' = {sparsity.select_block} and d = {sparsity.compress_stride}, expected l' and l'/d to be "
-            "powers of two, as the sizes of all tensors in a Triton kernel"
+            f"sparsity: got l' = {sparsity.select_block} and d = {sparsity.compress_stride}, expected l' and l'/d to "
+            "be powers of two, as the sizes of all tensors in a Triton kernel"
         )
     if not 16 <= sparsity.select_block <= 128:
         return f"sparsity: got l' = {sparsity.select_block}, expected 16 to 128: the keys of one matrix product"
@@ -113,9 +113,9 @@ def _check_selection(sparsity: Sparsity, shape: Shape, config: AttentionConfig, 
     if selected.ids.shape != expected or selected.ids.dtype != jnp.int32:
         raise ValueError(f"selected.ids: got {selected.ids.dtype} {selected.ids.shape}, expected int32 {expected}")
     groups = (shape.batch, shape.num_kv_heads, -(-shape.width // config.group))
-    count = None if selected.count is None else selected.count.shape
-    if count != (groups if config.group > 1 else None):
+    size = None if selected.size is None else selected.size.shape
+    if size != (groups if config.group > 1 else None):
         raise ValueError(
-            f"selected.count: got {count}, expected {groups if config.group > 1 else None} "
+            f"selected.size: got {size}, expected {groups if config.group > 1 else None} "
             f"as config.group = {config.group} says"
         )

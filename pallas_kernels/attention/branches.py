@@ -2,8 +2,8 @@
 
 A row is one head of one query; the G heads of a KV head stand together, so a tile of rows is a matrix that one load of
 K and V serves. Every program walks over its share of the keys with a running softmax and leaves a partial output and
-its log-sum-exp; ``merge`` joins them. What a branch attends to besides the cache, the tail, is one more tile or two
-for the last split.
+its log-sum-exp; ``merge`` joins them. What a branch attends to besides the cache, the tail, is the last split's work:
+all of it where there are several, so that no program waits for the cache and then for the tail.
 
 A warp holds 16 rows, the least that a tensor core takes, and all keys of a tile: so softmax needs no word between
 warps. More warps than that would do the same work twice, and keys on the warps' side would meet in shared memory at
@@ -197,7 +197,9 @@ def _clear(launch: Launch, refs: dict[str, Any], work: Any) -> None:
     def clear(step, carry):
         at = (step * programs + work) * 1024 + lane
         plgpu.store(
-            refs["workspace"].at[refs["batch"], refs["head"], at], jnp.zeros(1024, jnp.int32), mask=at < launch.workspace
+            refs["workspace"].at[refs["batch"], refs["head"], at],
+            jnp.zeros(1024, jnp.int32),
+            mask=at < launch.workspace,
         )
         return carry
 
@@ -285,10 +287,10 @@ def _finish(refs: dict[str, Any], rows: _Rows, split: Any, state: tuple[Any, ...
 
 
 def _share(steps: Any, split: Any, splits: int) -> tuple[Any, Any]:
-    """The ``split``-th of ``splits`` equal shares of ``steps`` steps."""
+    """The ``split``-th share of ``steps`` steps over the cache: equal, and nothing for the last of several splits."""
     if splits == 1:
         return 0, steps
-    each = pl.cdiv(steps, splits)
+    each = pl.cdiv(steps, splits - 1)
     first = split * each
     return jnp.minimum(first, steps), jnp.minimum(first + each, steps)
 
@@ -508,7 +510,7 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
             visible &= jnp.broadcast_to(owned, scores.shape) > 0
         return page_of(i + 1), _attend(state, scores, visible, load_rows(refs["value"], at, live))[1]
 
-    count = refs["count"][batch, head, group] if grouped else jnp.int32(sparsity.num_selected)
+    count = refs["size"][batch, head, group] if grouped else jnp.int32(sparsity.num_selected)
     count = jnp.where(length > 0, count, 0)
     state = _walk(*_share(pl.cdiv(count * page, config.tile), split, splits), page_of, step, _start(rows))
 

@@ -17,7 +17,8 @@ class Branch:
 
     Attributes:
       rows: most rows (queries × G) that a program holds; a power of two, at least 16.
-      splits: programs that share a row tile's keys; their partial softmaxes are merged later.
+      splits: programs that share a row tile's keys, the last of several taking the tail; their partial softmaxes are
+        merged later.
     """
 
     rows: int
@@ -43,8 +44,8 @@ class AttentionConfig:
     selected: Branch
     window: Branch
     mode: GroupMode = "merged"
-    tile: int = 64
-    num_stages: int = 2
+    tile: int = 32
+    num_stages: int = 3
     selection_warps: int = 4
 
     def __post_init__(self) -> None:
@@ -65,7 +66,8 @@ class AttentionConfig:
     ) -> AttentionConfig:
         """The config for a call of this shape; ``group`` None: chosen too.
 
-        Enough programs to fill a GPU of some 132 multiprocessors about twice, no more: splits cost merging.
+        About three programs for each of some 132 multiprocessors, no more: splits cost merging, and a second wave of
+        programs would wait for the first.
         """
         if group is None:
             group = shape.width if shape.width <= 16 else 16
@@ -77,13 +79,13 @@ class AttentionConfig:
         own_rows = _power(group * shape.lanes, 16, 64)
         groups = -(-shape.width // group) * -(-group * shape.lanes // own_rows)
         blocks = min(group * sparsity.num_selected, shape.table)
-        near = -(-(shape.ring or sparsity.window) // 64)
+        near = -(-(shape.ring or sparsity.window) // 128)
         return cls(
             group=group,
             mode=mode,
             compressed=Branch(rows, _splits(every * tiles, entries)),
-            selected=Branch(own_rows, _splits(every * groups, blocks)),
-            window=Branch(rows, _splits(every * tiles, near, programs=128)),
+            selected=Branch(own_rows, _splits(every * groups, blocks // 3)),
+            window=Branch(rows, _splits(every * tiles, near, programs=32)),
         )
 
     @classmethod
@@ -94,7 +96,7 @@ class AttentionConfig:
         base = cls.heuristic(sparsity, shape, group, mode)
         found = [base]
         for compressed, selected in itertools.product((0.5, 1, 2), repeat=2):
-            for stages in (2, 3, 4):
+            for tile, stages in ((32, 3), (32, 4), (64, 2)):
                 found.append(
                     dataclasses.replace(
                         base,
@@ -104,6 +106,7 @@ class AttentionConfig:
                         selected=dataclasses.replace(
                             base.selected, splits=max(1, int(base.selected.splits * selected))
                         ),
+                        tile=tile,
                         num_stages=stages,
                     )
                 )
@@ -114,6 +117,6 @@ def _power(value: int, low: int, high: int) -> int:
     return min(high, max(low, 1 << (value - 1).bit_length()))
 
 
-def _splits(programs_without: int, steps: int, programs: int = 264) -> int:
-    """Splits of work that takes ``steps`` tiles, done by ``programs_without`` programs when it is not split."""
-    return max(1, min(steps, 32, round(programs / programs_without)))
+def _splits(programs_without: int, steps: int, programs: int = 400) -> int:
+    """Splits of ``steps`` tiles that ``programs_without`` programs would take without splits; one is for the tail."""
+    return max(1, min(steps, 31, round(programs / programs_without))) + 1

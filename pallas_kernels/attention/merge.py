@@ -82,7 +82,7 @@ def _branch(out: Any, lse: Any, row: Any, valid: Any, first: int, count: int, la
     weight = weight / jnp.where(total > 0, total, 1.0)[None, :]
     wide = (splits, size, lanes)
     column = lax.broadcasted_iota(jnp.int32, wide, 2)
-    at = (batch, head, *(jnp.broadcast_to(index[:, :, None], wide) for index in at[2:]), column)
+    own = (jnp.broadcast_to(index[:, :, None], wide) for index in at[2:])
     mask = jnp.broadcast_to(mask[:, :, None], wide) & (column < out.shape[-1])
-    values = plgpu.load(out.at[at], mask=mask, other=0.0)
+    values = plgpu.load(out.at[(batch, head, *own, column)], mask=mask, other=0.0)
     return jnp.sum(weight[:, :, None] * values, axis=0)

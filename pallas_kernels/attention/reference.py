@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from pallas_kernels.attention.arguments import Layer, Sparsity, Tail
 
-Array = np.ndarray[Any, Any]
+Array: TypeAlias = Any  # a NumPy array, or what has become one of a JAX array
 
 
 def attend(

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -22,24 +21,24 @@ from pallas_kernels.attention.branches import Launch, overlap
 from pallas_kernels.selection.kernel import choose, lane_parts, store_ids
 
 
-def run(
-    launch: Launch, partial: dict[str, jax.Array], lengths: jax.Array, tail: Tail, interpret: bool
-) -> Selection:
+def run(launch: Launch, partial: dict[str, jax.Array], lengths: jax.Array, tail: Tail, interpret: bool) -> Selection:
     """The selection from the partial results of a ``scored`` launch."""
     shape, sparsity, config = launch.shape, launch.sparsity, launch.config
     grouped = config.group > 1
     union = min(config.group * sparsity.num_selected, shape.table)
     lead = (shape.batch, shape.num_kv_heads, launch.groups)
-    inputs = {
-        name: partial[name] for name in ("lse", "scores", "tops", "carry", "slot_scores", "workspace") if name in partial
+    inputs: dict[str, jax.Array] = {
+        name: partial[name]
+        for name in ("lse", "scores", "tops", "carry", "slot_scores", "workspace")
+        if name in partial
     }
     inputs |= {"lengths": lengths, "positions": tail.positions, "slot": tail.slot}
-    outputs = {"ids": (shape.batch, shape.width, shape.num_kv_heads, sparsity.num_selected)}
+    outputs: dict[str, tuple[int, ...]] = {"ids": (shape.batch, shape.width, shape.num_kv_heads, sparsity.num_selected)}
     if grouped:
         outputs |= {
             "union": (*lead, union),
             "owners": (*lead, launch.mask_words, union),
-            "count": lead,
+            "size": lead,
             # The inputs' workspace, changed in place; reading the output is right in interpret mode too.
             "marks": partial["workspace"].shape,
         }
@@ -58,7 +57,7 @@ def run(
         aliases={names.index("workspace"): [*outputs].index("marks")} if grouped else None,
     )
     named = dict(zip(outputs, result, strict=True))
-    return Selection(named["ids"], named.get("union"), named.get("owners"), named.get("count"))
+    return Selection(named["ids"], named.get("union"), named.get("owners"), named.get("size"))
 
 
 def _kernel(launch: Launch, refs: dict[str, Any], interpret: bool) -> None:
@@ -70,9 +69,7 @@ def _kernel(launch: Launch, refs: dict[str, Any], interpret: bool) -> None:
     own = jnp.where(length >= 0, position // sparsity.select_block, -1)
     num_blocks = shape.table + -(-shape.width // sparsity.select_block) + 1
     importance = _importance(launch, refs, num_blocks, length)
-    rule = dict(
-        num_selected=sparsity.num_selected, num_initial=sparsity.num_initial, num_local=sparsity.num_local
-    )
+    rule = dict(num_selected=sparsity.num_selected, num_initial=sparsity.num_initial, num_local=sparsity.num_local)
     chosen, slot, count = choose(importance, own, num_blocks, **rule)
     store_ids(refs["ids"], (batch, token, head), chosen, slot, count, sparsity.num_selected)
     if launch.config.group > 1:
@@ -139,7 +136,9 @@ def _load(ref: Any, row: Any, size: int, other: int) -> Any:
     return plgpu.load(ref.at[row, lane], mask=lane < size, other=other)
 
 
-def _unite(launch: Launch, refs: dict[str, Any], chosen: list[Any], num_blocks: int, length: Any, interpret: bool) -> None:
+def _unite(
+    launch: Launch, refs: dict[str, Any], chosen: list[Any], num_blocks: int, length: Any, interpret: bool
+) -> None:
     """Marks the chosen blocks; in the group's last program, compacts its union."""
     sparsity, shape, config = launch.sparsity, launch.shape, launch.config
     token, head, batch = refs["token"], refs["head"], refs["batch"]
@@ -166,7 +165,7 @@ def _unite(launch: Launch, refs: dict[str, Any], chosen: list[Any], num_blocks: 
 
     @pl.when(arrived == members - 1)
     def _():
-        size, filled = refs["union"].shape[-1], np.int32(0)
+        size, filled = refs["union"].shape[-1], jnp.zeros((), jnp.int32)
         for block in lane_parts(shape.table):
             words, owned = [], jnp.zeros(block.shape, bool)
             for word in range(launch.mask_words):
@@ -181,10 +180,10 @@ def _unite(launch: Launch, refs: dict[str, Any], chosen: list[Any], num_blocks: 
             slot = jnp.where(owned, filled + lax.cumsum(owned.astype(jnp.int32), axis=0) - 1, size)
             plgpu.store(refs["union"].at[batch, head, group, slot], block, mask=owned)
             for word, mark in enumerate(words):
-                word = jnp.full_like(slot, word)
-                plgpu.store(refs["owners"].at[batch, head, group, word, slot], mark, mask=owned)
+                at_word = jnp.full_like(slot, word)
+                plgpu.store(refs["owners"].at[batch, head, group, at_word, slot], mark, mask=owned)
             filled = filled + jnp.sum(owned.astype(jnp.int32))
-        refs["count"][batch, head, group] = filled
+        refs["size"][batch, head, group] = filled
 
 
 def _read(ref: Any, at: tuple[Any, ...], zeros: Any, interpret: bool) -> Any:

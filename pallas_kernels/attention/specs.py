@@ -70,12 +70,11 @@ class AttentionSpec:
         sparsity, item = self.sparsity, jnp.dtype(self.dtype).itemsize
         entry = 2 * self.heads[1] * self.dim * item
         total = 0
-        for sequence, length in enumerate(self.lengths):
+        for length in self.lengths:
             complete = max(0, (length - sparsity.compress_block) // sparsity.compress_stride + 1)
             total += entry * (complete + min(max(length, 0), sparsity.window))
-        blocks = sum(
-            len(set(self.wanted()[b, :, h].ravel()) - {-1}) for b in range(len(self.lengths)) for h in range(self.heads[1])
-        )
+        wanted = self.wanted()
+        blocks = sum(len(set(wanted[b, :, h].ravel()) - {-1}) for b, h in np.ndindex(len(self.lengths), self.heads[1]))
         return total + blocks * entry // self.heads[1] * sparsity.select_block
 
     def wanted(self, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -117,6 +116,7 @@ class AttentionSpec:
         for row, length in zip(table, self.lengths, strict=True):
             own = min(-(-(max(length, 0) + width) // page), shape.table)
             row[:own], used = order[used : used + own], used + own
+
         def pages(entries: int) -> jax.Array:
             # Big pools repeat some pages' values: 2^31 random numbers would take minutes.
             some = normal(min(shape.num_pages, 2048), kv_heads, entries, dim)
@@ -195,7 +195,10 @@ def _chain(name: str, width: int, *lengths: int, **others: Any) -> AttentionSpec
 _TREE = (-1, 0, 0, 1, 1, 2, 3, 5)
 _WIDE = (-1, *[0] * 9, *range(1, 10), *range(10, 19))
 _DEFAULT = Sparsity(32, 16, 64, 8, window=96, scale=0.25)
-_IDENTITY_16, _IDENTITY_64 = Sparsity(16, 16, 16, 6, window=24, scale=0.25), Sparsity(64, 64, 64, 4, window=70, scale=0.2)
+_IDENTITY_16, _IDENTITY_64 = (
+    Sparsity(16, 16, 16, 6, window=24, scale=0.25),
+    Sparsity(64, 64, 64, 4, window=70, scale=0.2),
+)
 TESTS = [
     _chain("decode", 1, 200, 37),
     _chain("chain-8", 8, 211, 37, 128),
@@ -212,7 +215,8 @@ TESTS = [
     AttentionSpec("tree-28-wide", 28, (123, 64), tree=_WIDE),
     AttentionSpec("tree-shared-kv", 8, (200, 37), tree=_TREE, shared_kv=True),
     _chain("shared-kv", 5, 140, 33, shared_kv=True),
-    _chain("selection-only", 5, 140, 33, sparsity=Sparsity(8, 4, 16, 4, window=20, scale=0.25, compressed_output=False)),
+    _chain("selection-only", 5, 140, 33,
+           sparsity=Sparsity(8, 4, 16, 4, window=20, scale=0.25, compressed_output=False)),
     _chain("l32-d16-p64", 7, 700, 65, sparsity=_DEFAULT),
     _chain("l16-d16-p16", 7, 400, 15, sparsity=_IDENTITY_16),
     _chain("l64-d64-p64", 7, 700, 63, sparsity=_IDENTITY_64),

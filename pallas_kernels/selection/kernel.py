@@ -53,9 +53,7 @@ def select_blocks(
         row = pl.program_id(0)
         own = positions_ref[_position_of(row, batch, positions.shape)] // select_block
         last = jnp.minimum(own, num_blocks - 1)
-        parts = [
-            plgpu.load(importance_ref.at[row, ids], mask=ids <= last, other=0.0) for ids in lane_parts(num_blocks)
-        ]
+        parts = [plgpu.load(importance_ref.at[row, ids], mask=ids <= last, other=0.0) for ids in lane_parts(num_blocks)]
         rule = dict(num_selected=num_selected, num_initial=num_initial, num_local=num_local)
         store_ids(ids_ref, (row,), *choose(parts, own, num_blocks, **rule), num_selected)
 
@@ -127,7 +125,7 @@ def choose(
 
     # Keys above the threshold are in; of those equal to it, the first `ties`. One cumsum counts both.
     ties = count - number([key > threshold for key in keys])
-    all_chosen, slots, before = [], [], np.int32(0)
+    all_chosen, slots, before = [], [], jnp.zeros((), jnp.int32)
     for key in keys:
         above, equal = key > threshold, key == threshold
         both = above.astype(jnp.int32) + (equal.astype(jnp.int32) << 16)

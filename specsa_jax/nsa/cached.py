@@ -7,18 +7,36 @@ each, visible to the nodes below.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import Implementation
 from specsa_jax.cache import Cache, LayerCache, LayerTail, Tail, gather_pages, ring_positions
 from specsa_jax.config import NSAConfig, RopeConfig
+from specsa_jax.nsa import kernels
 from specsa_jax.nsa.compression import Compress, compress_blocks
 from specsa_jax.nsa.selection import block_importance, select_blocks
 from specsa_jax.nsa.sequence import Projected, split_groups
 from specsa_jax.nsa.softmax import Keys, attend, combine, softmax_parts
 from specsa_jax.rope import rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """How attention against a cache is computed.
+
+    Attributes:
+      implementation: "xla", or "pallas": the kernels of ``pallas_kernels.attention``.
+      is_chain: every tail is a chain, whose ancestor mask the kernels need not read.
+      interpret: interpret the kernels, on any device; slow.
+    """
+
+    implementation: Implementation = "xla"
+    is_chain: bool = False
+    interpret: bool = False
 
 
 def attend_cached(
@@ -30,6 +48,7 @@ def attend_cached(
     cache: Cache,
     layer: LayerCache,
     tail: Tail,
+    backend: Backend = Backend(),
 ) -> tuple[jax.Array, LayerTail]:
     """Output [B, T, Hq, D] of the tail's queries, and the layer's tail for a later commit.
 
@@ -37,6 +56,11 @@ def attend_cached(
     exactness); tokens on other paths are invisible in all three branches.
     """
     new = _tail_kv(config, rope, phi_key, phi_value, projected, cache, layer, tail)
+    if backend.implementation == "pallas":
+        out, _ = kernels.attend(
+            config, projected, cache, layer, tail, new, is_chain=backend.is_chain, interpret=backend.interpret
+        )
+        return out, new
     query = split_groups(config, projected.query)  # [B, T, Hkv, G, D]
     compressed_out, importance = _compressed_branch(config, query, cache, layer, tail, new)
     selected = select_blocks(config, importance, tail.positions)

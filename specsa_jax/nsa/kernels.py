@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels import attention
+import pallas_kernels
+from pallas_kernels import Implementation, attention
 from pallas_kernels.attention import AttentionConfig, Selection, Sparsity
 from specsa_jax.cache import Cache, LayerCache, LayerTail, Tail
 from specsa_jax.config import NSAConfig
@@ -26,8 +27,8 @@ def sparsity(config: NSAConfig) -> Sparsity:
     )
 
 
-def limit(config: NSAConfig, *, width: int = 1, pages: int = 1, batch: int = 1) -> str | None:
-    """Why the kernels do not take this layer on the present device (or at these sizes); None if they do."""
+def limit(config: NSAConfig, max_length: int) -> str | None:
+    """Why the kernels do not take this layer at contexts of ``max_length`` tokens; None if they do."""
     for name, wrong in (
         ("fused_selected_window", config.fused_selected_window),
         ("dense_len", config.dense_len > 0),
@@ -35,10 +36,17 @@ def limit(config: NSAConfig, *, width: int = 1, pages: int = 1, batch: int = 1) 
     ):
         if wrong:
             return f"{name}: got {getattr(config, name)!r}, which only the XLA path takes"
-    shape = attention.Shape(
-        batch, width, config.num_heads, config.num_kv_heads, config.head_dim, pages, pages, 1, config.window
-    )
-    return attention.unsupported(sparsity(config), shape)
+    pages = -(-max_length // config.select_block)
+    shape = attention.Shape(1, 1, config.num_heads, config.num_kv_heads, config.head_dim, pages, pages, 1, 1)
+    return attention.limit(sparsity(config), shape)
+
+
+def choose(config: NSAConfig, max_length: int, implementation: Implementation | None) -> Implementation:
+    """The implementation of attention to use; None stands for "pallas" where device and layer allow it, else "xla".
+
+    Raises UnsupportedError for "pallas" by name where it does not run, with the reason; ValueError for an unknown name.
+    """
+    return pallas_kernels.choose("attention", implementation, limit(config, max_length), interpret=False)
 
 
 def attend(
@@ -49,7 +57,7 @@ def attend(
     tail: Tail,
     new: LayerTail,
     *,
-    is_chain: bool,
+    is_chain: bool = False,
     selected: Selection | None = None,
     kernel_config: AttentionConfig | None = None,
     interpret: bool = False,

@@ -1,0 +1,105 @@
+"""Commit of an accepted path: one Pallas kernel a layer against XLA's scatters, each in a captured loop.
+
+    python benchmarks/commit.py --out benchmarks/results/commit.json
+    python benchmarks/commit.py --tune                        # every config of the search space
+    python benchmarks/commit.py --interpret --tiny            # does the script run? (on a CPU)
+
+All times in µs a layer, of several layers that a step commits one after the other; the loop carries their arrays, which
+are updated in place. ``floor`` is the fraction of the speed at which the committed bytes could be read and written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from functools import partial
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.commit import CommitConfig, Entries, commit, specs
+from specsa_jax import cache
+from specsa_jax.config import NSAConfig
+
+
+def pallas(spec: specs.CommitSpec, page_table, interpret: bool, config: CommitConfig):
+    """A step of the kernel: every layer gets the same new tokens, as a buffer holds them."""
+    write = partial(commit, compress_block=spec.block, config=config, interpret=interpret)
+    return lambda layers, buffer: [write(layer, buffer[0], page_table, *buffer[1:]) for layer in layers]
+
+
+def xla(spec: specs.CommitSpec, page_table):
+    """The same by ``specsa_jax.cache``, which computes the indices once for all layers."""
+    sizes = dict(compress_block=spec.block, compress_stride=spec.stride, select_block=spec.page)
+    nsa = NSAConfig(num_heads=spec.heads, num_kv_heads=spec.heads, head_dim=spec.dim, **sizes)
+
+    def step(layers, buffer):
+        new, lengths, path, count, slot = buffer
+        positions = lengths[:, None] + jnp.arange(spec.width, dtype=jnp.int32)
+        tail = cache.Tail(positions, ancestor=None, slot=slot, slot_back=None)
+        before = cache.Cache([cache.LayerCache(**layer._asdict()) for layer in layers], page_table, lengths)
+        tails = [cache.LayerTail(**new._asdict())] * len(layers)
+        after = cache.commit(nsa, before, tails, tail, path, count, implementation="xla")
+        return [Entries(**layer._asdict()) for layer in after.layers]
+
+    return step
+
+
+def run(spec: specs.CommitSpec, args: argparse.Namespace) -> list[dict]:
+    rng = np.random.default_rng(0)
+    buffers = []
+    for seed in range(8):
+        lengths = rng.integers(spec.block, spec.table * spec.page - spec.width, len(spec.lengths))
+        layer, new, table, *others = dataclasses.replace(spec, lengths=tuple(lengths.tolist())).arguments(seed)
+        buffers.append(jax.device_put((new, *others)))
+        if seed == 0:
+            page_table = jax.device_put(table)
+            layers = [jax.device_put(layer) for _ in range(args.layers)]
+    configs = CommitConfig.search_space(spec.shape) if args.tune else [CommitConfig.heuristic(spec.shape)]
+    steps = {
+        f"pallas {config.heads}h{config.num_warps}w": pallas(spec, page_table, args.interpret, config)
+        for config in configs
+    }
+    steps["xla"] = xla(spec, page_table)
+
+    # No figures from a wrong kernel.
+    expected = jax.jit(steps["xla"])(layers, buffers[0])
+    for name, step in steps.items():
+        pairs = zip(jax.tree.leaves(jax.jit(step)(layers, buffers[0])), jax.tree.leaves(expected), strict=True)
+        if not all(jnp.array_equal(actual, wanted, equal_nan=True) for actual, wanted in pairs):
+            raise SystemExit(f"{spec.name}: {name} leaves another cache than xla")
+
+    rows = []
+    for name, step in steps.items():
+        sizes = dict(iterations=1, repeats=1) if args.tiny else dict(seconds=args.seconds)
+        timing = dataclasses.asdict(harness.measure(step, layers, buffers, **sizes))
+        times = {field: value / args.layers for field, value in timing.items()}
+        floor = spec.bytes / (args.bandwidth * 1e6) / times["median"]
+        rows.append({"case": spec.name, "variant": name, **times, "floor": floor})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help="only cases whose name contains one of these")
+    parser.add_argument("--out", help="write JSON to this path")
+    parser.add_argument("--tune", action="store_true", help="measure every config of the search space")
+    parser.add_argument("--interpret", action="store_true", help="interpret the kernel")
+    parser.add_argument("--tiny", action="store_true", help="one small case, once")
+    parser.add_argument("--layers", type=int, default=4, help="layers that a step commits")
+    parser.add_argument("--seconds", type=float, default=0.2, help="spent on each figure's repeats")
+    parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s, for the floor (an H200's measured copy)")
+    args = parser.parse_args()
+    tiny = specs.CommitSpec("tiny", (20, 9), (4, 3), width=4)
+    cases = [tiny] if args.tiny else specs.BENCHMARKS
+    cases = [case for case in cases if not args.cases or any(part in case.name for part in args.cases)]
+    rows = [row for case in cases for row in run(case, args)]
+    harness.print_table(rows)
+    if args.out:
+        harness.save(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()
