@@ -114,7 +114,7 @@ def stage(spec: specs.AttentionSpec, config: AttentionConfig, arguments, last: i
     selected = selection.run(scoring, partial, lengths, tail, interpret)
     if last == 2:
         # Of the group's last program to arrive, where there is one.
-        return selected.ids if selected.count is None else selected.count
+        return selected.ids if selected.size is None else selected.size
     launch = branches.Launch(spec.sparsity, shape, config, (1,))
     rest = branches.run(launch, *inputs, selected, interpret)
     if last == 3:

@@ -109,15 +109,16 @@ def tune(
 
 
 def descend(space: Sequence[Any], times: dict[Any, float]) -> Iterable[Any]:
-    """Configs to measure next, each of which the caller puts into ``times``: from the first of ``space`` on, one field
-    after the other, the others at their best. The whole space would take a compilation per combination.
+    """Configs to measure next, each of which the caller puts into ``times``: from the first of ``space`` on, one branch
+    after the other, then all other fields, the rest at its best. The whole space would take hours of compilation.
     """
     best = space[0]
     yield best
-    for field in dataclasses.fields(best):
-        others = dict.fromkeys(
-            config for config in space if dataclasses.replace(config, **{field.name: getattr(best, field.name)}) == best
-        )
+    names = [field.name for field in dataclasses.fields(best)]
+    branches = [name for name in names if dataclasses.is_dataclass(getattr(best, name))]
+    for axis in (*([name] for name in branches), [name for name in names if name not in branches]):
+        free = {name: getattr(best, name) for name in axis}
+        others = [config for config in space if dataclasses.replace(config, **free) == best]
         yield from [config for config in others if config not in times]
         best = min(others, key=lambda config: times[config])
 
