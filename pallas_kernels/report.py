@@ -95,7 +95,11 @@ def programs() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     """Every benchmarked call: its name, function and argument shapes."""
     for layer in attention_specs.BENCHMARKS:
         for group in (None, 1) if layer.width > 1 else (1,):
-            yield f"attention/{layer.name}-C{AttentionConfig.heuristic(layer.sparsity, layer.shape, group).group}", verification(layer, group), layer.abstract()
+            yield (
+                f"attention/{layer.name}-C{AttentionConfig.heuristic(layer.sparsity, layer.shape, group).group}",
+                verification(layer, group),
+                layer.abstract(),
+            )
     for spec in specs.BENCHMARKS:
         for config in SelectionConfig.search_space(spec.rows, spec.shape[-1]):
             select: Any = partial(select_blocks, implementation="pallas", config=config)

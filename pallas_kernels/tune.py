@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -92,7 +91,8 @@ def tune(
         if known and not again:
             continue
         report(task, None)
-        measure, times = functools.cache(task.prepare()), {}
+        measure = task.prepare()
+        times: dict[Any, float] = {}
         for config in descend(task.space, times):
             if clock() - start > budget:
                 return False
@@ -140,7 +140,7 @@ def default_path() -> Path:
 
 
 def seconds(step: Callable[[Any, Any], Any], state: Any, buffers: Sequence[Any], guess: float) -> float:
-    """Median seconds of ``state = step(state, buffer)`` in a compiled loop; ``guess``: of one, for the loop's length."""
+    """Median seconds of ``state = step(state, buffer)`` in a compiled loop; ``guess``: of one."""
     iterations = max(1, math.ceil(LOOP_SECONDS / (guess * len(buffers))))
 
     @jax.jit
@@ -195,12 +195,14 @@ def _attention(spec: attention_specs.AttentionSpec, group: int) -> Task:
 
 
 def _selection(spec: selection_specs.SelectionSpec) -> Task:
+    counts: dict[str, Any] = spec.counts
+
     def prepare() -> Callable[[SelectionConfig], float]:
         arguments = [jax.device_put(spec.arguments(seed)) for seed in range(4)]
 
         def measure(config: SelectionConfig) -> float:
             def step(positions, scores):
-                return _depending(positions, select_blocks(scores, positions, config=config, **spec.counts))
+                return _depending(positions, select_blocks(scores, positions, config=config, **counts))
 
             return 1e6 * seconds(step, arguments[0][1], [scores for scores, _ in arguments], guess=5e-6)
 

@@ -34,27 +34,23 @@ def test_selection_compiles_for_sm90():
 MOST_STACK = 256
 LAUNCHES = ["nsa_compressed_window", "nsa_selection", "nsa_selected", "nsa_merge", "nsa_compressed_selected_window",
             "nsa_merge"]  # fmt: skip
-# Both head shapes, single tokens, drafts of one and several row tiles, batches, group 1.
-REPRESENTATIVE = {
-    ("B1-T1-H32x8-L64K-o70", 1), ("B8-T8-H32x8-L64K-o70", 8), ("B32-T16-H64x4-L16K-o70", 16),
-    ("B1-T64-H32x8-L64K-o70", 64), ("B8-T8-H64x4-L64K-o70", 1),
-}  # fmt: skip
-
-
-def attention_program(name, group):
-    [spec] = [spec for spec in attention_specs.BENCHMARKS if spec.name == name]
-    return report.kernels(report.lower(report.verification(spec, group), *spec.abstract()))
+# A single token, groups of one and of several row tiles. Not 16 heads per KV head: Triton takes a minute for those.
+REPRESENTATIVE = [("B1-T1-H32x8-L64K-o70", 1), ("B8-T8-H32x8-L64K-o70", 8), ("B1-T64-H32x8-L64K-o70", 64)]
 
 
 @pytest.mark.parametrize("spec", attention_specs.TESTS, ids=lambda spec: spec.name)
 def test_attention_lowers(spec):
     lowered = report.lower(report.verification(spec, min(spec.width, 128)), *spec.abstract())
-    assert [kernel.name for kernel in report.kernels(lowered)] == LAUNCHES
+    expected = LAUNCHES
+    if not spec.sparsity.compressed_output:  # a reuse layer has no use for that branch
+        expected = ["nsa_selected_window" if "compressed_selected" in name else name for name in LAUNCHES]
+    assert [kernel.name for kernel in report.kernels(lowered)] == expected
 
 
-@pytest.mark.parametrize("name, group", sorted(REPRESENTATIVE))
+@pytest.mark.parametrize("name, group", REPRESENTATIVE)
 def test_attention_compiles_for_sm90(name, group):
-    kernels = attention_program(name, group)
+    [spec] = [spec for spec in attention_specs.BENCHMARKS if spec.name == name]
+    kernels = report.kernels(report.lower(report.verification(spec, group), *spec.abstract()))
     assert [kernel.name for kernel in kernels] == LAUNCHES
     assert all(size < 1 << 16 for kernel in kernels for size in kernel.grid[1:])
     pytest.importorskip("triton")

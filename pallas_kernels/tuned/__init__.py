@@ -35,14 +35,12 @@ def slug(device_kind: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-")
 
 
-def lookup(
-    device_kind: str, sparsity: Sparsity, shape: Shape, group: int | None = None
-) -> AttentionConfig | None:
+def lookup(device_kind: str, sparsity: Sparsity, shape: Shape, group: int | None = None) -> AttentionConfig | None:
     """The config measured for the call nearest to this one; None where no entry is near enough.
 
     ``group`` None: the fastest of those measured there. Raises TuningError for a file that is broken.
     """
-    candidates = []
+    candidates: list[Any] = []
     for entry in _load(device_kind)["attention"]:
         of, blocks = entry["shape"], entry["sparsity"]
         fits = (
