@@ -232,7 +232,12 @@ class Bench:
             ]  # fmt: skip
             names = ("scores+window", "selection", "selected", "merge")
             row |= {name: end - start for name, start, end in zip(names, [0.0, *ends], ends, strict=False)}
-        details = {"bytes": self.bytes, "link": self.link, "buffers": len(self.buffers), "measured overlap": overlap(self.ids)}
+        details = {
+            "bytes": self.bytes,
+            "link": self.link,
+            "buffers": len(self.buffers),
+            "measured overlap": overlap(self.ids),
+        }
         return row | details | {"config": dataclasses.asdict(config)}
 
     def xla(self) -> float | str:

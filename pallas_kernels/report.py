@@ -21,6 +21,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect
 
+from pallas_kernels.attention import AttentionConfig, attend
+from pallas_kernels.attention import specs as attention_specs
 from pallas_kernels.commit import CommitConfig, commit
 from pallas_kernels.commit import specs as commit_specs
 from pallas_kernels.selection import SelectionConfig, select_blocks, specs
@@ -48,8 +50,8 @@ class Resources:
     shared: int
 
 
-def lower(function: Callable[..., Any], *shapes: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
-    """``function`` lowered for an H200."""
+def lower(function: Callable[..., Any], *shapes: Any) -> jax.stages.Lowered:
+    """``function`` lowered for an H200; ``shapes`` are pytrees of ``jax.ShapeDtypeStruct``."""
     with use_abstract_mesh(H200):
         return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
 
@@ -78,8 +80,26 @@ def compile_sm90(kernel: Kernel) -> Resources:
     return Resources(int(found[1]), int(found[2]), compiled.metadata.shared)
 
 
-def programs() -> Iterator[tuple[str, Callable[..., Any], tuple[jax.ShapeDtypeStruct, ...]]]:
+def verification(spec: attention_specs.AttentionSpec, group: int | None = None) -> Callable[..., Any]:
+    """A refresh layer, and a layer that reuses its selection, as one function: six launches."""
+    config = AttentionConfig.heuristic(spec.sparsity, spec.shape, group)
+
+    def layers(*arguments: Any) -> Any:
+        out, selected = attend(spec.sparsity, *arguments, config=config)
+        return out, attend(spec.sparsity, *arguments, selected=selected, config=config)[0]
+
+    return layers
+
+
+def programs() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
     """Every benchmarked call: its name, function and argument shapes."""
+    for layer in attention_specs.BENCHMARKS:
+        for group in (None, 1) if layer.width > 1 else (1,):
+            yield (
+                f"attention/{layer.name}-C{AttentionConfig.heuristic(layer.sparsity, layer.shape, group).group}",
+                verification(layer, group),
+                layer.abstract(),
+            )
     for spec in specs.BENCHMARKS:
         for config in SelectionConfig.search_space(spec.rows, spec.shape[-1]):
             select: Any = partial(select_blocks, implementation="pallas", config=config)
@@ -115,14 +135,14 @@ def _kernel(call):
 
 def main(parts: list[str]) -> None:
     """Prints a table of the programs whose name contains any of ``parts``."""
-    print(f"{'program':32}{'kernel':24}{'grid':>16}{'warps':>7}{'registers':>11}{'stack B':>9}{'shared B':>10}")
+    print(f"{'program':40}{'kernel':32}{'grid':>16}{'warps':>7}{'registers':>11}{'stack B':>9}{'shared B':>10}")
     for name, function, shapes in programs():
         if parts and not any(part in name for part in parts):
             continue
         for kernel in kernels(lower(function, *shapes)):
             used = compile_sm90(kernel)
             grid = "x".join(map(str, kernel.grid))
-            print(f"{name:32}{kernel.name:24}{grid:>16}{kernel.num_warps:>7}"
+            print(f"{name:40}{kernel.name:32}{grid:>16}{kernel.num_warps:>7}"
                   f"{used.registers:>11}{used.stack:>9}{used.shared:>10}")  # fmt: skip
 
 

@@ -103,6 +103,30 @@ def generate(
         print(json.dumps(report))
 
 
+@app.command()
+def tune(
+    names: Annotated[list[str] | None, typer.Argument(help="Parts of names of benchmark specs; none: all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The data file; by default the one that the kernels read.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds after which nothing else is begun.")] = float("inf"),
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what the file holds.")] = False,
+) -> None:
+    """Measure the kernels' configs on this GPU and keep the fastest, in a data file per device; resumable.
+
+    Example:  specsa tune B8-T8-H32x8 --budget 600
+
+    Exit codes: 0 done or budget spent, 2 bad input or no GPU, 130 interrupted.
+    """
+    from rich.console import Console
+
+    with _clear_errors(Console(stderr=True, highlight=False)):
+        from pallas_kernels import _dispatch
+        from pallas_kernels.tune import run
+
+        if reason := _dispatch.device_limit():
+            raise ValueError(reason)
+        run(names or (), out, budget, again)
+
+
 def main() -> None:
     """The console command. What the command line's parser refuses ends with one line too, and exit code 2."""
     try:

@@ -131,5 +131,10 @@ def test_a_reader_that_leaves_early_is_no_error():
 
 def test_help_is_there_for_every_command_with_an_example():
     assert b"Example" in specsa("--help").stdout
-    for command in ("generate", "train"):
+    for command in ("generate", "train", "tune"):
         assert b"Example" in specsa(command, "--help").stdout
+
+
+def test_tune_says_that_there_is_no_gpu():
+    run = specsa("tune", "B1-T8")
+    assert run.returncode == 2 and b"error: device: got cpu, expected a GPU" in run.stderr

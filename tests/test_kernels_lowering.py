@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 
 from pallas_kernels import report
+from pallas_kernels.attention import specs as attention_specs
 from pallas_kernels.selection import SelectionConfig, select_blocks, specs
 
 
@@ -27,3 +28,36 @@ def test_selection_compiles_for_sm90():
         [kernel] = report.kernels(report.lower(partial(select_blocks, **spec.counts), *spec.abstract()))
         resources = report.compile_sm90(kernel)
         assert resources.stack == 0, f"{spec.name} spills: {resources}"
+
+
+# Bytes a thread. Spills of that size stay in L1; more than it means that a tile does not fit registers at all.
+MOST_STACK = 256
+LAUNCHES = ["nsa_compressed_window", "nsa_selection", "nsa_selected", "nsa_merge", "nsa_compressed_selected_window",
+            "nsa_merge"]  # fmt: skip
+# A single token, groups of one and of several row tiles. Not 16 heads per KV head: Triton takes a minute for those.
+REPRESENTATIVE = [("B1-T1-H32x8-L64K-o70", 1), ("B8-T8-H32x8-L64K-o70", 8), ("B1-T64-H32x8-L64K-o70", 64)]
+
+
+@pytest.mark.parametrize("spec", attention_specs.TESTS, ids=lambda spec: spec.name)
+def test_attention_lowers(spec):
+    lowered = report.lower(report.verification(spec, min(spec.width, 128)), *spec.abstract())
+    expected = LAUNCHES
+    if not spec.sparsity.compressed_output:  # a reuse layer has no use for that branch
+        expected = ["nsa_selected_window" if "compressed_selected" in name else name for name in LAUNCHES]
+    assert [kernel.name for kernel in report.kernels(lowered)] == expected
+
+
+@pytest.mark.parametrize("name, group", REPRESENTATIVE)
+def test_attention_compiles_for_sm90(name, group):
+    [spec] = [spec for spec in attention_specs.BENCHMARKS if spec.name == name]
+    kernels = report.kernels(report.lower(report.verification(spec, group), *spec.abstract()))
+    assert [kernel.name for kernel in kernels] == LAUNCHES
+    assert all(size < 1 << 16 for kernel in kernels for size in kernel.grid[1:])
+    pytest.importorskip("triton")
+    # Without the reuse layer's merge, which is the refresh layer's with other splits.
+    for kernel in kernels[:-1]:
+        resources = report.compile_sm90(kernel)
+        # What a program may have on sm_90, and registers for at least one program in a multiprocessor.
+        assert resources.shared <= 227 * 1024, f"{kernel.name}: {resources}"
+        assert resources.registers * 32 * kernel.num_warps <= 65536, f"{kernel.name}: {resources}"
+        assert resources.stack <= MOST_STACK, f"{kernel.name} spills: {resources}"

@@ -1,0 +1,250 @@
+"""Measures the kernels' configs on the present device: ``python -m pallas_kernels.tune [NAME ...]``.
+
+For each benchmark spec whose name contains a NAME it walks through the config's search space one field at a time,
+keeping the fastest value of each, and writes the winner into the device's data file after every spec. A run that was
+cut off goes on where it stopped; ``--again`` measures what the file holds anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import tuned
+from pallas_kernels.attention import AttentionConfig, attend
+from pallas_kernels.attention import specs as attention_specs
+from pallas_kernels.selection import SelectionConfig, select_blocks
+from pallas_kernels.selection import specs as selection_specs
+
+# Inputs rotate, so that each call reads from HBM: together they are larger than an L2 cache.
+ROTATED_BYTES, LOOP_SECONDS = 120e6, 4e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One entry to be measured.
+
+    Attributes:
+      name: the spec's, with its group.
+      kind: ``attention`` or ``selection``: the list of the file.
+      key: what identifies the entry, and what :mod:`pallas_kernels.tuned` looks it up by.
+      space: the configs, the heuristic's first.
+      prepare: makes the inputs and gives a function from a config to microseconds a call.
+    """
+
+    name: str
+    kind: str
+    key: dict[str, Any]
+    space: Sequence[Any]
+    prepare: Callable[[], Callable[[Any], float]]
+
+
+def tasks(names: Sequence[str] = ()) -> list[Task]:
+    """The tasks whose names contain any of ``names``; all if there are none. Raises ValueError where none does."""
+    found = [_selection(spec) for spec in selection_specs.BENCHMARKS]
+    for spec in attention_specs.BENCHMARKS:
+        group = AttentionConfig.heuristic(spec.sparsity, spec.shape).group
+        found += [_attention(spec, own) for own in dict.fromkeys((group, spec.width, 1))]
+    chosen = [task for task in found if not names or any(name in task.name for name in names)]
+    if not chosen:
+        raise ValueError(f"names: got {', '.join(names)}, expected parts of names such as {found[-1].name}")
+    return chosen
+
+
+def tune(
+    todo: Iterable[Task],
+    path: Path,
+    *,
+    budget: float = math.inf,
+    again: bool = False,
+    clock: Callable[[], float] = time.monotonic,
+    report: Callable[[Task, dict[str, Any] | None], None] = lambda task, entry: None,
+) -> bool:
+    """Measures ``todo`` into the file ``path``; entries that it holds are kept, and not measured unless ``again``.
+
+    Args:
+      budget: seconds after which nothing else is begun; a task that it interrupts leaves no entry.
+      report: is told of each task, with its entry, or None when it begins.
+
+    Returns whether all tasks are in the file. Raises TuningError for a file that is broken or of another device.
+    """
+    start, device = clock(), jax.devices()[0].device_kind
+    data: dict[str, Any] = {"schema": tuned.SCHEMA, "device": device, "attention": [], "selection": []}
+    if path.exists():
+        data = tuned.parse(path.read_text(encoding="utf-8"), str(path))
+        if data["device"] != device:
+            raise tuned.TuningError(f"{path}: was measured on {data['device']}, this is {device}")
+    data["jax"] = jax.__version__
+    for task in todo:
+        known = [entry for entry in data[task.kind] if task.key.items() <= entry.items()]
+        if known and not again:
+            continue
+        report(task, None)
+        measure = task.prepare()
+        times: dict[Any, float] = {}
+        for config in descend(task.space, times):
+            if clock() - start > budget:
+                return False
+            times[config] = measure(config)
+        best = min(times, key=lambda config: times[config])
+        entry = {
+            **task.key, "config": dataclasses.asdict(best), "microseconds": round(times[best], 2),
+            "heuristic_microseconds": round(times[task.space[0]], 2),
+        }  # fmt: skip
+        data[task.kind] = [other for other in data[task.kind] if other not in known] + [entry]
+        write(path, data)
+        report(task, entry)
+    return True
+
+
+def descend(space: Sequence[Any], times: dict[Any, float]) -> Iterable[Any]:
+    """Configs to measure next, each of which the caller puts into ``times``: from the first of ``space`` on, one branch
+    after the other, then all other fields, the rest at its best. The whole space would take hours of compilation.
+    """
+    best = space[0]
+    yield best
+    names = [field.name for field in dataclasses.fields(best)]
+    branches = [name for name in names if dataclasses.is_dataclass(getattr(best, name))]
+    for axis in (*([name] for name in branches), [name for name in names if name not in branches]):
+        free = {name: getattr(best, name) for name in axis}
+        others = [config for config in space if dataclasses.replace(config, **free) == best]
+        yield from [config for config in others if config not in times]
+        best = min(others, key=lambda config: times[config])
+
+
+def write(path: Path, data: dict[str, Any]) -> None:
+    """Writes the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def default_path() -> Path:
+    """Where the present device's file lies in this installation."""
+    return Path(tuned.__file__).with_name(f"{tuned.slug(jax.devices()[0].device_kind)}.json")
+
+
+def seconds(step: Callable[[Any, Any], Any], state: Any, buffers: Sequence[Any], guess: float) -> float:
+    """Median seconds of ``state = step(state, buffer)`` in a compiled loop; ``guess``: of one."""
+    iterations = max(1, math.ceil(LOOP_SECONDS / (guess * len(buffers))))
+
+    @jax.jit
+    def loop(state: Any, buffers: Any) -> Any:
+        def body(_, state):
+            for buffer in buffers:
+                state = step(state, buffer)
+            return state
+
+        return jax.lax.fori_loop(0, iterations, body, state)
+
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        jax.block_until_ready(loop(state, buffers))
+        times.append(time.perf_counter() - start)
+    # The first one compiles, the second captures graphs.
+    return statistics.median(times[2:]) / (iterations * len(buffers))
+
+
+def _depending(integers: jax.Array, out: jax.Array) -> jax.Array:
+    """``integers``, as if they depended on ``out``: without that XLA moves a call out of the loop."""
+    out = jax.lax.optimization_barrier(out).reshape(-1)[0]
+    return jax.lax.optimization_barrier(integers + jnp.minimum(jnp.abs(out).astype(jnp.int32), 0))
+
+
+def _attention(spec: attention_specs.AttentionSpec, group: int) -> Task:
+    shape = spec.shape
+    key = {
+        "dtype": spec.dtype,
+        "shape": {name: getattr(shape, name) for name in (*tuned.EXACT, *tuned.NEAREST)},
+        "sparsity": {name: getattr(spec.sparsity, name) for name in tuned.BLOCKS},
+        "group": group,
+    }
+
+    def prepare() -> Callable[[AttentionConfig], float]:
+        token = 2 * shape.num_kv_heads * shape.head_dim * jnp.dtype(spec.dtype).itemsize
+        read = shape.batch * token * (shape.table * spec.sparsity.entries_per_page + spec.sparsity.window)
+        buffers = [spec.arguments(seed) for seed in range(max(1, min(24, math.ceil(ROTATED_BYTES / read))))]
+
+        def measure(config: AttentionConfig) -> float:
+            def step(lengths, arguments):
+                arguments = (*arguments[:4], lengths, arguments[5])
+                return _depending(lengths, attend(spec.sparsity, *arguments, config=config)[0])
+
+            return 1e6 * seconds(step, buffers[0][4], buffers, guess=max(15e-6, read / 3e12))
+
+        return measure
+
+    return Task(f"{spec.name}-C{group}", "attention", key,
+                AttentionConfig.search_space(spec.sparsity, shape, group), prepare)  # fmt: skip
+
+
+def _selection(spec: selection_specs.SelectionSpec) -> Task:
+    counts: dict[str, Any] = spec.counts
+
+    def prepare() -> Callable[[SelectionConfig], float]:
+        arguments = [jax.device_put(spec.arguments(seed)) for seed in range(4)]
+
+        def measure(config: SelectionConfig) -> float:
+            def step(positions, scores):
+                return _depending(positions, select_blocks(scores, positions, config=config, **counts))
+
+            return 1e6 * seconds(step, arguments[0][1], [scores for scores, _ in arguments], guess=5e-6)
+
+        return measure
+
+    space = SelectionConfig.search_space(spec.rows, spec.shape[-1])
+    heuristic = SelectionConfig.heuristic(spec.rows, spec.shape[-1])
+    return Task(f"select-{spec.name}", "selection", {"rows": spec.rows, "num_blocks": spec.shape[-1]},
+                list(dict.fromkeys([heuristic, *space])), prepare)  # fmt: skip
+
+
+def run(names: Sequence[str] = (), out: Path | None = None, budget: float = math.inf, again: bool = False) -> bool:
+    """:func:`tune` with progress on the terminal; True when everything that was asked for is in the file."""
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    todo, path = tasks(names), out or default_path()
+    columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns) as progress:
+        bar = progress.add_task("", total=len(todo))
+
+        def report(task: Task, entry: dict[str, Any] | None) -> None:
+            progress.update(bar, completed=todo.index(task) + (entry is not None), description=task.name)
+            if entry:
+                progress.console.print(
+                    f"{task.name}: {entry['microseconds']} µs, {entry['heuristic_microseconds']} by the heuristic"
+                )
+
+        complete = tune(todo, path, budget=budget, again=again, report=report)
+        progress.console.print(f"{'complete' if complete else 'the budget is spent; run again to go on'}: {path}")
+    return complete
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="parts of spec names, e.g. B8-T8-H32x8; none: all")
+    parser.add_argument("--out", type=Path, help="the data file; by default the one that the kernels read")
+    parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin nothing after that")
+    parser.add_argument("--again", action="store_true", help="measure entries that the file holds anew")
+    args = parser.parse_args(argv)
+    run(args.names, args.out, args.budget, args.again)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Tuning without a GPU: times are made up."""
+
+import dataclasses
+import json
+import os
+
+import jax
+import pytest
+
+from pallas_kernels import tune, tuned
+from pallas_kernels.attention import AttentionConfig
+from pallas_kernels.attention import specs as attention_specs
+from pallas_kernels.selection import SelectionConfig
+
+KIND = jax.devices()[0].device_kind
+SPEC = next(spec for spec in attention_specs.BENCHMARKS if spec.name == "B8-T8-H32x8-L64K-o70")
+
+
+def made_up(config):
+    """Microseconds with one best config: twice the heuristic's splits, most stages."""
+    if isinstance(config, SelectionConfig):
+        return 5.0 + config.num_warps
+    return 100.0 - config.compressed.splits - config.selected.splits - config.num_stages
+
+
+def tasks(*names, log=None, fail_at=None):
+    log = [] if log is None else log
+
+    def prepared(config):
+        if len(log) == fail_at:
+            raise KeyboardInterrupt
+        log.append(config)
+        return made_up(config)
+
+    return [dataclasses.replace(task, prepare=lambda: prepared) for task in tune.tasks(names)]
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Puts a data file's text where ``tuned`` reads it."""
+
+    def install(path):
+        monkeypatch.setattr(tuned, "_load", lambda kind: tuned.parse(path.read_text(), path.name))
+
+    return install
+
+
+def test_the_fastest_config_is_written_and_found(tmp_path, installed):
+    path = tmp_path / "device.json"
+    assert tune.tune(tasks("B8-T8-H32x8-L64K", "select-B8-T8-H8-N1024"), path)
+    data = json.loads(path.read_text())
+    assert (data["schema"], data["device"], data["jax"]) == (tuned.SCHEMA, KIND, jax.__version__)
+    [selection] = data["selection"]
+    assert selection["config"] == {"num_warps": 1} and selection["microseconds"] == 6.0
+    assert {entry["group"] for entry in data["attention"]} == {1, 8}
+    installed(path)
+    for group in (1, 8):
+        space = AttentionConfig.search_space(SPEC.sparsity, SPEC.shape, group)
+        found = tuned.lookup(KIND, SPEC.sparsity, SPEC.shape, group)
+        assert found in space and made_up(found) == min(map(made_up, space))
+        assert made_up(found) < made_up(space[0])
+    assert tuned.lookup_selection(KIND, 8 * 8 * 8, 1024) == SelectionConfig(1)
+    assert tuned.lookup_selection(KIND, 8 * 8 * 8, 1023) is None
+
+
+def test_lookup_takes_the_nearest_entry_not_above(tmp_path, installed):
+    path = tmp_path / "device.json"
+    tune.tune(tasks("B1-T8-H32x8-L16K", "B8-T8-H32x8-L16K", "B8-T8-H32x8-L64K", "B8-T16-H32x8-L64K"), path)
+    installed(path)
+    entries = json.loads(path.read_text())["attention"]
+
+    def found(group=8, sparsity=SPEC.sparsity, **sizes):
+        return tuned.lookup(KIND, sparsity, dataclasses.replace(SPEC.shape, **sizes), group)
+
+    def written(batch, width, table, group):
+        wanted = {"batch": batch, "width": width, "table": table}.items()
+        [config] = [
+            entry["config"] for entry in entries if entry["group"] == group and wanted <= entry["shape"].items()
+        ]
+        return tuned.attention_config(config)
+
+    table = SPEC.shape.table
+    assert found() == written(8, 8, table, 8)
+    assert found(batch=31, table=table + 500) == written(8, 8, table, 8)
+    assert found(batch=7, table=table - 1) == written(1, 8, 256, 8)
+    # A group of all queries is looked up as one; another group's config takes the group asked for.
+    assert found(width=10, group=10) == dataclasses.replace(written(8, 8, table, 8), group=10)
+    assert found(width=16, group=4) == dataclasses.replace(written(8, 16, table, 1), group=4)
+    assert found(group=None).group == 8  # the faster one of its entries, by the times made up
+    for sizes in ({"table": 200}, {"width": 7}, {"num_heads": 64}, {"head_dim": 64}):
+        assert found(**sizes) is None
+    assert found(sparsity=dataclasses.replace(SPEC.sparsity, num_selected=8)) is None
+    assert found(sparsity=dataclasses.replace(SPEC.sparsity, scale=1.0)) == found()
+
+
+def test_a_device_without_a_file_has_no_configs():
+    assert tuned.lookup("Abacus 9000", SPEC.sparsity, SPEC.shape, None) is None
+    assert tuned.lookup_selection("Abacus 9000", 64, 256) is None
+
+
+def test_shipped_files_are_whole():
+    folder = os.path.dirname(tuned.__file__)
+    for name in os.listdir(folder):
+        if name.endswith(".json"):
+            with open(os.path.join(folder, name), encoding="utf-8") as file:
+                data = tuned.parse(file.read(), name)
+            assert name == f"{tuned.slug(data['device'])}.json"
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path):
+    path, log = tmp_path / "device.json", []
+    names = ("B8-T8-H32x8-L64K",)
+    once = []
+    tune.tune(tasks(*names, log=once), tmp_path / "whole.json")
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune(tasks(*names, log=log, fail_at=len(once) - 1), path)
+    assert len(json.loads(path.read_text())["attention"]) == 1
+    rest = []
+    assert tune.tune(tasks(*names, log=rest), path)
+    assert 0 < len(rest) < len(once)
+    assert json.loads(path.read_text()) == json.loads((tmp_path / "whole.json").read_text())
+    assert tune.tune(tasks(*names, fail_at=0), path), "complete: nothing is measured"
+    again = []
+    assert tune.tune(tasks(*names, log=again), path, again=True)
+    assert again == once and len(json.loads(path.read_text())["attention"]) == 2
+
+
+def test_a_budget_ends_it(tmp_path):
+    path, log = tmp_path / "device.json", []
+    assert not tune.tune(tasks("B8-T8-H32x8-L64K", log=log), path, budget=2.5, clock=iter(range(100)).__next__)
+    assert len(log) == 2 and not path.exists()
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "device.json"
+    path.write_text("old")
+
+    def full(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        tune.write(path, {"schema": 1})
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda data: "{", "device.json: Expecting property name"),
+        (lambda data: "[]", "device.json: list indices must be"),
+        (lambda data: json.dumps(data | {"schema": 7}), "device.json: schema 7, expected 1"),
+        (lambda data: json.dumps({"schema": 1, "attention": []}), "device.json: lacks 'selection'"),
+        (lambda data: data["attention"][0]["config"].update(tile=17) or json.dumps(data), "tile: got 17, expected a"),
+        (lambda data: data["attention"][0]["config"].update(mood=1) or json.dumps(data), "unexpected keyword .*mood"),
+        (lambda data: data["attention"][0]["shape"].pop("table") and json.dumps(data), "device.json: lacks 'table'"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, change, message):
+    path = tmp_path / "device.json"
+    tune.tune(tasks("B8-T8-H32x8-L64K"), path)
+    path.write_text(change(json.loads(path.read_text())))
+    with pytest.raises(tuned.TuningError, match=message):
+        tune.tune(tasks("B8-T8-H32x8-L64K"), path)
+
+
+def test_a_file_of_another_device_is_refused(tmp_path):
+    path = tmp_path / "device.json"
+    tune.write(path, {"schema": 1, "device": "Abacus 9000", "jax": "0", "attention": [], "selection": []})
+    with pytest.raises(tuned.TuningError, match=f"was measured on Abacus 9000, this is {KIND}"):
+        tune.tune(tasks("B8-T8-H32x8-L64K"), path)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="names: got bush, expected parts of names such as B"):
+        tune.tasks(["bush"])
+
+
+def test_slug():
+    assert tuned.slug("NVIDIA H200") == "nvidia-h200"
+    assert tuned.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+def test_the_search_reaches_coupled_fields_one_axis_at_a_time():
+    space = AttentionConfig.search_space(SPEC.sparsity, SPEC.shape)
+    times = {}
+    for config in tune.descend(space, times):
+        times[config] = made_up(config)
+    assert len(times) < len(space) / 2
+    assert {config.tile for config in times} == {config.tile for config in space}
