@@ -90,7 +90,8 @@ def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: A
     slots = jnp.where(length >= 0, slots, 0)
 
     importance = [jnp.zeros(block.shape, jnp.float32) for block in parts]
-    for g in range(shape.group):
+
+    def add_head(g, importance):
         row = token * shape.lanes + g
         lse = plgpu.load(refs["lse"].at[batch, head, first + split, jnp.full_like(split, 0) + row],
                          mask=split < splits, other=-jnp.inf)  # fmt: skip
@@ -99,22 +100,29 @@ def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: A
         total = jnp.sum(jnp.exp2(lse - top))
         # Adding a log is dividing by the sum; no entry is visible where the sum is 0.
         norm = top + jnp.log2(jnp.where(total > 0, total, 1.0))
-        for number, block in enumerate(parts):
-            importance[number] += _probability(launch, refs, "scores", row, block, reached, norm)
+        sums = []
+        for part, block in zip(importance, parts, strict=True):
+            part = part + _probability(launch, refs, "scores", row, block, reached, norm)
             if "carry" in refs:  # the block before reaches into this one
-                importance[number] += _probability(launch, refs, "carry", row, block - 1, reached, norm)
+                part = part + _probability(launch, refs, "carry", row, block - 1, reached, norm)
+            sums.append(part)
 
-        def ended(m, importance, row=row, norm=norm):
+        def add_slot(m, sums):
             node = refs["slot"][batch, m]
             end = refs["positions"][batch, node] + 1
             entry = (end - sparsity.compress_block) // sparsity.compress_stride
             probability = jnp.exp2(refs["slot_scores"][batch, head, row, m] - norm)
             return [
                 part + probability * overlap(sparsity, entry, block).astype(jnp.float32)
-                for part, block in zip(importance, parts, strict=True)
+                for part, block in zip(sums, parts, strict=True)
             ]
 
-        importance = lax.fori_loop(0, slots, ended, importance)
+        return lax.fori_loop(0, slots, add_slot, sums)
+
+    if shape.group > 4:  # unrolled, 16 heads take Triton minutes to compile
+        return lax.fori_loop(0, shape.group, add_head, importance)
+    for g in range(shape.group):  # unrolled, the heads' loads overlap
+        importance = add_head(g, importance)
     return importance
 
 
