@@ -7,6 +7,7 @@ G heads, plus noise), and the compressed keys of a block are the sum of the u_t 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -109,6 +110,8 @@ class AttentionSpec:
         keys = iter(jax.random.split(jax.random.key(seed), 32))
 
         def normal(*dims: int) -> jax.Array:
+            if math.prod(dims) < 1 << 20:  # where compiling a generator would take longer than the numbers
+                return jnp.asarray(rng.standard_normal(dims, np.float32), dtype)
             return jax.random.normal(next(keys), dims, dtype)
 
         table = np.full((batch, shape.table), shape.num_pages, np.int32)
@@ -148,7 +151,7 @@ class AttentionSpec:
             None if self.shared_kv else normal(*own_kv), None if self.shared_kv else normal(*own_kv),
             normal(*entries), normal(*entries) if sparsity.compressed_output else None,
         )  # fmt: skip
-        gates = jax.random.uniform(next(keys), (batch, width, shape.num_heads, 3))
+        gates = jnp.asarray(rng.random((batch, width, shape.num_heads, 3), np.float32))
         return query, gates, layer, jnp.asarray(table), jnp.asarray(lengths), tail
 
     def _planted(
