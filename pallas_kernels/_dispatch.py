@@ -29,6 +29,13 @@ def device_limit() -> str | None:
     return None
 
 
+def device_kind() -> str:
+    """The kind of device that JAX computes on now, such as "NVIDIA H200" (an abstract mesh counts)."""
+    if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
+        return abstract.device_kind
+    return jax.local_devices()[0].device_kind
+
+
 def choose(op: str, implementation: Implementation | None, shape_limit: str | None, interpret: bool) -> Implementation:
     """The implementation of ``op`` to use.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _dispatch
+from pallas_kernels import _dispatch, tuned
 from pallas_kernels.attention import branches, merge, selection
 from pallas_kernels.attention.arguments import Layer as Layer
 from pallas_kernels.attention.arguments import Selection as Selection
@@ -74,7 +74,8 @@ def attend(
       lengths: int32 [B], committed tokens; −1: the sequence has nothing to do, and its output is 0.
       selected: another layer's selection for the same tokens (a reuse layer).
       reuse_compressed: False: a reuse layer leaves the compressed branch out.
-      config: the tuning parameters; None: chosen from the sizes. A reuse layer's group is the selection's.
+      config: the tuning parameters; None: those measured on this kind of device (``pallas_kernels.tuned``), or else
+        chosen from the sizes. A reuse layer's group is the selection's.
       interpret: interpret the kernels, on any device.
 
     Returns:
@@ -85,6 +86,8 @@ def attend(
       UnsupportedError: sizes or a device that the kernels do not take, with the reason.
     """
     shape = check(sparsity, query, gates, layer, page_table, lengths, tail)
+    if config is None and not interpret:
+        config = tuned.lookup(_dispatch.device_kind(), sparsity, shape)
     config = config or AttentionConfig.heuristic(sparsity, shape)
     reason = limit(sparsity, shape, config.group) or (None if interpret else _dispatch.device_limit())
     if reason:
