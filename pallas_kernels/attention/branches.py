@@ -221,23 +221,36 @@ def _load_rows(launch: Launch, refs: dict[str, Any], size: int, first: Any, end:
     """Rows ``first`` … ``first`` + size − 1, of which those before ``end`` count."""
     shape = launch.shape
     index = first + lax.iota(jnp.int32, size)
-    token, lane = index // shape.lanes, index % shape.lanes
+    token, lane = parts(index, shape.lanes)
     valid = (index < end) & (lane < shape.group)
     head = refs["head"] * shape.group + lane
     query = load_rows(refs["query"], (refs["batch"], token, head), valid)
     return _Rows(index, token, valid, query, size)
 
 
+def parts(index: Any, size: int) -> tuple[Any, Any]:
+    """``index // size`` and ``index % size`` for indices that are not negative, ``size`` a power of two.
+
+    jnp's own operators round for signs that do not occur: in a tile's addresses that was a tenth of all instructions.
+    """
+    return index >> (size.bit_length() - 1), index & (size - 1)
+
+
 def load_rows(ref: Any, at: tuple[Any, ...], live: Any) -> Any:
-    """``ref[*at, :]`` for index vectors ``at`` of one length (or scalars), 0 where not ``live``; [rows, D padded]."""
+    """``ref[*at, :]`` for index vectors ``at`` of one length (or scalars), 0 where not ``live``; [rows, D padded].
+
+    ``live`` None: all are. Masks are dear in a tile, so the loops have none but for what the last split does.
+    """
     dim = ref.shape[-1]
     lanes = pl.next_power_of_2(dim)
-    shape = (live.shape[0], lanes)
+    shape = (max(index.shape[0] for index in at if jnp.ndim(index)), lanes)
     # Indices as whole matrices: interpret mode takes no masked mixture of vectors and slices.
     column = lax.broadcasted_iota(jnp.int32, shape, 1)
     wide = [jnp.broadcast_to(index[:, None], shape) if jnp.ndim(index) else index for index in at]
-    mask = jnp.broadcast_to(live[:, None], shape)
-    return plgpu.load(ref.at[(*wide, column)], mask=mask if lanes == dim else mask & (column < dim), other=0.0)
+    mask = None if lanes == dim else column < dim
+    if live is not None:
+        mask = live[:, None] & (column < dim) if lanes != dim else jnp.broadcast_to(live[:, None], shape)
+    return plgpu.load(ref.at[(*wide, column)], mask=mask, other=None if mask is None else 0.0)
 
 
 def dot(a: Any, b: Any, **transposed: bool) -> Any:
@@ -258,11 +271,17 @@ def _start(rows: _Rows, values: bool = True) -> tuple[Any, ...]:
 
 
 def _attend(state: tuple[Any, ...], scores: Any, visible: Any, values: Any) -> tuple[Any, tuple[Any, ...]]:
-    """One more tile: its weights relative to the new maximum, and the new state. ``values`` None: sums only."""
+    """One more tile: its weights relative to the new maximum, and the new state.
+
+    ``visible`` None: all keys are; ``values`` None: sums only.
+    """
     top, total, *weighted = state
-    scores = jnp.where(visible, scores, MASKED)
+    if visible is not None:
+        scores = jnp.where(visible, scores, MASKED)
     highest = jnp.maximum(top, jnp.max(scores, axis=1))
-    weights = jnp.where(visible, jnp.exp2(scores - highest[:, None]), 0.0)
+    weights = jnp.exp2(scores - highest[:, None])
+    if visible is not None:
+        weights = jnp.where(visible, weights, 0.0)
     fade = jnp.exp2(top - highest)
     state = (highest, total * fade + jnp.sum(weights, axis=1))
     if values is None:
@@ -329,21 +348,30 @@ def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, spl
 
     def page_of(i):
         entry = i * launch.entry_tile + lane
-        return plgpu.load(refs["page_table"].at[batch, entry // per_page], mask=entry < entries, other=0)
+        return plgpu.load(refs["page_table"].at[batch, parts(entry, per_page)[0]], mask=entry < entries, other=0)
+
+    def attend_entries(i, page, state, live):
+        at = (page, head, parts(i * launch.entry_tile + lane, per_page)[1])
+        scores = _scores(launch, rows, load_rows(refs["compressed_key"], at, live))
+        values = load_rows(refs["compressed_value"], at, live) if with_values else None
+        visible = None if live is None else live[None, :]
+        weights, state = _attend(state, scores, visible, values)
+        if launch.scored:
+            scores = scores if visible is None else jnp.where(visible, scores, -jnp.inf)
+            _store_scores(launch, refs, rows, i, scores, weights, state[0])
+        return state
 
     def step(i, carry):
         page, state = carry
-        entry = i * launch.entry_tile + lane
-        live = entry < entries
-        at = (page, head, entry % per_page)
-        scores = _scores(launch, rows, load_rows(refs["compressed_key"], at, live))
-        values = load_rows(refs["compressed_value"], at, live) if with_values else None
-        weights, state = _attend(state, scores, live[None, :], values)
-        if launch.scored:
-            _store_scores(launch, refs, rows, i, jnp.where(live[None, :], scores, -jnp.inf), weights, state[0])
-        return page_of(i + 1), state
+        return page_of(i + 1), attend_entries(i, page, state, None)
 
-    state = _walk(*_share(pl.cdiv(entries, launch.entry_tile), split, splits), page_of, step, _start(rows, with_values))
+    def partial_step(i, state):
+        return attend_entries(i, page_of(i), state, i * launch.entry_tile + lane < entries)
+
+    last = (split == splits - 1) & (length >= 0)
+    full = entries // launch.entry_tile
+    state = _walk(*_share(full, split, splits), page_of, step, _start(rows, with_values))
+    state = lax.fori_loop(full, jnp.where(last, pl.cdiv(entries, launch.entry_tile), full), partial_step, state)
 
     # The blocks that end in the tail: each visible below the node at which it ends.
     slot_tile = min(TAIL_TILE, max(16, pl.next_power_of_2(shape.slots)))
@@ -365,7 +393,6 @@ def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, spl
             )
         return _attend(state, scores, visible, values)[1]
 
-    last = (split == splits - 1) & (length >= 0)
     state = lax.fori_loop(0, jnp.where(last, jnp.int32(-(-shape.slots // slot_tile)), jnp.int32(0)), slots, state)
     _finish(refs, rows, base + split, state)
 
@@ -429,15 +456,17 @@ def _window(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, splits:
         if ring:
             slot = i * launch.config.tile + lane
             newest = length - 1
-            key_at = newest - (newest - slot + shape.ring) % shape.ring
+            back = newest % shape.ring - slot  # how long ago the slot was written, in this round or the one before
+            key_at = newest - jnp.where(back < 0, back + shape.ring, back)
             # Slots hold the last R positions; a short sequence has not filled them all.
             live = (slot < shape.ring) & (key_at >= 0)
             at, keys, values = (batch, head, slot), refs["window_key"], refs["window_value"]
         else:
             key_at = (first_page_tile + i) * launch.config.tile + lane
             live = key_at < length
-            owner = plgpu.load(refs["page_table"].at[batch, key_at // page], mask=live, other=0)
-            at, keys, values = (owner, head, key_at % page), refs["key"], refs["value"]
+            block, offset = parts(key_at, page)
+            owner = plgpu.load(refs["page_table"].at[batch, block], mask=live, other=0)
+            at, keys, values = (owner, head, offset), refs["key"], refs["value"]
         scores = _scores(launch, rows, load_rows(keys, at, live))
         visible = live[None, :] & (key_at[None, :] > oldest[:, None])
         return _attend(state, scores, visible, load_rows(values, at, live))[1]
@@ -479,62 +508,91 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
     several = config.tile > page  # blocks of the list in a tile
 
     def item_of(i):
-        at = i * config.tile + (lane if several else 0)
-        return at // page, (at % page if several else at % page + lane)
+        """The tile's item of the list, and its tokens' places in their blocks."""
+        item, offset = parts(i * config.tile + (lane if several else 0), page)
+        return item, offset if several else offset + lane
 
     def page_of(i):
-        """The list's block at step ``i``, −1 behind its end, and its page in the pool."""
         item, _ = item_of(i)
-        if grouped:
-            block = plgpu.load(refs["union"].at[batch, head, group, item], mask=item < count, other=-1)
-        else:
-            block = plgpu.load(refs["ids"].at[batch, group, head, item], mask=item < count, other=-1)
-            block = jnp.where(block * page < length, block, -1)
-        return block, plgpu.load(refs["page_table"].at[batch, jnp.maximum(block, 0)], mask=block >= 0, other=0)
+        listed = refs["union"].at[batch, head, group, item] if grouped else refs["ids"].at[batch, group, head, item]
+        block = plgpu.load(listed, mask=item < count, other=0)
+        return plgpu.load(refs["page_table"].at[batch, block], mask=item < count, other=0)
 
-    def step(i, carry):
-        (block, owner), state = carry
+    def attend_blocks(i, owner, state, live):
         item, offset = item_of(i)
-        live = (block >= 0) & (block * page + offset < length)
         at = (owner, head, offset)
         scores = _scores(launch, rows, load_rows(refs["key"], at, live))
-        visible = jnp.broadcast_to(live[None, :], scores.shape)
+        visible = None if live is None else jnp.broadcast_to(live[None, :], scores.shape)
         if grouped:
-            owned = jnp.zeros((size, lane.shape[0]), jnp.int32)
+            owned = jnp.zeros((size, config.tile), jnp.int32)
             for word in range(launch.mask_words):
                 owners = refs["owners"].at[batch, head, group, jnp.full_like(item, word), item]
                 mask = plgpu.load(owners, mask=item < count, other=0)
                 mask = mask[None, :] if several else mask
-                bits = (mask >> (bit % 32)[:, None]) & 1
-                owned = jnp.where((bit // 32 == word)[:, None], bits, owned) if launch.mask_words > 1 else bits
-            visible &= jnp.broadcast_to(owned, scores.shape) > 0
-        return page_of(i + 1), _attend(state, scores, visible, load_rows(refs["value"], at, live))[1]
+                bits = (mask >> (bit & 31)[:, None]) & 1
+                owned = jnp.where((bit >> 5 == word)[:, None], bits, owned) if launch.mask_words > 1 else bits
+            owned = jnp.broadcast_to(owned, scores.shape) > 0
+            visible = owned if visible is None else visible & owned
+        return _attend(state, scores, visible, load_rows(refs["value"], at, live))[1]
 
-    count = refs["size"][batch, head, group] if grouped else jnp.int32(sparsity.num_selected)
-    count = jnp.where(length > 0, count, 0)
-    state = _walk(*_share(pl.cdiv(count * page, config.tile), split, splits), page_of, step, _start(rows))
+    def step(i, carry):
+        owner, state = carry
+        return page_of(i + 1), attend_blocks(i, owner, state, None)
 
-    tail_lane = lax.iota(jnp.int32, _tail_tile(launch))
-    # A query's own block and the num_local − 1 before it are selected: no tail token lies before those.
+    def partial_step(i, state):
+        return attend_blocks(i, page_of(i), state, item_of(i)[0] < count)
+
+    if grouped:
+        count = jnp.where(length > 0, refs["size"][batch, head, group], 0)
+    else:
+        ids = lax.iota(jnp.int32, pl.next_power_of_2(sparsity.num_selected))
+        ids = plgpu.load(refs["ids"].at[batch, group, head, ids], mask=ids < sparsity.num_selected, other=-1)
+        count = jnp.sum(((ids >= 0) & ((ids + 1) * page <= length)).astype(jnp.int32))
+    last = (split == splits - 1) & (length >= 0)
+    full = count * page // config.tile
+    state = _walk(*_share(full, split, splits), page_of, step, _start(rows))
+    if several:
+        total = pl.cdiv(count * page, config.tile)
+        state = lax.fori_loop(full, jnp.where(last, total, full), partial_step, state)
+
+    # A query's own block and the num_local − 1 before it are selected: no tail token lies before those, nor does the
+    # block that committed tokens fill in part.
     always = shape.width - 1 <= (sparsity.num_local - 1) * page and config.mode == "merged"
+
+    def selects(block):
+        """bool [rows, keys]: does the row's query select the blocks int32 [keys]?"""
+        token = jnp.where(rows.valid, rows.token, 0)
+
+        def one(k, found):
+            own = plgpu.load(refs["ids"].at[batch, token, head, jnp.broadcast_to(k, token.shape)])
+            return found | (own[:, None] == block[None, :]).astype(jnp.int32)
+
+        return lax.fori_loop(0, sparsity.num_selected, one, jnp.zeros((size, block.shape[0]), jnp.int32)) > 0
+
+    def begun(i, state):
+        """The committed tokens of the block that they fill in part."""
+        token = length // page * page + i * config.tile + lane
+        live = token < length
+        owner = plgpu.load(refs["page_table"].at[batch, jnp.full_like(lane, 0) + length // page], mask=live, other=0)
+        at = (owner, head, parts(token, page)[1])
+        scores = _scores(launch, rows, load_rows(refs["key"], at, live))
+        visible = jnp.broadcast_to(live[None, :], scores.shape)
+        if not always:
+            visible &= selects(parts(token, page)[0])
+        return _attend(state, scores, visible, load_rows(refs["value"], at, live))[1]
+
+    state = lax.fori_loop(0, jnp.where(last, pl.cdiv(jnp.maximum(length, 0) % page, config.tile), 0), begun, state)
+    tail_lane = lax.iota(jnp.int32, _tail_tile(launch))
 
     def near(i, state):
         node = i * _tail_tile(launch) + tail_lane
         inside = node < shape.width
         visible = _ancestors(refs, rows, node, inside)
         if not always:
-            block = plgpu.load(refs["tail_positions"].at[batch, node], mask=inside, other=-1) // page
-            token = jnp.where(rows.valid, rows.token, 0)
-
-            def one(k, found):
-                own = plgpu.load(refs["ids"].at[batch, token, head, jnp.broadcast_to(k, token.shape)])
-                return found | (own[:, None] == block[None, :]).astype(jnp.int32)
-
-            nothing = jnp.zeros((size, tail_lane.shape[0]), jnp.int32)
-            visible &= lax.fori_loop(0, sparsity.num_selected, one, nothing) > 0
+            node_at = plgpu.load(refs["tail_positions"].at[batch, node], mask=inside, other=0)
+            visible &= selects(parts(node_at, page)[0])
         scores = _scores(launch, rows, load_rows(refs["tail_key"], (batch, node, head), inside))
         return _attend(state, scores, visible, load_rows(refs["tail_value"], (batch, node, head), inside))[1]
 
-    last = (split == splits - 1) & (length >= 0)
     state = lax.fori_loop(0, _tail_tiles(launch, rows, last), near, state)
     _finish(refs, rows, base + split, state)

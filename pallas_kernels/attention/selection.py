@@ -153,10 +153,10 @@ def _unite(
     group, member = token // config.group, token % config.group
     marks, row = refs["marks"], shape.table + 1
     base = group * launch.mask_words * row
-    # Blocks without a committed token are left to the tail. The row's last word is for lanes that mark nothing: masked
-    # on a GPU, where they would all meet there; interpret mode has no masked atomics.
+    # Blocks that committed tokens do not fill are left to the tail. The row's last word is for lanes that mark nothing:
+    # masked on a GPU, where they would all meet there; interpret mode has no masked atomics.
     for block, part in zip(lane_parts(num_blocks), chosen, strict=True):
-        marked = part & (block * sparsity.select_block < length)
+        marked = part & ((block + 1) * sparsity.select_block <= length)
         at = base + member // 32 * row + jnp.where(marked, block, shape.table)
         bit = jnp.where(marked, 1 << (member % 32), 0)
         # A query sets its own bit once: adding it is setting it, and interpret mode has no atomic_or.
@@ -220,4 +220,4 @@ def _representative(
         return owned | (block == own).astype(jnp.int32)
 
     owned = lax.fori_loop(0, sparsity.num_selected, one, owned)
-    return (owned > 0) & (block * sparsity.select_block < length)
+    return (owned > 0) & ((block + 1) * sparsity.select_block <= length)
