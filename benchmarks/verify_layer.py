@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention import AttentionConfig, Sparsity, attend, branches, merge, selection, specs
+from pallas_kernels.attention import AttentionConfig, Launch, Sparsity, attend, branches, merge, selection, specs
 from pallas_kernels.attention.arguments import check
 
 L2_BYTES = 60e6
@@ -107,7 +107,7 @@ def stage(spec: specs.AttentionSpec, config: AttentionConfig, arguments, last: i
     """What the first ``last`` of a refresh layer's four launches leave."""
     query, gates, layer, page_table, lengths, tail = arguments
     shape, inputs = check(spec.sparsity, *arguments), (query, layer, page_table, lengths, tail)
-    scoring = branches.Launch(spec.sparsity, shape, config, (0, 2), scored=True)
+    scoring = Launch(spec.sparsity, shape, config, (0, 2), scored=True)
     partial = branches.run(scoring, *inputs, None, interpret)
     if last == 1:
         return partial["out"]
@@ -115,7 +115,7 @@ def stage(spec: specs.AttentionSpec, config: AttentionConfig, arguments, last: i
     if last == 2:
         # Of the group's last program to arrive, where there is one.
         return selected.ids if selected.size is None else selected.size
-    launch = branches.Launch(spec.sparsity, shape, config, (1,))
+    launch = Launch(spec.sparsity, shape, config, (1,))
     rest = branches.run(launch, *inputs, selected, interpret)
     if last == 3:
         return rest["out"]

@@ -15,6 +15,7 @@ from pallas_kernels.attention.arguments import Tail as Tail
 from pallas_kernels.attention.arguments import check
 from pallas_kernels.attention.config import AttentionConfig as AttentionConfig
 from pallas_kernels.attention.config import Branch as Branch
+from pallas_kernels.attention.launch import Launch as Launch
 from pallas_kernels.selection import kernel as selection_kernel
 
 MAX_GROUP, MAX_HEAD_DIM = 128, 256
@@ -98,13 +99,13 @@ def attend(
     if selected is not None:
         if not reuse_compressed:
             shown = [1, 2]
-        launch = branches.Launch(sparsity, shape, config, tuple(shown))
+        launch = Launch(sparsity, shape, config, tuple(shown))
         parts = [(launch, branches.run(launch, *arguments, selected, interpret))]
     else:
-        scoring = branches.Launch(sparsity, shape, config, (0, 2), scored=True)
+        scoring = Launch(sparsity, shape, config, (0, 2), scored=True)
         partial = branches.run(scoring, *arguments, None, interpret)
         selected = selection.run(scoring, partial, lengths, tail, interpret)
-        launch = branches.Launch(sparsity, shape, config, (1,))
+        launch = Launch(sparsity, shape, config, (1,))
         parts = [(scoring, partial), (launch, branches.run(launch, *arguments, selected, interpret))]
     return merge.run(parts, gates, shown, jnp.dtype(query.dtype), interpret), selected
 

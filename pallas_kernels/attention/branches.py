@@ -14,95 +14,34 @@ Scores are kept in units of log 2, because exp2 is what the hardware has.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._call import triton_call
-from pallas_kernels.attention.arguments import Layer, Selection, Shape, Sparsity, Tail
-from pallas_kernels.attention.config import AttentionConfig, Branch
-
-# Finite, so that the difference of two such scores is 0 and never NaN.
-MASKED = np.float32(-1e30)
-LOG2E = math.log2(math.e)
-TAIL_TILE = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """Which branches a launch computes, as (branch index, how it is split), and whether it scores blocks."""
-
-    sparsity: Sparsity
-    shape: Shape
-    config: AttentionConfig
-    branches: tuple[int, ...]
-    scored: bool = False
-
-    def branch(self, index: int) -> Branch:
-        """The split of the compressed (0), the selected (1) or the window branch (2)."""
-        return (self.config.compressed, self.config.selected, self.config.window)[index]
-
-    def row_tiles(self, index: int) -> int:
-        """Row tiles of a (sequence, KV head); those of the selected branch do not cross groups."""
-        rows = self.branch(index).rows
-        if index == 1:
-            return self.groups * -(-self.config.group * self.shape.lanes // rows)
-        return -(-self.shape.rows // rows)
-
-    @property
-    def groups(self) -> int:
-        return -(-self.shape.width // self.config.group)
-
-    @property
-    def segments(self) -> list[tuple[int, int, int]]:
-        """(branch, first split, splits) in the launch's partial outputs."""
-        found, first = [], 0
-        for index in self.branches:
-            found.append((index, first, self.branch(index).splits))
-            first += self.branch(index).splits
-        return found
-
-    @property
-    def splits(self) -> int:
-        return sum(count for _, _, count in self.segments)
-
-    @property
-    def page_tile(self) -> int:
-        """Pages whose compressed entries make a tile."""
-        return max(1, self.config.tile // self.sparsity.entries_per_page)
-
-    @property
-    def entry_tile(self) -> int:
-        return self.page_tile * self.sparsity.entries_per_page
-
-    @property
-    def identity(self) -> bool:
-        """Whether each compression block is one selection block (l = l' = d): its score is the block's."""
-        return self.sparsity.compress_block == self.sparsity.select_block == self.sparsity.compress_stride
-
-    @property
-    def num_warps(self) -> int:
-        """One warp for 16 rows."""
-        return max(1, min(8, max(self.branch(index).rows for index in self.branches) // 16))
-
-    @property
-    def mask_words(self) -> int:
-        return -(-self.config.group // 32)
-
-    @property
-    def workspace(self) -> int:
-        """Words per (sequence, KV head) that the selection wants zeroed: who owns which block, and who has arrived.
-
-        Per group, ``mask_words`` rows of the table's N blocks and one that nobody reads; then one counter per group.
-        """
-        return self.groups * (self.mask_words * (self.shape.table + 1) + 1) if self.config.group > 1 else 0
+from pallas_kernels.attention.arguments import Layer, Selection, Tail
+from pallas_kernels.attention.launch import Launch
+from pallas_kernels.attention.tiles import (
+    TAIL_TILE,
+    Rows,
+    ancestors,
+    attend_tile,
+    finish,
+    load_rows,
+    overlap,
+    parts,
+    query_rows,
+    score,
+    share,
+    start,
+    tail_tile,
+    tail_tiles,
+    walk,
+)  # fmt: skip
 
 
 def run(
@@ -206,141 +145,11 @@ def _clear(launch: Launch, refs: dict[str, Any], work: Any) -> None:
     lax.fori_loop(0, pl.cdiv(launch.workspace, 1024 * programs), clear, 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """A program's rows: where they lie, the query and head of each, and their queries."""
-
-    index: Any  # int32 [rows], within the (sequence, KV head)
-    token: Any  # int32 [rows]
-    valid: Any  # bool [rows]
-    query: Any  # [rows, D]
-    size: int
-
-
-def _load_rows(launch: Launch, refs: dict[str, Any], size: int, first: Any, end: Any) -> _Rows:
-    """Rows ``first`` … ``first`` + size − 1, of which those before ``end`` count."""
-    shape = launch.shape
-    index = first + lax.iota(jnp.int32, size)
-    token, lane = parts(index, shape.lanes)
-    valid = (index < end) & (lane < shape.group)
-    head = refs["head"] * shape.group + lane
-    query = load_rows(refs["query"], (refs["batch"], token, head), valid)
-    return _Rows(index, token, valid, query, size)
-
-
-def parts(index: Any, size: int) -> tuple[Any, Any]:
-    """``index // size`` and ``index % size`` for indices that are not negative, ``size`` a power of two.
-
-    jnp's own operators round for signs that do not occur: in a tile's addresses that was a tenth of all instructions.
-    """
-    return index >> (size.bit_length() - 1), index & (size - 1)
-
-
-def load_rows(ref: Any, at: tuple[Any, ...], live: Any) -> Any:
-    """``ref[*at, :]`` for index vectors ``at`` of one length (or scalars), 0 where not ``live``; [rows, D padded].
-
-    ``live`` None: all are. Masks are dear in a tile, so the loops have none but for what the last split does.
-    """
-    dim = ref.shape[-1]
-    lanes = pl.next_power_of_2(dim)
-    shape = (max(index.shape[0] for index in at if jnp.ndim(index)), lanes)
-    # Indices as whole matrices: interpret mode takes no masked mixture of vectors and slices.
-    column = lax.broadcasted_iota(jnp.int32, shape, 1)
-    wide = [jnp.broadcast_to(index[:, None], shape) if jnp.ndim(index) else index for index in at]
-    mask = None if lanes == dim else column < dim
-    if live is not None:
-        mask = live[:, None] & (column < dim) if lanes != dim else jnp.broadcast_to(live[:, None], shape)
-    return plgpu.load(ref.at[(*wide, column)], mask=mask, other=None if mask is None else 0.0)
-
-
-def dot(a: Any, b: Any, **transposed: bool) -> Any:
-    """float32 a·b, either transposed if so asked; float32 factors are not rounded."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return plgpu.dot(a, b, precision=precision, **transposed)
-
-
-def _scores(launch: Launch, rows: _Rows, keys: Any) -> Any:
-    """float32 [rows, keys], scaled."""
-    return dot(rows.query, keys, trans_b=True) * np.float32(launch.sparsity.scale * LOG2E)
-
-
-def _start(rows: _Rows, values: bool = True) -> tuple[Any, ...]:
-    """The running maximum, sum and weighted values of no keys."""
-    state = (jnp.full(rows.size, MASKED, jnp.float32), jnp.zeros(rows.size, jnp.float32))
-    return (*state, jnp.zeros((rows.size, rows.query.shape[1]), jnp.float32)) if values else state
-
-
-def _attend(state: tuple[Any, ...], scores: Any, visible: Any, values: Any) -> tuple[Any, tuple[Any, ...]]:
-    """One more tile: its weights relative to the new maximum, and the new state.
-
-    ``visible`` None: all keys are; ``values`` None: sums only.
-    """
-    top, total, *weighted = state
-    if visible is not None:
-        scores = jnp.where(visible, scores, MASKED)
-    highest = jnp.maximum(top, jnp.max(scores, axis=1))
-    weights = jnp.exp2(scores - highest[:, None])
-    if visible is not None:
-        weights = jnp.where(visible, weights, 0.0)
-    fade = jnp.exp2(top - highest)
-    state = (highest, total * fade + jnp.sum(weights, axis=1))
-    if values is None:
-        return weights, state
-    return weights, (*state, weighted[0] * fade[:, None] + dot(weights.astype(values.dtype), values))
-
-
-def _finish(refs: dict[str, Any], rows: _Rows, split: Any, state: tuple[Any, ...]) -> None:
-    """Stores a split's output and log-sum-exp."""
-    top, total, *weighted = state
-    at = (refs["batch"], refs["head"], split)
-    lse = jnp.where(total > 0, top + jnp.log(total) * np.float32(LOG2E), -jnp.inf)
-    plgpu.store(refs["lse"].at[(*at, rows.index)], lse, mask=rows.valid)
-    if weighted:
-        ref = refs["out"]
-        out = weighted[0] / jnp.where(total > 0, total, 1.0)[:, None]
-        dim, lanes = ref.shape[-1], out.shape[1]
-        row = jnp.broadcast_to(rows.index[:, None], out.shape)
-        column = lax.broadcasted_iota(jnp.int32, out.shape, 1)
-        mask = jnp.broadcast_to(rows.valid[:, None], out.shape)
-        plgpu.store(ref.at[(*at, row, column)], out, mask=mask if lanes == dim else mask & (column < dim))
-
-
-def _share(steps: Any, split: Any, splits: int) -> tuple[Any, Any]:
-    """The ``split``-th share of ``steps`` steps over the cache: equal, and nothing for the last of several splits."""
-    if splits == 1:
-        return 0, steps
-    each = pl.cdiv(steps, splits - 1)
-    first = split * each
-    return jnp.minimum(first, steps), jnp.minimum(first + each, steps)
-
-
-def _walk(first: Any, end: Any, page_of: Any, step: Any, state: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The state after the steps ``first`` … ``end`` − 1; each gets its page, and returns the next step's.
-
-    A page looked up one step ahead is there when the keys are asked for. Looked up in the same step, it would take one
-    of the stages in which tiles are in flight.
-    """
-    return lax.fori_loop(first, end, step, (page_of(first), state))[1]
-
-
-def _ancestors(refs: dict[str, Any], rows: _Rows, node: Any, live: Any) -> Any:
-    """bool [rows, nodes]: is the node on the row's path?"""
-    mask = rows.valid[:, None] & live[None, :]
-    if "tail_ancestor" not in refs:
-        return mask & (node[None, :] <= rows.token[:, None])
-    ref = refs["tail_ancestor"]
-    batch = refs["batch"] if ref.shape[0] > 1 else 0
-    size = (rows.size, node.shape[0])
-    token = jnp.broadcast_to(jnp.where(rows.valid, rows.token, 0)[:, None], size)
-    node = jnp.broadcast_to(jnp.where(live, node, 0)[None, :], size)
-    return plgpu.load(ref.at[batch, token, node]) & mask
-
-
 def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, splits: int, base: int) -> None:
     sparsity, shape = launch.sparsity, launch.shape
     batch, head, per_page = refs["batch"], refs["head"], sparsity.entries_per_page
     size = launch.branch(0).rows
-    rows = _load_rows(launch, refs, size, tile * size, shape.rows)
+    rows = query_rows(launch, refs, size, tile * size, shape.rows)
     length = refs["lengths"][batch]
     entries = jnp.maximum(length - sparsity.compress_block + sparsity.compress_stride, 0) // sparsity.compress_stride
     lane = lax.iota(jnp.int32, launch.entry_tile)
@@ -352,10 +161,10 @@ def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, spl
 
     def attend_entries(i, page, state, live):
         at = (page, head, parts(i * launch.entry_tile + lane, per_page)[1])
-        scores = _scores(launch, rows, load_rows(refs["compressed_key"], at, live))
+        scores = score(launch, rows, load_rows(refs["compressed_key"], at, live))
         values = load_rows(refs["compressed_value"], at, live) if with_values else None
         visible = None if live is None else live[None, :]
-        weights, state = _attend(state, scores, visible, values)
+        weights, state = attend_tile(state, scores, visible, values)
         if launch.scored:
             scores = scores if visible is None else jnp.where(visible, scores, -jnp.inf)
             _store_scores(launch, refs, rows, i, scores, weights, state[0])
@@ -370,7 +179,7 @@ def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, spl
 
     last = (split == splits - 1) & (length >= 0)
     full = entries // launch.entry_tile
-    state = _walk(*_share(full, split, splits), page_of, step, _start(rows, with_values))
+    state = walk(*share(full, split, splits), page_of, step, start(rows, with_values))
     state = lax.fori_loop(full, jnp.where(last, pl.cdiv(entries, launch.entry_tile), full), partial_step, state)
 
     # The blocks that end in the tail: each visible below the node at which it ends.
@@ -381,8 +190,8 @@ def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, spl
         inside = slot < shape.slots
         node = plgpu.load(refs["tail_slot"].at[batch, slot], mask=inside, other=shape.width)
         used = node < shape.width
-        visible = _ancestors(refs, rows, node, used)
-        scores = _scores(launch, rows, load_rows(refs["tail_compressed_key"], (batch, slot, head), used))
+        visible = ancestors(refs, rows, node, used)
+        scores = score(launch, rows, load_rows(refs["tail_compressed_key"], (batch, slot, head), used))
         values = load_rows(refs["tail_compressed_value"], (batch, slot, head), used) if with_values else None
         if launch.scored:
             where = (jnp.broadcast_to(index, scores.shape) for index in (rows.index[:, None], slot[None, :]))
@@ -391,14 +200,14 @@ def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, spl
                 jnp.where(visible, scores, -jnp.inf),
                 mask=rows.valid[:, None] & inside[None, :],
             )
-        return _attend(state, scores, visible, values)[1]
+        return attend_tile(state, scores, visible, values)[1]
 
     state = lax.fori_loop(0, jnp.where(last, jnp.int32(-(-shape.slots // slot_tile)), jnp.int32(0)), slots, state)
-    _finish(refs, rows, base + split, state)
+    finish(refs, rows, base + split, state)
 
 
 def _store_scores(
-    launch: Launch, refs: dict[str, Any], rows: _Rows, tile: Any, scores: Any, weights: Any, top: Any
+    launch: Launch, refs: dict[str, Any], rows: Rows, tile: Any, scores: Any, weights: Any, top: Any
 ) -> None:
     """What a tile's entries give to the blocks in which they begin, and to the blocks after those.
 
@@ -424,27 +233,11 @@ def _store_scores(
         plgpu.store(refs[name].at[(*at, row, block)], values, mask=rows.valid[:, None] & (block < shape.table))
 
 
-def overlap(sparsity: Sparsity, entry: Any, block: Any) -> Any:
-    """int32: the chunks of d tokens that compression block ``entry`` shares with selection block ``block``."""
-    chunks, per_page = sparsity.compress_block // sparsity.compress_stride, sparsity.entries_per_page
-    low = jnp.maximum(entry, per_page * block)
-    return jnp.maximum(jnp.minimum(entry + chunks, per_page * (block + 1)) - low, 0)
-
-
-def _tail_tiles(launch: Launch, rows: _Rows, last: Any) -> Any:
-    """Tiles of the tail that a program reads: none but in the last split, and on a chain none behind its rows."""
-    return jnp.where(last, jnp.minimum(jnp.max(rows.token), launch.shape.width - 1) // _tail_tile(launch) + 1, 0)
-
-
-def _tail_tile(launch: Launch) -> int:
-    return min(TAIL_TILE, max(16, pl.next_power_of_2(launch.shape.width)))
-
-
 def _window(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, splits: int, base: int) -> None:
     sparsity, shape = launch.sparsity, launch.shape
     batch, head, page = refs["batch"], refs["head"], sparsity.select_block
     size = launch.branch(2).rows
-    rows = _load_rows(launch, refs, size, tile * size, shape.rows)
+    rows = query_rows(launch, refs, size, tile * size, shape.rows)
     length = refs["lengths"][batch]
     place = plgpu.load(refs["tail_positions"].at[batch, rows.token], mask=rows.valid, other=0)
     oldest = place - sparsity.window  # the window begins after it
@@ -467,29 +260,29 @@ def _window(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, splits:
             block, offset = parts(key_at, page)
             owner = plgpu.load(refs["page_table"].at[batch, block], mask=live, other=0)
             at, keys, values = (owner, head, offset), refs["key"], refs["value"]
-        scores = _scores(launch, rows, load_rows(keys, at, live))
+        scores = score(launch, rows, load_rows(keys, at, live))
         visible = live[None, :] & (key_at[None, :] > oldest[:, None])
-        return _attend(state, scores, visible, load_rows(values, at, live))[1]
+        return attend_tile(state, scores, visible, load_rows(values, at, live))[1]
 
     # Where the ring is not full yet, its slots are those of the positions.
     span = jnp.clip(length, 0, shape.ring) if ring else jnp.maximum(length - first_page_tile * launch.config.tile, 0)
     steps = pl.cdiv(span, launch.config.tile)
-    state = lax.fori_loop(*_share(steps, split, splits), step, _start(rows))
+    state = lax.fori_loop(*share(steps, split, splits), step, start(rows))
 
     own = "tail_window_key" if ring else "tail_key", "tail_window_value" if ring else "tail_value"
-    tail_lane = lax.iota(jnp.int32, _tail_tile(launch))
+    tail_lane = lax.iota(jnp.int32, tail_tile(launch))
 
     def near(i, state):
-        node = i * _tail_tile(launch) + tail_lane
+        node = i * tail_tile(launch) + tail_lane
         inside = node < shape.width
         node_at = plgpu.load(refs["tail_positions"].at[batch, node], mask=inside, other=0)
-        visible = _ancestors(refs, rows, node, inside) & (node_at[None, :] > oldest[:, None])
-        scores = _scores(launch, rows, load_rows(refs[own[0]], (batch, node, head), inside))
-        return _attend(state, scores, visible, load_rows(refs[own[1]], (batch, node, head), inside))[1]
+        visible = ancestors(refs, rows, node, inside) & (node_at[None, :] > oldest[:, None])
+        scores = score(launch, rows, load_rows(refs[own[0]], (batch, node, head), inside))
+        return attend_tile(state, scores, visible, load_rows(refs[own[1]], (batch, node, head), inside))[1]
 
     last = (split == splits - 1) & (length >= 0)
-    state = lax.fori_loop(0, _tail_tiles(launch, rows, last), near, state)
-    _finish(refs, rows, base + split, state)
+    state = lax.fori_loop(0, tail_tiles(launch, rows, last), near, state)
+    finish(refs, rows, base + split, state)
 
 
 def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, splits: int, base: int) -> None:
@@ -500,7 +293,7 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
     group = tile // per_group
     first = group * config.group * shape.lanes
     end = jnp.minimum(first + config.group * shape.lanes, shape.rows)
-    rows = _load_rows(launch, refs, size, first + tile % per_group * size, end)
+    rows = query_rows(launch, refs, size, first + tile % per_group * size, end)
     length = refs["lengths"][batch]
     grouped = config.group > 1
     bit = jnp.maximum(rows.token - group * config.group, 0)
@@ -521,7 +314,7 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
     def attend_blocks(i, owner, state, live):
         item, offset = item_of(i)
         at = (owner, head, offset)
-        scores = _scores(launch, rows, load_rows(refs["key"], at, live))
+        scores = score(launch, rows, load_rows(refs["key"], at, live))
         visible = None if live is None else jnp.broadcast_to(live[None, :], scores.shape)
         if grouped:
             owned = jnp.zeros((size, config.tile), jnp.int32)
@@ -533,7 +326,7 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
                 owned = jnp.where((bit >> 5 == word)[:, None], bits, owned) if launch.mask_words > 1 else bits
             owned = jnp.broadcast_to(owned, scores.shape) > 0
             visible = owned if visible is None else visible & owned
-        return _attend(state, scores, visible, load_rows(refs["value"], at, live))[1]
+        return attend_tile(state, scores, visible, load_rows(refs["value"], at, live))[1]
 
     def step(i, carry):
         owner, state = carry
@@ -550,7 +343,7 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
         count = jnp.sum(((ids >= 0) & ((ids + 1) * page <= length)).astype(jnp.int32))
     last = (split == splits - 1) & (length >= 0)
     full = count * page // config.tile
-    state = _walk(*_share(full, split, splits), page_of, step, _start(rows))
+    state = walk(*share(full, split, splits), page_of, step, start(rows))
     if several:
         total = pl.cdiv(count * page, config.tile)
         state = lax.fori_loop(full, jnp.where(last, total, full), partial_step, state)
@@ -575,24 +368,24 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
         live = token < length
         owner = plgpu.load(refs["page_table"].at[batch, jnp.full_like(lane, 0) + length // page], mask=live, other=0)
         at = (owner, head, parts(token, page)[1])
-        scores = _scores(launch, rows, load_rows(refs["key"], at, live))
+        scores = score(launch, rows, load_rows(refs["key"], at, live))
         visible = jnp.broadcast_to(live[None, :], scores.shape)
         if not always:
             visible &= selects(parts(token, page)[0])
-        return _attend(state, scores, visible, load_rows(refs["value"], at, live))[1]
+        return attend_tile(state, scores, visible, load_rows(refs["value"], at, live))[1]
 
     state = lax.fori_loop(0, jnp.where(last, pl.cdiv(jnp.maximum(length, 0) % page, config.tile), 0), begun, state)
-    tail_lane = lax.iota(jnp.int32, _tail_tile(launch))
+    tail_lane = lax.iota(jnp.int32, tail_tile(launch))
 
     def near(i, state):
-        node = i * _tail_tile(launch) + tail_lane
+        node = i * tail_tile(launch) + tail_lane
         inside = node < shape.width
-        visible = _ancestors(refs, rows, node, inside)
+        visible = ancestors(refs, rows, node, inside)
         if not always:
             node_at = plgpu.load(refs["tail_positions"].at[batch, node], mask=inside, other=0)
             visible &= selects(parts(node_at, page)[0])
-        scores = _scores(launch, rows, load_rows(refs["tail_key"], (batch, node, head), inside))
-        return _attend(state, scores, visible, load_rows(refs["tail_value"], (batch, node, head), inside))[1]
+        scores = score(launch, rows, load_rows(refs["tail_key"], (batch, node, head), inside))
+        return attend_tile(state, scores, visible, load_rows(refs["tail_value"], (batch, node, head), inside))[1]
 
-    state = lax.fori_loop(0, _tail_tiles(launch, rows, last), near, state)
-    _finish(refs, rows, base + split, state)
+    state = lax.fori_loop(0, tail_tiles(launch, rows, last), near, state)
+    finish(refs, rows, base + split, state)

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._call import triton_call
-from pallas_kernels.attention.branches import Launch
+from pallas_kernels.attention.launch import Launch
 
 
 def run(

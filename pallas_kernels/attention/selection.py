@@ -17,7 +17,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._call import triton_call
 from pallas_kernels.attention.arguments import Selection, Tail
-from pallas_kernels.attention.branches import Launch, overlap
+from pallas_kernels.attention.launch import Launch
+from pallas_kernels.attention.tiles import overlap
 from pallas_kernels.selection.kernel import choose, lane_parts, store_ids
 
 

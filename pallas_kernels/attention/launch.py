@@ -1,0 +1,78 @@
+"""What one launch of the branches' kernel computes, and how it is laid out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pallas_kernels.attention.arguments import Shape, Sparsity
+from pallas_kernels.attention.config import AttentionConfig, Branch
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Which branches a launch computes, as (branch index, how it is split), and whether it scores blocks."""
+
+    sparsity: Sparsity
+    shape: Shape
+    config: AttentionConfig
+    branches: tuple[int, ...]
+    scored: bool = False
+
+    def branch(self, index: int) -> Branch:
+        """The split of the compressed (0), the selected (1) or the window branch (2)."""
+        return (self.config.compressed, self.config.selected, self.config.window)[index]
+
+    def row_tiles(self, index: int) -> int:
+        """Row tiles of a (sequence, KV head); those of the selected branch do not cross groups."""
+        rows = self.branch(index).rows
+        if index == 1:
+            return self.groups * -(-self.config.group * self.shape.lanes // rows)
+        return -(-self.shape.rows // rows)
+
+    @property
+    def groups(self) -> int:
+        return -(-self.shape.width // self.config.group)
+
+    @property
+    def segments(self) -> list[tuple[int, int, int]]:
+        """(branch, first split, splits) in the launch's partial outputs."""
+        found, first = [], 0
+        for index in self.branches:
+            found.append((index, first, self.branch(index).splits))
+            first += self.branch(index).splits
+        return found
+
+    @property
+    def splits(self) -> int:
+        return sum(count for _, _, count in self.segments)
+
+    @property
+    def page_tile(self) -> int:
+        """Pages whose compressed entries make a tile."""
+        return max(1, self.config.tile // self.sparsity.entries_per_page)
+
+    @property
+    def entry_tile(self) -> int:
+        return self.page_tile * self.sparsity.entries_per_page
+
+    @property
+    def identity(self) -> bool:
+        """Whether each compression block is one selection block (l = l' = d): its score is the block's."""
+        return self.sparsity.compress_block == self.sparsity.select_block == self.sparsity.compress_stride
+
+    @property
+    def num_warps(self) -> int:
+        """One warp for 16 rows."""
+        return max(1, min(8, max(self.branch(index).rows for index in self.branches) // 16))
+
+    @property
+    def mask_words(self) -> int:
+        return -(-self.config.group // 32)
+
+    @property
+    def workspace(self) -> int:
+        """Words per (sequence, KV head) that the selection wants zeroed: who owns which block, and who has arrived.
+
+        Per group, ``mask_words`` rows of the table's N blocks and one that nobody reads; then one counter per group.
+        """
+        return self.groups * (self.mask_words * (self.shape.table + 1) + 1) if self.config.group > 1 else 0

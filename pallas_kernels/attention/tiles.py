@@ -1,0 +1,167 @@
+"""Inside a kernel: rows of queries, tiles of keys, and the running softmax of one over the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.attention.arguments import Sparsity
+from pallas_kernels.attention.launch import Launch
+
+# Finite, so that the difference of two such scores is 0 and never NaN.
+MASKED = np.float32(-1e30)
+LOG2E = math.log2(math.e)
+TAIL_TILE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A program's rows: where they lie, the query and head of each, and their queries."""
+
+    index: Any  # int32 [rows], within the (sequence, KV head)
+    token: Any  # int32 [rows]
+    valid: Any  # bool [rows]
+    query: Any  # [rows, D]
+    size: int
+
+
+def query_rows(launch: Launch, refs: dict[str, Any], size: int, first: Any, end: Any) -> Rows:
+    """Rows ``first`` … ``first`` + size − 1, of which those before ``end`` count."""
+    shape = launch.shape
+    index = first + lax.iota(jnp.int32, size)
+    token, lane = parts(index, shape.lanes)
+    valid = (index < end) & (lane < shape.group)
+    head = refs["head"] * shape.group + lane
+    query = load_rows(refs["query"], (refs["batch"], token, head), valid)
+    return Rows(index, token, valid, query, size)
+
+
+def parts(index: Any, size: int) -> tuple[Any, Any]:
+    """``index // size`` and ``index % size`` for indices that are not negative, ``size`` a power of two.
+
+    jnp's own operators round for signs that do not occur: in a tile's addresses that was a tenth of all instructions.
+    """
+    return index >> (size.bit_length() - 1), index & (size - 1)
+
+
+def load_rows(ref: Any, at: tuple[Any, ...], live: Any) -> Any:
+    """``ref[*at, :]`` for index vectors ``at`` of one length (or scalars), 0 where not ``live``; [rows, D padded].
+
+    ``live`` None: all are. Masks are dear in a tile, so the loops have none but for what the last split does.
+    """
+    dim = ref.shape[-1]
+    lanes = pl.next_power_of_2(dim)
+    shape = (max(index.shape[0] for index in at if jnp.ndim(index)), lanes)
+    # Indices as whole matrices: interpret mode takes no masked mixture of vectors and slices.
+    column = lax.broadcasted_iota(jnp.int32, shape, 1)
+    wide = [jnp.broadcast_to(index[:, None], shape) if jnp.ndim(index) else index for index in at]
+    mask = None if lanes == dim else column < dim
+    if live is not None:
+        mask = live[:, None] & (column < dim) if lanes != dim else jnp.broadcast_to(live[:, None], shape)
+    return plgpu.load(ref.at[(*wide, column)], mask=mask, other=None if mask is None else 0.0)
+
+
+def dot(a: Any, b: Any, **transposed: bool) -> Any:
+    """float32 a·b, either transposed if so asked; float32 factors are not rounded."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return plgpu.dot(a, b, precision=precision, **transposed)
+
+
+def score(launch: Launch, rows: Rows, keys: Any) -> Any:
+    """float32 [rows, keys], scaled."""
+    return dot(rows.query, keys, trans_b=True) * np.float32(launch.sparsity.scale * LOG2E)
+
+
+def start(rows: Rows, values: bool = True) -> tuple[Any, ...]:
+    """The running maximum, sum and weighted values of no keys."""
+    state = (jnp.full(rows.size, MASKED, jnp.float32), jnp.zeros(rows.size, jnp.float32))
+    return (*state, jnp.zeros((rows.size, rows.query.shape[1]), jnp.float32)) if values else state
+
+
+def attend_tile(state: tuple[Any, ...], scores: Any, visible: Any, values: Any) -> tuple[Any, tuple[Any, ...]]:
+    """One more tile: its weights relative to the new maximum, and the new state.
+
+    ``visible`` None: all keys are; ``values`` None: sums only.
+    """
+    top, total, *weighted = state
+    if visible is not None:
+        scores = jnp.where(visible, scores, MASKED)
+    highest = jnp.maximum(top, jnp.max(scores, axis=1))
+    weights = jnp.exp2(scores - highest[:, None])
+    if visible is not None:
+        weights = jnp.where(visible, weights, 0.0)
+    fade = jnp.exp2(top - highest)
+    state = (highest, total * fade + jnp.sum(weights, axis=1))
+    if values is None:
+        return weights, state
+    return weights, (*state, weighted[0] * fade[:, None] + dot(weights.astype(values.dtype), values))
+
+
+def finish(refs: dict[str, Any], rows: Rows, split: Any, state: tuple[Any, ...]) -> None:
+    """Stores a split's output and log-sum-exp."""
+    top, total, *weighted = state
+    at = (refs["batch"], refs["head"], split)
+    lse = jnp.where(total > 0, top + jnp.log(total) * np.float32(LOG2E), -jnp.inf)
+    plgpu.store(refs["lse"].at[(*at, rows.index)], lse, mask=rows.valid)
+    if weighted:
+        ref = refs["out"]
+        out = weighted[0] / jnp.where(total > 0, total, 1.0)[:, None]
+        dim, lanes = ref.shape[-1], out.shape[1]
+        row = jnp.broadcast_to(rows.index[:, None], out.shape)
+        column = lax.broadcasted_iota(jnp.int32, out.shape, 1)
+        mask = jnp.broadcast_to(rows.valid[:, None], out.shape)
+        plgpu.store(ref.at[(*at, row, column)], out, mask=mask if lanes == dim else mask & (column < dim))
+
+
+def share(steps: Any, split: Any, splits: int) -> tuple[Any, Any]:
+    """The ``split``-th share of ``steps`` steps over the cache: equal, and nothing for the last of several splits."""
+    if splits == 1:
+        return 0, steps
+    each = pl.cdiv(steps, splits - 1)
+    first = split * each
+    return jnp.minimum(first, steps), jnp.minimum(first + each, steps)
+
+
+def walk(first: Any, end: Any, page_of: Any, step: Any, state: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The state after the steps ``first`` … ``end`` − 1; each gets its page, and returns the next step's.
+
+    A page looked up one step ahead is there when the keys are asked for. Looked up in the same step, it would take one
+    of the stages in which tiles are in flight.
+    """
+    return lax.fori_loop(first, end, step, (page_of(first), state))[1]
+
+
+def ancestors(refs: dict[str, Any], rows: Rows, node: Any, live: Any) -> Any:
+    """bool [rows, nodes]: is the node on the row's path?"""
+    mask = rows.valid[:, None] & live[None, :]
+    if "tail_ancestor" not in refs:
+        return mask & (node[None, :] <= rows.token[:, None])
+    ref = refs["tail_ancestor"]
+    batch = refs["batch"] if ref.shape[0] > 1 else 0
+    size = (rows.size, node.shape[0])
+    token = jnp.broadcast_to(jnp.where(rows.valid, rows.token, 0)[:, None], size)
+    node = jnp.broadcast_to(jnp.where(live, node, 0)[None, :], size)
+    return plgpu.load(ref.at[batch, token, node]) & mask
+
+
+def overlap(sparsity: Sparsity, entry: Any, block: Any) -> Any:
+    """int32: the chunks of d tokens that compression block ``entry`` shares with selection block ``block``."""
+    chunks, per_page = sparsity.compress_block // sparsity.compress_stride, sparsity.entries_per_page
+    low = jnp.maximum(entry, per_page * block)
+    return jnp.maximum(jnp.minimum(entry + chunks, per_page * (block + 1)) - low, 0)
+
+
+def tail_tiles(launch: Launch, rows: Rows, last: Any) -> Any:
+    """Tiles of the tail that a program reads: none but in the last split, and on a chain none behind its rows."""
+    return jnp.where(last, jnp.minimum(jnp.max(rows.token), launch.shape.width - 1) // tail_tile(launch) + 1, 0)
+
+
+def tail_tile(launch: Launch) -> int:
+    return min(TAIL_TILE, max(16, pl.next_power_of_2(launch.shape.width)))
