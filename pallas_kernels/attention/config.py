@@ -94,21 +94,18 @@ class AttentionConfig:
     ) -> list[AttentionConfig]:
         """The configs worth measuring around the heuristic for that shape."""
         base = cls.heuristic(sparsity, shape, group, mode)
+
+        def around(branch: Branch) -> list[Branch]:
+            # Twice the rows may pay though half stay empty: from 64 on, Hopper's larger matrix instruction takes them.
+            rows = [rows for rows in (branch.rows, branch.rows // 2, branch.rows * 2) if 16 <= rows <= 128]
+            splits = dict.fromkeys(max(1, int(branch.splits * factor)) for factor in (1, 0.5, 2))
+            return [Branch(*choice) for choice in itertools.product(rows, splits)]
+
         found = [base]
-        for compressed, selected in itertools.product((0.5, 1, 2), repeat=2):
+        for compressed, selected in itertools.product(around(base.compressed), around(base.selected)):
             for tile, stages in ((32, 3), (32, 4), (64, 2)):
                 found.append(
-                    dataclasses.replace(
-                        base,
-                        compressed=dataclasses.replace(
-                            base.compressed, splits=max(1, int(base.compressed.splits * compressed))
-                        ),
-                        selected=dataclasses.replace(
-                            base.selected, splits=max(1, int(base.selected.splits * selected))
-                        ),
-                        tile=tile,
-                        num_stages=stages,
-                    )
+                    dataclasses.replace(base, compressed=compressed, selected=selected, tile=tile, num_stages=stages)
                 )
         return list(dict.fromkeys(found))
 
