@@ -79,7 +79,7 @@ class Case:
 
 
 def needed_bytes(spec: specs.AttentionSpec, ids: np.ndarray) -> int:
-    """As ``spec.bytes``, for the selected blocks ``ids`` [B, T, Hkv, n]: compressed entries, windows, union."""
+    """What a refresh layer must read once: compressed entries, windows, and the union of ``ids`` [B, T, Hkv, n]."""
     sparsity, item = spec.sparsity, jnp.dtype(spec.dtype).itemsize
     token, tokens = 2 * spec.dim * item, 0  # of one KV head
     for own, length in zip(ids, spec.lengths, strict=True):

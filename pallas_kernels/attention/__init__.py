@@ -42,11 +42,6 @@ def limit(sparsity: Sparsity, shape: Shape, group: int | None = None) -> str | N
     return selection_kernel.limit(blocks, sparsity.num_selected)
 
 
-def unsupported(sparsity: Sparsity, shape: Shape) -> str | None:
-    """Why the kernels do not run for these sizes on the present device; None if they do."""
-    return limit(sparsity, shape) or _dispatch.device_limit()
-
-
 def attend(
     sparsity: Sparsity,
     query: jax.Array,

@@ -62,22 +62,6 @@ class AttentionSpec:
         """Each node's parent, −1 for the root."""
         return list(range(-1, self.width - 1)) if isinstance(self.tree, str) else list(self.tree)
 
-    @property
-    def bytes(self) -> int:
-        """What a refresh layer must read once: compressed entries, windows, and the union of all selected blocks.
-
-        The union is that of ``wanted``, so it needs ``overlap``.
-        """
-        sparsity, item = self.sparsity, jnp.dtype(self.dtype).itemsize
-        entry = 2 * self.heads[1] * self.dim * item
-        total = 0
-        for length in self.lengths:
-            complete = max(0, (length - sparsity.compress_block) // sparsity.compress_stride + 1)
-            total += entry * (complete + min(max(length, 0), sparsity.window))
-        wanted = self.wanted()
-        blocks = sum(len(set(wanted[b, :, h].ravel()) - {-1}) for b, h in np.ndindex(len(self.lengths), self.heads[1]))
-        return total + blocks * entry // self.heads[1] * sparsity.select_block
-
     def wanted(self, seed: int = 0) -> np.ndarray[Any, Any]:
         """Ids int32 [B, T, Hkv, n] that queries are made to select; adjacent ones share ``overlap`` of theirs."""
         assert self.overlap is not None

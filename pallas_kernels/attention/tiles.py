@@ -164,4 +164,5 @@ def tail_tiles(launch: Launch, rows: Rows, last: Any) -> Any:
 
 
 def tail_tile(launch: Launch) -> int:
+    """Tail tokens that a program takes at a time."""
     return min(TAIL_TILE, max(16, pl.next_power_of_2(launch.shape.width)))

@@ -42,7 +42,7 @@ def select_blocks(
       num_selected, num_initial, num_local: n, and how many of these are forced at either end.
       implementation: "pallas", "xla", or None: "pallas" on a GPU for shapes that it takes, else "xla".
       interpret: interpret the Pallas kernel, on any device.
-      config: the kernel's tuning parameters; None: chosen from the shape.
+      config: the kernel's tuning parameters; None: those measured on this kind of device, or chosen from the shape.
 
     Returns:
       int32 [..., n]: ids in ascending order, then −1.
@@ -60,7 +60,12 @@ def select_blocks(
     limit = kernel.limit(num_blocks, num_selected)
     if _dispatch.choose("select_blocks", implementation, limit, interpret) == "xla":
         return xla.select_blocks(importance, positions, **counts)
-    config = config or SelectionConfig.heuristic(importance.size // num_blocks, num_blocks)
+    rows = importance.size // num_blocks
+    if config is None and not interpret:
+        from pallas_kernels import tuned  # which imports the configs of all operations
+
+        config = tuned.lookup_selection(_dispatch.device_kind(), rows, num_blocks)
+    config = config or SelectionConfig.heuristic(rows, num_blocks)
     return kernel.select_blocks(importance, positions, **counts, config=config, interpret=interpret)
 
 
