@@ -7,6 +7,7 @@ nested dict (docs/architecture.md lists it) and merge it into the module inside 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -155,17 +156,27 @@ def bind(config: ModelConfig, params: Params, dtype: jnp.dtype) -> Transformer:
 
 def init_params(config: ModelConfig, seed: int, dtype: jnp.dtype = jnp.float32) -> Params:
     """Fresh parameters as a nested dict of ``dtype`` arrays; output projections shrink with depth (GPT-2)."""
+    # One compiled layer, called once a layer: compiling the random numbers of all 8B parameters takes minutes.
+    ends, *keys = jax.random.split(jax.random.key(seed), 1 + config.layers)
+    params = _init_ends(dataclasses.replace(config, layers=1), jnp.dtype(dtype), ends)
+    return params | {"layers": {i: _init_layer(config, jnp.dtype(dtype), key) for i, key in enumerate(keys)}}
 
-    @jax.jit
-    def create() -> Params:
-        model = Transformer(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(seed))
-        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        for layer in params["layers"].values():
-            for owner, name in (("attn", "o_proj"), ("mlp", "down_proj")):
-                layer[owner][name]["kernel"] *= (2 * config.layers) ** -0.5
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
-    return create()
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init_ends(config: ModelConfig, dtype: jnp.dtype, key: jax.Array) -> Params:
+    model = Transformer(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(key))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    del params["layers"]
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init_layer(config: ModelConfig, dtype: jnp.dtype, key: jax.Array) -> Params:
+    layer = Layer(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(key))
+    params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
+    for owner, name in (("attn", "o_proj"), ("mlp", "down_proj")):
+        params[owner][name]["kernel"] *= (2 * config.layers) ** -0.5
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def hidden_states(
