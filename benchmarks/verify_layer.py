@@ -107,19 +107,19 @@ def stage(spec: specs.AttentionSpec, config: AttentionConfig, arguments, last: i
     """What the first ``last`` of a refresh layer's four launches leave."""
     query, gates, layer, page_table, lengths, tail = arguments
     shape, inputs = check(spec.sparsity, *arguments), (query, layer, page_table, lengths, tail)
-    scoring = Launch(spec.sparsity, shape, config, (0, 2), scored=True)
-    partial = branches.run(scoring, *inputs, None, interpret)
+    scoring = Launch(spec.sparsity, shape, config, (0, 2), scored=True, interpret=interpret)
+    partial = branches.run(scoring, *inputs, None)
     if last == 1:
         return partial["out"]
-    selected = selection.run(scoring, partial, lengths, tail, interpret)
+    selected = selection.run(scoring, partial, lengths, tail)
     if last == 2:
         # Of the group's last program to arrive, where there is one.
         return selected.ids if selected.size is None else selected.size
-    launch = Launch(spec.sparsity, shape, config, (1,))
-    rest = branches.run(launch, *inputs, selected, interpret)
+    launch = Launch(spec.sparsity, shape, config, (1,), interpret=interpret)
+    rest = branches.run(launch, *inputs, selected)
     if last == 3:
         return rest["out"]
-    return merge.run([(scoring, partial), (launch, rest)], gates, [0, 1, 2], jnp.dtype(query.dtype), interpret)
+    return merge.run([(scoring, partial), (launch, rest)], gates, [0, 1, 2], jnp.dtype(query.dtype))
 
 
 def xla_path(spec: specs.AttentionSpec):

@@ -94,15 +94,15 @@ def attend(
     if selected is not None:
         if not reuse_compressed:
             shown = [1, 2]
-        launch = Launch(sparsity, shape, config, tuple(shown))
-        parts = [(launch, branches.run(launch, *arguments, selected, interpret))]
+        launch = Launch(sparsity, shape, config, tuple(shown), interpret=interpret)
+        parts = [(launch, branches.run(launch, *arguments, selected))]
     else:
-        scoring = Launch(sparsity, shape, config, (0, 2), scored=True)
-        partial = branches.run(scoring, *arguments, None, interpret)
-        selected = selection.run(scoring, partial, lengths, tail, interpret)
-        launch = Launch(sparsity, shape, config, (1,))
-        parts = [(scoring, partial), (launch, branches.run(launch, *arguments, selected, interpret))]
-    return merge.run(parts, gates, shown, jnp.dtype(query.dtype), interpret), selected
+        scoring = Launch(sparsity, shape, config, (0, 2), scored=True, interpret=interpret)
+        partial = branches.run(scoring, *arguments, None)
+        selected = selection.run(scoring, partial, lengths, tail)
+        launch = Launch(sparsity, shape, config, (1,), interpret=interpret)
+        parts = [(scoring, partial), (launch, branches.run(launch, *arguments, selected))]
+    return merge.run(parts, gates, shown, jnp.dtype(query.dtype)), selected
 
 
 def _check_selection(sparsity: Sparsity, shape: Shape, config: AttentionConfig, selected: Selection | None) -> None:

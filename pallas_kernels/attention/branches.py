@@ -35,6 +35,7 @@ from pallas_kernels.attention.tiles import (
     overlap,
     parts,
     query_rows,
+    scale,
     score,
     share,
     start,
@@ -52,7 +53,6 @@ def run(
     lengths: jax.Array,
     tail: Tail,
     selection: Selection | None,
-    interpret: bool,
 ) -> dict[str, jax.Array]:
     """The launch's partial outputs, and the scores of blocks when it is ``scored``.
 
@@ -105,7 +105,7 @@ def run(
         grid=(works, shape.num_kv_heads, shape.batch),
         num_warps=launch.num_warps,
         num_stages=launch.config.num_stages,
-        interpret=interpret,
+        interpret=launch.interpret,
         name="nsa_" + "_".join(("compressed", "selected", "window")[index] for index in launch.branches),
     )
     return dict(zip(out_shapes, outputs, strict=True))
@@ -152,7 +152,7 @@ def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, spl
     rows = query_rows(launch, refs, size, tile * size, shape.rows)
     length = refs["lengths"][batch]
     entries = jnp.maximum(length - sparsity.compress_block + sparsity.compress_stride, 0) // sparsity.compress_stride
-    lane = lax.iota(jnp.int32, launch.entry_tile)
+    lane = _entry_of_lane(launch, lax.iota(jnp.int32, launch.entry_tile))
     with_values = sparsity.compressed_output
 
     def page_of(i):
@@ -160,14 +160,15 @@ def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, spl
         return plgpu.load(refs["page_table"].at[batch, parts(entry, per_page)[0]], mask=entry < entries, other=0)
 
     def attend_entries(i, page, state, live):
-        at = (page, head, parts(i * launch.entry_tile + lane, per_page)[1])
+        at = (page, head, parts(lane, per_page)[1])
         scores = score(launch, rows, load_rows(refs["compressed_key"], at, live))
         values = load_rows(refs["compressed_value"], at, live) if with_values else None
         visible = None if live is None else live[None, :]
-        weights, state = attend_tile(state, scores, visible, values)
+        weights, state = attend_tile(launch, state, scores, visible, values)
         if launch.scored:
+            scores = scores * scale(launch)
             scores = scores if visible is None else jnp.where(visible, scores, -jnp.inf)
-            _store_scores(launch, refs, rows, i, scores, weights, state[0])
+            _store_scores(launch, refs, rows, i, scores, weights, state.top)
         return state
 
     def step(i, carry):
@@ -192,18 +193,40 @@ def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, spl
         used = node < shape.width
         visible = ancestors(refs, rows, node, used)
         scores = score(launch, rows, load_rows(refs["tail_compressed_key"], (batch, slot, head), used))
-        values = load_rows(refs["tail_compressed_value"], (batch, slot, head), used) if with_values else None
+        at = (batch, slot, head)
+        values = load_rows(refs["tail_compressed_value"], at, used) if with_values else None
         if launch.scored:
             where = (jnp.broadcast_to(index, scores.shape) for index in (rows.index[:, None], slot[None, :]))
             plgpu.store(
                 refs["slot_scores"].at[(batch, head, *where)],
-                jnp.where(visible, scores, -jnp.inf),
+                jnp.where(visible, scores * scale(launch), -jnp.inf),
                 mask=rows.valid[:, None] & inside[None, :],
             )
-        return attend_tile(state, scores, visible, values)[1]
+        return attend_tile(launch, state, scores, visible, values)[1]
 
     state = lax.fori_loop(0, jnp.where(last, jnp.int32(-(-shape.slots // slot_tile)), jnp.int32(0)), slots, state)
     finish(refs, rows, base + split, state)
+
+
+def _lanes(launch: Launch) -> tuple[int, int, int, int]:
+    """How the entries of a tile are spread over its columns: (pages // k, per_page // b, k, b), k pages side by side.
+
+    A tensor core leaves 2 neighbouring columns of every 8 with a thread. The entries of a page take such pairs, so
+    that a thread sums a page's weights alone; in their natural order, it would need others' for each sum.
+    """
+    per_page, pages = launch.sparsity.entries_per_page, launch.page_tile
+    if per_page % 2 or pages % 4:
+        return pages, 1, 1, per_page
+    return pages // 4, per_page // 2, 4, 2
+
+
+def _entry_of_lane(launch: Launch, lane: Any) -> Any:
+    """int32: the entry, within its tile, that a column of the tile holds."""
+    _, far, side, near = _lanes(launch)
+    rest, b = parts(lane, near)
+    rest, page = parts(rest, side)
+    rest, a = parts(rest, far)
+    return ((rest * side + page) * far + a) * near + b
 
 
 def _store_scores(
@@ -218,14 +241,15 @@ def _store_scores(
     if launch.identity:
         sums = {"scores": scores}
     else:
-        per_page = sparsity.entries_per_page
-        entry = lax.broadcasted_iota(jnp.int32, (1, 1, per_page), 2)
-        weights = weights.reshape(rows.size, pages, per_page)
-        sums = {
-            name: jnp.sum(weights * overlap(sparsity, entry, block).astype(jnp.float32), axis=2)
-            for name, block in (("scores", 0), ("carry", 1))
-            if name in refs
-        }
+        split = _lanes(launch)
+        whole = (1, *split)
+        entry = lax.broadcasted_iota(jnp.int32, whole, 2) * split[3] + lax.broadcasted_iota(jnp.int32, whole, 4)
+        weights = weights.reshape(rows.size, *split)
+        sums = {}
+        for name, block in (("scores", 0), ("carry", 1)):
+            if name in refs:
+                part = jnp.sum(weights * overlap(sparsity, entry, block).astype(jnp.float32), axis=4)
+                sums[name] = jnp.sum(part, axis=2).reshape(rows.size, pages)
         plgpu.store(refs["tops"].at[(*at, rows.index, jnp.full_like(rows.index, 0) + tile)], top, mask=rows.valid)
     for name, values in sums.items():
         block = tile * pages + lax.broadcasted_iota(jnp.int32, values.shape, 1)
@@ -262,7 +286,7 @@ def _window(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, splits:
             at, keys, values = (owner, head, offset), refs["key"], refs["value"]
         scores = score(launch, rows, load_rows(keys, at, live))
         visible = live[None, :] & (key_at[None, :] > oldest[:, None])
-        return attend_tile(state, scores, visible, load_rows(values, at, live))[1]
+        return attend_tile(launch, state, scores, visible, load_rows(values, at, live))[1]
 
     # Where the ring is not full yet, its slots are those of the positions.
     span = jnp.clip(length, 0, shape.ring) if ring else jnp.maximum(length - first_page_tile * launch.config.tile, 0)
@@ -278,7 +302,7 @@ def _window(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, splits:
         node_at = plgpu.load(refs["tail_positions"].at[batch, node], mask=inside, other=0)
         visible = ancestors(refs, rows, node, inside) & (node_at[None, :] > oldest[:, None])
         scores = score(launch, rows, load_rows(refs[own[0]], (batch, node, head), inside))
-        return attend_tile(state, scores, visible, load_rows(refs[own[1]], (batch, node, head), inside))[1]
+        return attend_tile(launch, state, scores, visible, load_rows(refs[own[1]], (batch, node, head), inside))[1]
 
     last = (split == splits - 1) & (length >= 0)
     state = lax.fori_loop(0, tail_tiles(launch, rows, last), near, state)
@@ -326,7 +350,7 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
                 owned = jnp.where((bit >> 5 == word)[:, None], bits, owned) if launch.mask_words > 1 else bits
             owned = jnp.broadcast_to(owned, scores.shape) > 0
             visible = owned if visible is None else visible & owned
-        return attend_tile(state, scores, visible, load_rows(refs["value"], at, live))[1]
+        return attend_tile(launch, state, scores, visible, load_rows(refs["value"], at, live))[1]
 
     def step(i, carry):
         owner, state = carry
@@ -372,7 +396,7 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
         visible = jnp.broadcast_to(live[None, :], scores.shape)
         if not always:
             visible &= selects(parts(token, page)[0])
-        return attend_tile(state, scores, visible, load_rows(refs["value"], at, live))[1]
+        return attend_tile(launch, state, scores, visible, load_rows(refs["value"], at, live))[1]
 
     state = lax.fori_loop(0, jnp.where(last, pl.cdiv(jnp.maximum(length, 0) % page, config.tile), 0), begun, state)
     tail_lane = lax.iota(jnp.int32, tail_tile(launch))
@@ -385,7 +409,9 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
             node_at = plgpu.load(refs["tail_positions"].at[batch, node], mask=inside, other=0)
             visible &= selects(parts(node_at, page)[0])
         scores = score(launch, rows, load_rows(refs["tail_key"], (batch, node, head), inside))
-        return attend_tile(state, scores, visible, load_rows(refs["tail_value"], (batch, node, head), inside))[1]
+        return attend_tile(launch, state, scores, visible, load_rows(refs["tail_value"], (batch, node, head), inside))[
+            1
+        ]
 
     state = lax.fori_loop(0, tail_tiles(launch, rows, last), near, state)
     finish(refs, rows, base + split, state)

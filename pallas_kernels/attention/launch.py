@@ -17,6 +17,7 @@ class Launch:
     config: AttentionConfig
     branches: tuple[int, ...]
     scored: bool = False
+    interpret: bool = False
 
     def branch(self, index: int) -> Branch:
         """The split of the compressed (0), the selected (1) or the window branch (2)."""

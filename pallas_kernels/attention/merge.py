@@ -20,7 +20,6 @@ def run(
     gates: jax.Array | None,
     branches: Sequence[int],
     dtype: jnp.dtype,
-    interpret: bool,
 ) -> jax.Array:
     """Σ over ``branches`` of gate · branch, [B, T, Hq, D]; ``parts`` are launches with their partial results."""
     shape = parts[0][0].shape
@@ -62,7 +61,7 @@ def run(
         out_shape=jax.ShapeDtypeStruct((shape.batch, shape.width, shape.num_heads, shape.head_dim), dtype),
         grid=(pl.cdiv(shape.rows, size), shape.num_kv_heads, shape.batch),
         num_warps=4,
-        interpret=interpret,
+        interpret=parts[0][0].interpret,
     )
 
 

@@ -22,7 +22,7 @@ from pallas_kernels.attention.tiles import overlap
 from pallas_kernels.selection.kernel import choose, lane_parts, store_ids
 
 
-def run(launch: Launch, partial: dict[str, jax.Array], lengths: jax.Array, tail: Tail, interpret: bool) -> Selection:
+def run(launch: Launch, partial: dict[str, jax.Array], lengths: jax.Array, tail: Tail) -> Selection:
     """The selection from the partial results of a ``scored`` launch."""
     shape, sparsity, config = launch.shape, launch.sparsity, launch.config
     grouped = config.group > 1
@@ -46,7 +46,7 @@ def run(launch: Launch, partial: dict[str, jax.Array], lengths: jax.Array, tail:
     names = [*inputs, *outputs]
 
     def nsa_selection(*refs: Any) -> None:
-        _kernel(launch, dict(zip(names, refs, strict=True)), interpret)
+        _kernel(launch, dict(zip(names, refs, strict=True)))
 
     result = triton_call(
         nsa_selection,
@@ -54,14 +54,14 @@ def run(launch: Launch, partial: dict[str, jax.Array], lengths: jax.Array, tail:
         out_shape=[jax.ShapeDtypeStruct(dims, jnp.int32) for dims in outputs.values()],
         grid=(shape.width, shape.num_kv_heads, shape.batch),
         num_warps=config.selection_warps,
-        interpret=interpret,
+        interpret=launch.interpret,
         aliases={names.index("workspace"): [*outputs].index("marks")} if grouped else None,
     )
     named = dict(zip(outputs, result, strict=True))
     return Selection(named["ids"], named.get("union"), named.get("owners"), named.get("size"))
 
 
-def _kernel(launch: Launch, refs: dict[str, Any], interpret: bool) -> None:
+def _kernel(launch: Launch, refs: dict[str, Any]) -> None:
     sparsity, shape = launch.sparsity, launch.shape
     token, head, batch = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     # Interpret mode knows program ids at the top level only.
@@ -74,7 +74,7 @@ def _kernel(launch: Launch, refs: dict[str, Any], interpret: bool) -> None:
     chosen, slot, count = choose(importance, own, num_blocks, **rule)
     store_ids(refs["ids"], (batch, token, head), chosen, slot, count, sparsity.num_selected)
     if launch.config.group > 1:
-        _unite(launch, refs, chosen, num_blocks, length, interpret)
+        _unite(launch, refs, chosen, num_blocks, length)
 
 
 def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: Any) -> list[Any]:
@@ -145,9 +145,7 @@ def _load(ref: Any, row: Any, size: int, other: int) -> Any:
     return plgpu.load(ref.at[row, lane], mask=lane < size, other=other)
 
 
-def _unite(
-    launch: Launch, refs: dict[str, Any], chosen: list[Any], num_blocks: int, length: Any, interpret: bool
-) -> None:
+def _unite(launch: Launch, refs: dict[str, Any], chosen: list[Any], num_blocks: int, length: Any) -> None:
     """Marks the chosen blocks; in the group's last program, compacts its union."""
     sparsity, shape, config = launch.sparsity, launch.shape, launch.config
     token, head, batch = refs["token"], refs["head"], refs["batch"]
@@ -161,12 +159,12 @@ def _unite(
         at = base + member // 32 * row + jnp.where(marked, block, shape.table)
         bit = jnp.where(marked, 1 << (member % 32), 0)
         # A query sets its own bit once: adding it is setting it, and interpret mode has no atomic_or.
-        if interpret:
+        if launch.interpret:
             plgpu.atomic_add(marks, (batch, head, at), bit)
         else:
             # Not atomic_add: of a tensor of integers it lowers to an addition of floats.
             plgpu.atomic_or(marks, (batch, head, at), bit, mask=marked)
-    if not interpret:
+    if not launch.interpret:
         plgpu.debug_barrier()
     counter = launch.groups * launch.mask_words * row + group
     members = jnp.minimum(config.group, shape.width - group * config.group)
@@ -180,11 +178,11 @@ def _unite(
             for word in range(launch.mask_words):
                 # An atomic operation that changes nothing reads past L1, which does not know what others wrote.
                 at = base + word * row + jnp.minimum(block, shape.table)
-                mark = _read(marks, (batch, head, at), jnp.zeros(block.shape, jnp.int32), interpret)
+                mark = _read(marks, (batch, head, at), jnp.zeros(block.shape, jnp.int32), launch.interpret)
                 words.append(jnp.where(block < shape.table, mark, 0))
                 owned |= words[-1] != 0
             if config.mode == "shared":
-                owned = _representative(launch, refs, group, members, block, length, interpret)
+                owned = _representative(launch, refs, group, members, block, length)
                 words = [jnp.where(owned, -1, 0) for _ in words]
             slot = jnp.where(owned, filled + lax.cumsum(owned.astype(jnp.int32), axis=0) - 1, size)
             plgpu.store(refs["union"].at[batch, head, group, slot], block, mask=owned)
@@ -200,9 +198,7 @@ def _read(ref: Any, at: tuple[Any, ...], zeros: Any, interpret: bool) -> Any:
     return plgpu.atomic_add(ref, at, zeros) if interpret else plgpu.atomic_or(ref, at, zeros)
 
 
-def _representative(
-    launch: Launch, refs: dict[str, Any], group: Any, members: Any, block: Any, length: Any, interpret: bool
-) -> Any:
+def _representative(launch: Launch, refs: dict[str, Any], group: Any, members: Any, block: Any, length: Any) -> Any:
     """bool [lanes]: the blocks of the group's query with the longest prefix, which become those of all its queries."""
     sparsity, config = launch.sparsity, launch.config
     head, batch = refs["head"], refs["batch"]
@@ -215,7 +211,7 @@ def _representative(
 
     # Read as _unite does.
     def one(k, owned):
-        own = _read(refs["ids"], (batch, best, head, k), jnp.asarray(0, jnp.int32), interpret)
+        own = _read(refs["ids"], (batch, best, head, k), jnp.asarray(0, jnp.int32), launch.interpret)
         plgpu.store(refs["ids"].at[batch, token, head, jnp.full_like(token, 0) + k],
                     jnp.broadcast_to(own, token.shape), mask=member < members)  # fmt: skip
         return owned | (block == own).astype(jnp.int32)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -62,9 +63,10 @@ def load_rows(ref: Any, at: tuple[Any, ...], live: Any) -> Any:
     # Indices as whole matrices: interpret mode takes no masked mixture of vectors and slices.
     column = lax.broadcasted_iota(jnp.int32, shape, 1)
     wide = [jnp.broadcast_to(index[:, None], shape) if jnp.ndim(index) else index for index in at]
-    mask = None if lanes == dim else column < dim
+    whole = lanes == dim
+    mask = None if whole else column < dim
     if live is not None:
-        mask = live[:, None] & (column < dim) if lanes != dim else jnp.broadcast_to(live[:, None], shape)
+        mask = jnp.broadcast_to(live[:, None], shape) if whole else live[:, None] & (column < dim)
     return plgpu.load(ref.at[(*wide, column)], mask=mask, other=None if mask is None else 0.0)
 
 
@@ -75,49 +77,98 @@ def dot(a: Any, b: Any, **transposed: bool) -> Any:
 
 
 def score(launch: Launch, rows: Rows, keys: Any) -> Any:
-    """float32 [rows, keys], scaled."""
-    return dot(rows.query, keys, trans_b=True) * np.float32(launch.sparsity.scale * LOG2E)
+    """float32 [rows, keys], not scaled yet."""
+    return dot(rows.query, keys, trans_b=True)
 
 
-def start(rows: Rows, values: bool = True) -> tuple[Any, ...]:
-    """The running maximum, sum and weighted values of no keys."""
-    state = (jnp.full(rows.size, MASKED, jnp.float32), jnp.zeros(rows.size, jnp.float32))
-    return (*state, jnp.zeros((rows.size, rows.query.shape[1]), jnp.float32)) if values else state
+def scale(launch: Launch) -> np.float32:
+    """What makes of a score the binary logarithm of a weight."""
+    return np.float32(launch.sparsity.scale * LOG2E)
 
 
-def attend_tile(state: tuple[Any, ...], scores: Any, visible: Any, values: Any) -> tuple[Any, tuple[Any, ...]]:
-    """One more tile: its weights relative to the new maximum, and the new state.
+class State(NamedTuple):
+    """A running softmax over the keys so far.
+
+    ``top`` float32 [rows], the maximum; ``total`` [rows, 4], the sum of weights, in parts that no two threads share;
+    ``out`` [rows, D], the weighted values, None where there are none; ``rounded`` [rows, 16], 16 times the sum of the
+    weights as the product with the values rounds them, None where it is not needed.
+    """
+
+    top: Any
+    total: Any
+    out: Any = None
+    rounded: Any = None
+
+
+def start(rows: Rows, values: bool = True) -> State:
+    """The state of no keys."""
+
+    def zeros(columns: int) -> Any:
+        return jnp.zeros((rows.size, columns), jnp.float32)
+
+    top = jnp.full(rows.size, MASKED, jnp.float32)
+    if not values:
+        return State(top, zeros(4))
+    return State(top, zeros(4), zeros(rows.query.shape[1]), zeros(16) if rows.size == 32 else None)
+
+
+def attend_tile(launch: Launch, state: State, scores: Any, visible: Any, values: Any) -> tuple[Any, State]:
+    """One more tile of unscaled ``scores``: its weights relative to the new maximum, and the new state.
 
     ``visible`` None: all keys are; ``values`` None: sums only.
     """
-    top, total, *weighted = state
     if visible is not None:
         scores = jnp.where(visible, scores, MASKED)
-    highest = jnp.maximum(top, jnp.max(scores, axis=1))
-    weights = jnp.exp2(scores - highest[:, None])
+    top = jnp.maximum(state.top, jnp.max(scores, axis=1) * scale(launch))
+    # Scaled here, where it costs nothing: one fused multiplication and subtraction.
+    weights = exp2(launch, scores * scale(launch) - top[:, None])
     if visible is not None:
         weights = jnp.where(visible, weights, 0.0)
-    fade = jnp.exp2(top - highest)
-    state = (highest, total * fade + jnp.sum(weights, axis=1))
+    fade = exp2(launch, state.top - top)[:, None]
+    size, keys = weights.shape
+    # A tensor core leaves 2 neighbouring columns of every 8 with a thread: nothing here is another thread's.
+    own = jnp.sum(jnp.sum(weights.reshape(size, keys // 8, 4, 2), axis=3), axis=1)
+    total = state.total * fade + own
     if values is None:
-        return weights, state
-    return weights, (*state, weighted[0] * fade[:, None] + dot(weights.astype(values.dtype), values))
+        return weights, State(top, total)
+    factors, rounded = weights.astype(values.dtype), state.rounded
+    out = state.out * fade + dot(factors, values)
+    if rounded is not None:
+        # Triton lays two warps along the longer side of the last of these products. They must lie along the rows: along
+        # the columns, every tile's maxima, sums and weights go from warp to warp through shared memory. So the last
+        # product is a narrow one, and a useful one: what the output is to be divided by. (16 rows have one warp, 64 an
+        # instruction of their own, with its warps along the rows.)
+        rounded = rounded * fade + dot(factors, jnp.ones((keys, 16), factors.dtype))
+    return weights, State(top, total, out, rounded)
 
 
-def finish(refs: dict[str, Any], rows: Rows, split: Any, state: tuple[Any, ...]) -> None:
+def exp2(launch: Launch, x: Any) -> Any:
+    """2^x, 0 below 2^-126: the hardware's own, without the three instructions that save what lies below."""
+    if launch.interpret:
+        return jnp.exp2(x)
+    return plgpu.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )[0]
+
+
+def finish(refs: dict[str, Any], rows: Rows, split: Any, state: State) -> None:
     """Stores a split's output and log-sum-exp."""
-    top, total, *weighted = state
     at = (refs["batch"], refs["head"], split)
-    lse = jnp.where(total > 0, top + jnp.log(total) * np.float32(LOG2E), -jnp.inf)
+    total = jnp.sum(state.total, axis=1)
+    lse = jnp.where(total > 0, state.top + jnp.log(total) * np.float32(LOG2E), -jnp.inf)
     plgpu.store(refs["lse"].at[(*at, rows.index)], lse, mask=rows.valid)
-    if weighted:
-        ref = refs["out"]
-        out = weighted[0] / jnp.where(total > 0, total, 1.0)[:, None]
-        dim, lanes = ref.shape[-1], out.shape[1]
-        row = jnp.broadcast_to(rows.index[:, None], out.shape)
-        column = lax.broadcasted_iota(jnp.int32, out.shape, 1)
-        mask = jnp.broadcast_to(rows.valid[:, None], out.shape)
-        plgpu.store(ref.at[(*at, row, column)], out, mask=mask if lanes == dim else mask & (column < dim))
+    if state.out is None:
+        return
+    divisor = total if state.rounded is None else jnp.max(state.rounded, axis=1)  # its columns are equal
+    ref, out = refs["out"], state.out / jnp.where(divisor > 0, divisor, 1.0)[:, None]
+    row = jnp.broadcast_to(rows.index[:, None], out.shape)
+    column = lax.broadcasted_iota(jnp.int32, out.shape, 1)
+    mask = jnp.broadcast_to(rows.valid[:, None], out.shape) & (column < ref.shape[-1])
+    plgpu.store(ref.at[(*at, row, column)], out, mask=mask)
 
 
 def share(steps: Any, split: Any, splits: int) -> tuple[Any, Any]:
@@ -129,7 +180,7 @@ def share(steps: Any, split: Any, splits: int) -> tuple[Any, Any]:
     return jnp.minimum(first, steps), jnp.minimum(first + each, steps)
 
 
-def walk(first: Any, end: Any, page_of: Any, step: Any, state: tuple[Any, ...]) -> tuple[Any, ...]:
+def walk(first: Any, end: Any, page_of: Any, step: Any, state: State) -> State:
     """The state after the steps ``first`` … ``end`` − 1; each gets its page, and returns the next step's.
 
     A page looked up one step ahead is there when the keys are asked for. Looked up in the same step, it would take one
