@@ -111,7 +111,7 @@ def stage(spec: specs.AttentionSpec, config: AttentionConfig, arguments, last: i
     partial = branches.run(scoring, *inputs, None)
     if last == 1:
         return partial["out"]
-    selected = selection.run(scoring, partial, lengths, tail)
+    selected = selection.run(scoring, partial, page_table, lengths, tail)
     if last == 2:
         # Of the group's last program to arrive, where there is one.
         return selected.ids if selected.size is None else selected.size

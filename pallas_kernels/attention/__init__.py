@@ -99,7 +99,7 @@ def attend(
     else:
         scoring = Launch(sparsity, shape, config, (0, 2), scored=True, interpret=interpret)
         partial = branches.run(scoring, *arguments, None)
-        selected = selection.run(scoring, partial, lengths, tail)
+        selected = selection.run(scoring, partial, page_table, lengths, tail)
         launch = Launch(sparsity, shape, config, (1,), interpret=interpret)
         parts = [(scoring, partial), (launch, branches.run(launch, *arguments, selected))]
     return merge.run(parts, gates, shown, jnp.dtype(query.dtype)), selected

@@ -94,14 +94,14 @@ class Selection(NamedTuple):
 
     Attributes:
       ids: int32 [B, T, Hkv, n], ascending, −1 padded.
-      union: int32 [B, Hkv, T/C, U]: the distinct blocks of a group that committed tokens fill, ascending; of these the
-        first ``size`` int32 [B, Hkv, T/C] are meant.
+      pages: int32 [B, Hkv, T/C, U]: the pages of the distinct blocks of a group that committed tokens fill, in the
+        blocks' order; of these the first ``size`` int32 [B, Hkv, T/C] are meant.
       owners: int32 [B, Hkv, T/C, ⌈C/32⌉, U]: bit q % 32 of word q // 32 says whether query q of the group owns it.
       All three are None where queries are not grouped (C = 1).
     """
 
     ids: jax.Array
-    union: jax.Array | None
+    pages: jax.Array | None
     owners: jax.Array | None
     size: jax.Array | None
 

@@ -26,7 +26,6 @@ from pallas_kernels._call import triton_call
 from pallas_kernels.attention.arguments import Layer, Selection, Tail
 from pallas_kernels.attention.launch import Launch
 from pallas_kernels.attention.tiles import (
-    TAIL_TILE,
     Rows,
     ancestors,
     attend_tile,
@@ -39,9 +38,7 @@ from pallas_kernels.attention.tiles import (
     score,
     share,
     start,
-    tail_tile,
     tail_tiles,
-    walk,
 )  # fmt: skip
 
 
@@ -59,9 +56,9 @@ def run(
     Returns:
       out: float32 [B, Hkv, splits, rows, D], each split's softmax-weighted values;
       lse: float32 [B, Hkv, splits, rows], log2 of the sums of its exponentials, −inf where it saw nothing;
-      scores: float32 [B, Hkv, rows, N]: sums over the entries that begin in a block of overlap · 2^(score − top), with
-        tops [B, Hkv, rows, ⌈N/page_tile⌉] of each tile of blocks (where a block is one entry: its score, no tops);
-        carry, where entries reach into the next block: the same with their overlap there;
+      scores: float32 [B, Hkv, rows, blocks], ``Launch.blocks`` of them: sums over the entries that begin in a block of
+        overlap · 2^(score − top), with tops [B, Hkv, rows, blocks/page_tile] of each tile of blocks (where a block is
+        one entry: its score, no tops); carry, where entries reach from the block before into this one: their sums;
         slot_scores [B, Hkv, rows, M]: the scores of the tail's entries;
       workspace: int32 [B, Hkv, ...], zeros (``Launch.workspace``).
     """
@@ -83,13 +80,13 @@ def run(
     }
     if launch.scored:
         out_shapes |= {
-            "scores": (jnp.float32, shape.rows, shape.table),
+            "scores": (jnp.float32, shape.rows, launch.blocks),
             "slot_scores": (jnp.float32, shape.rows, shape.slots),
         }
         if not launch.identity:
-            out_shapes["tops"] = (jnp.float32, shape.rows, -(-shape.table // launch.page_tile))
+            out_shapes["tops"] = (jnp.float32, shape.rows, launch.blocks // launch.page_tile)
         if launch.sparsity.compress_block > launch.sparsity.compress_stride:
-            out_shapes["carry"] = (jnp.float32, shape.rows, shape.table)
+            out_shapes["carry"] = (jnp.float32, shape.rows, launch.blocks)
         if launch.workspace:
             out_shapes["workspace"] = (jnp.int32, launch.workspace)
     names = [*inputs, *out_shapes]
@@ -102,7 +99,9 @@ def run(
         branches_kernel,
         *[value for value in inputs.values() if value is not None],
         out_shape=[jax.ShapeDtypeStruct((*lead, *dims), dtype) for dtype, *dims in out_shapes.values()],
-        grid=(works, shape.num_kv_heads, shape.batch),
+        # Heads run side by side: what they read of a page lies side by side. And the last work, which is the shortest,
+        # starts last, when it evens out what the multiprocessors have to do.
+        grid=(shape.num_kv_heads, shape.batch, works),
         num_warps=launch.num_warps,
         num_stages=launch.config.num_stages,
         interpret=launch.interpret,
@@ -112,9 +111,9 @@ def run(
 
 
 def _kernel(launch: Launch, refs: dict[str, Any]) -> None:
-    work, first = pl.program_id(0), 0
+    work, first = pl.program_id(2), 0
     # Here, not where they are used: interpret mode knows program ids at the top level only.
-    refs |= {"head": pl.program_id(1), "batch": pl.program_id(2), "programs": pl.num_programs(0)}
+    refs |= {"head": pl.program_id(0), "batch": pl.program_id(1), "programs": pl.num_programs(2)}
     if launch.scored and launch.workspace:
         _clear(launch, refs, work)
     for index, split_base, splits in launch.segments:
@@ -122,9 +121,9 @@ def _kernel(launch: Launch, refs: dict[str, Any]) -> None:
         body = (_compressed, _selected, _window)[index]
 
         @pl.when((work >= first) & (work < first + count))
-        def _(first=first, body=body, splits=splits, split_base=split_base):
-            own = work - first
-            body(launch, refs, own // splits, own % splits, splits, split_base)
+        def _(first=first, body=body, index=index, splits=splits, split_base=split_base):
+            own, tiles = work - first, launch.row_tiles(index)
+            body(launch, refs, own % tiles, own // tiles, splits, split_base)
 
         first += count
 
@@ -171,20 +170,19 @@ def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, spl
             _store_scores(launch, refs, rows, i, scores, weights, state.top)
         return state
 
-    def step(i, carry):
-        page, state = carry
-        return page_of(i + 1), attend_entries(i, page, state, None)
+    def step(i, state):
+        return attend_entries(i, page_of(i), state, None)
 
     def partial_step(i, state):
         return attend_entries(i, page_of(i), state, i * launch.entry_tile + lane < entries)
 
     last = (split == splits - 1) & (length >= 0)
     full = entries // launch.entry_tile
-    state = walk(*share(full, split, splits), page_of, step, start(rows, with_values))
+    state = lax.fori_loop(*share(full, split, splits), step, start(rows, with_values))
     state = lax.fori_loop(full, jnp.where(last, pl.cdiv(entries, launch.entry_tile), full), partial_step, state)
 
     # The blocks that end in the tail: each visible below the node at which it ends.
-    slot_tile = min(TAIL_TILE, max(16, pl.next_power_of_2(shape.slots)))
+    slot_tile = launch.near_tile
 
     def slots(i, state):
         slot = i * slot_tile + lax.iota(jnp.int32, slot_tile)
@@ -236,7 +234,7 @@ def _store_scores(
 
     Sums relative to the running maximum, which is stored too: a logarithm here would cost more than all else.
     """
-    sparsity, shape, pages = launch.sparsity, launch.shape, launch.page_tile
+    sparsity, pages = launch.sparsity, launch.page_tile
     at = refs["batch"], refs["head"]
     if launch.identity:
         sums = {"scores": scores}
@@ -252,9 +250,9 @@ def _store_scores(
                 sums[name] = jnp.sum(part, axis=2).reshape(rows.size, pages)
         plgpu.store(refs["tops"].at[(*at, rows.index, jnp.full_like(rows.index, 0) + tile)], top, mask=rows.valid)
     for name, values in sums.items():
-        block = tile * pages + lax.broadcasted_iota(jnp.int32, values.shape, 1)
+        block = tile * pages + (name == "carry") + lax.broadcasted_iota(jnp.int32, values.shape, 1)
         row = jnp.broadcast_to(rows.index[:, None], values.shape)
-        plgpu.store(refs[name].at[(*at, row, block)], values, mask=rows.valid[:, None] & (block < shape.table))
+        plgpu.store(refs[name].at[(*at, row, block)], values, mask=jnp.broadcast_to(rows.valid[:, None], values.shape))
 
 
 def _window(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, splits: int, base: int) -> None:
@@ -265,13 +263,14 @@ def _window(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, splits:
     length = refs["lengths"][batch]
     place = plgpu.load(refs["tail_positions"].at[batch, rows.token], mask=rows.valid, other=0)
     oldest = place - sparsity.window  # the window begins after it
-    lane = lax.iota(jnp.int32, launch.config.tile)
     ring = "window_key" in refs
-    first_page_tile = jnp.maximum(length - sparsity.window, 0) // launch.config.tile
+    tile_size = launch.near_tile if ring else launch.config.tile
+    lane = lax.iota(jnp.int32, tile_size)
+    first_page_tile = jnp.maximum(length - sparsity.window, 0) // tile_size
 
     def step(i, state):
         if ring:
-            slot = i * launch.config.tile + lane
+            slot = i * tile_size + lane
             newest = length - 1
             back = newest % shape.ring - slot  # how long ago the slot was written, in this round or the one before
             key_at = newest - jnp.where(back < 0, back + shape.ring, back)
@@ -279,7 +278,7 @@ def _window(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, splits:
             live = (slot < shape.ring) & (key_at >= 0)
             at, keys, values = (batch, head, slot), refs["window_key"], refs["window_value"]
         else:
-            key_at = (first_page_tile + i) * launch.config.tile + lane
+            key_at = (first_page_tile + i) * tile_size + lane
             live = key_at < length
             block, offset = parts(key_at, page)
             owner = plgpu.load(refs["page_table"].at[batch, block], mask=live, other=0)
@@ -289,15 +288,15 @@ def _window(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, splits:
         return attend_tile(launch, state, scores, visible, load_rows(values, at, live))[1]
 
     # Where the ring is not full yet, its slots are those of the positions.
-    span = jnp.clip(length, 0, shape.ring) if ring else jnp.maximum(length - first_page_tile * launch.config.tile, 0)
-    steps = pl.cdiv(span, launch.config.tile)
+    span = jnp.clip(length, 0, shape.ring) if ring else jnp.maximum(length - first_page_tile * tile_size, 0)
+    steps = pl.cdiv(span, tile_size)
     state = lax.fori_loop(*share(steps, split, splits), step, start(rows))
 
     own = "tail_window_key" if ring else "tail_key", "tail_window_value" if ring else "tail_value"
-    tail_lane = lax.iota(jnp.int32, tail_tile(launch))
+    tail_lane = lax.iota(jnp.int32, launch.near_tile)
 
     def near(i, state):
-        node = i * tail_tile(launch) + tail_lane
+        node = i * launch.near_tile + tail_lane
         inside = node < shape.width
         node_at = plgpu.load(refs["tail_positions"].at[batch, node], mask=inside, other=0)
         visible = ancestors(refs, rows, node, inside) & (node_at[None, :] > oldest[:, None])
@@ -329,22 +328,27 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
         item, offset = parts(i * config.tile + (lane if several else 0), page)
         return item, offset if several else offset + lane
 
-    def page_of(i):
+    def listed_at(i):
+        """Page of the item's block, and the words that say whose it is."""
         item, _ = item_of(i)
-        listed = refs["union"].at[batch, head, group, item] if grouped else refs["ids"].at[batch, group, head, item]
-        block = plgpu.load(listed, mask=item < count, other=0)
-        return plgpu.load(refs["page_table"].at[batch, block], mask=item < count, other=0)
+        inside = item < count
+        if not grouped:
+            block = plgpu.load(refs["ids"].at[batch, group, head, item], mask=inside, other=0)
+            return plgpu.load(refs["page_table"].at[batch, block], mask=inside, other=0), []
+        found = plgpu.load(refs["pages"].at[batch, head, group, item], mask=inside, other=0)
+        words = [refs["owners"].at[batch, head, group, jnp.full_like(item, word), item]
+                 for word in range(launch.mask_words)]  # fmt: skip
+        return found, [plgpu.load(word, mask=inside, other=0) for word in words]
 
-    def attend_blocks(i, owner, state, live):
-        item, offset = item_of(i)
-        at = (owner, head, offset)
+    def attend_blocks(i, listed, state, live):
+        found, words = listed
+        _, offset = item_of(i)
+        at = (found, head, offset)
         scores = score(launch, rows, load_rows(refs["key"], at, live))
         visible = None if live is None else jnp.broadcast_to(live[None, :], scores.shape)
         if grouped:
             owned = jnp.zeros((size, config.tile), jnp.int32)
-            for word in range(launch.mask_words):
-                owners = refs["owners"].at[batch, head, group, jnp.full_like(item, word), item]
-                mask = plgpu.load(owners, mask=item < count, other=0)
+            for word, mask in enumerate(words):
                 mask = mask[None, :] if several else mask
                 bits = (mask >> (bit & 31)[:, None]) & 1
                 owned = jnp.where((bit >> 5 == word)[:, None], bits, owned) if launch.mask_words > 1 else bits
@@ -352,12 +356,11 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
             visible = owned if visible is None else visible & owned
         return attend_tile(launch, state, scores, visible, load_rows(refs["value"], at, live))[1]
 
-    def step(i, carry):
-        owner, state = carry
-        return page_of(i + 1), attend_blocks(i, owner, state, None)
+    def step(i, state):
+        return attend_blocks(i, listed_at(i), state, None)
 
     def partial_step(i, state):
-        return attend_blocks(i, page_of(i), state, item_of(i)[0] < count)
+        return attend_blocks(i, listed_at(i), state, item_of(i)[0] < count)
 
     if grouped:
         count = jnp.where(length > 0, refs["size"][batch, head, group], 0)
@@ -367,7 +370,7 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
         count = jnp.sum(((ids >= 0) & ((ids + 1) * page <= length)).astype(jnp.int32))
     last = (split == splits - 1) & (length >= 0)
     full = count * page // config.tile
-    state = walk(*share(full, split, splits), page_of, step, start(rows))
+    state = lax.fori_loop(*share(full, split, splits), step, start(rows))
     if several:
         total = pl.cdiv(count * page, config.tile)
         state = lax.fori_loop(full, jnp.where(last, total, full), partial_step, state)
@@ -399,10 +402,10 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
         return attend_tile(launch, state, scores, visible, load_rows(refs["value"], at, live))[1]
 
     state = lax.fori_loop(0, jnp.where(last, pl.cdiv(jnp.maximum(length, 0) % page, config.tile), 0), begun, state)
-    tail_lane = lax.iota(jnp.int32, tail_tile(launch))
+    tail_lane = lax.iota(jnp.int32, launch.near_tile)
 
     def near(i, state):
-        node = i * tail_tile(launch) + tail_lane
+        node = i * launch.near_tile + tail_lane
         inside = node < shape.width
         visible = ancestors(refs, rows, node, inside)
         if not always:

@@ -35,7 +35,8 @@ class AttentionConfig:
         query with the longest prefix (approximate).
       compressed, selected, window: the branches.
       tile: keys that a program loads at a time, a power of two.
-      num_stages: tiles in flight, of the branches' kernels (which have a warp for 16 rows).
+      num_stages: of Triton's pipeline, in the branches' kernels (which have a warp for 16 rows); every two stages keep
+        one more tile in flight, because a tile's page is looked up before.
       selection_warps: of the selection.
     """
 
@@ -45,7 +46,7 @@ class AttentionConfig:
     window: Branch
     mode: GroupMode = "merged"
     tile: int = 32
-    num_stages: int = 3
+    num_stages: int = 5
     selection_warps: int = 4
 
     def __post_init__(self) -> None:
@@ -103,7 +104,7 @@ class AttentionConfig:
 
         found = [base]
         for compressed, selected in itertools.product(around(base.compressed), around(base.selected)):
-            for tile, stages in ((32, 3), (32, 4), (64, 2)):
+            for tile, stages in ((32, 5), (32, 7), (64, 5)):
                 found.append(
                     dataclasses.replace(base, compressed=compressed, selected=selected, tile=tile, num_stages=stages)
                 )

@@ -57,6 +57,20 @@ class Launch:
         return self.page_tile * self.sparsity.entries_per_page
 
     @property
+    def near_tile(self) -> int:
+        """Keys of a tile whose place needs no looking up (rings, the tail).
+
+        Triton keeps ``num_stages − 1`` of these in flight, but half as many of those that a page table places: the
+        looking up takes the other stages. Half as long, they take the same shared memory.
+        """
+        return max(16, self.config.tile // 2)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks for which a row of scores has room: whole tiles, the block after the last, and whole vector loads."""
+        return -(-(self.shape.table + 1) // max(32, self.page_tile)) * max(32, self.page_tile)
+
+    @property
     def identity(self) -> bool:
         """Whether each compression block is one selection block (l = l' = d): its score is the block's."""
         return self.sparsity.compress_block == self.sparsity.select_block == self.sparsity.compress_stride

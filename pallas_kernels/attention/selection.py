@@ -18,11 +18,13 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels._call import triton_call
 from pallas_kernels.attention.arguments import Selection, Tail
 from pallas_kernels.attention.launch import Launch
-from pallas_kernels.attention.tiles import overlap
-from pallas_kernels.selection.kernel import choose, lane_parts, store_ids
+from pallas_kernels.attention.tiles import exp2, overlap, parts
+from pallas_kernels.selection.kernel import choose, lane_parts, lane_ranges, store_ids
 
 
-def run(launch: Launch, partial: dict[str, jax.Array], lengths: jax.Array, tail: Tail) -> Selection:
+def run(
+    launch: Launch, partial: dict[str, jax.Array], page_table: jax.Array, lengths: jax.Array, tail: Tail
+) -> Selection:
     """The selection from the partial results of a ``scored`` launch."""
     shape, sparsity, config = launch.shape, launch.sparsity, launch.config
     grouped = config.group > 1
@@ -33,11 +35,11 @@ def run(launch: Launch, partial: dict[str, jax.Array], lengths: jax.Array, tail:
         for name in ("lse", "scores", "tops", "carry", "slot_scores", "workspace")
         if name in partial
     }
-    inputs |= {"lengths": lengths, "positions": tail.positions, "slot": tail.slot}
+    inputs |= {"page_table": page_table, "lengths": lengths, "positions": tail.positions, "slot": tail.slot}
     outputs: dict[str, tuple[int, ...]] = {"ids": (shape.batch, shape.width, shape.num_kv_heads, sparsity.num_selected)}
     if grouped:
         outputs |= {
-            "union": (*lead, union),
+            "pages": (*lead, union),
             "owners": (*lead, launch.mask_words, union),
             "size": lead,
             # The inputs' workspace, changed in place; reading the output is right in interpret mode too.
@@ -58,7 +60,7 @@ def run(launch: Launch, partial: dict[str, jax.Array], lengths: jax.Array, tail:
         aliases={names.index("workspace"): [*outputs].index("marks")} if grouped else None,
     )
     named = dict(zip(outputs, result, strict=True))
-    return Selection(named["ids"], named.get("union"), named.get("owners"), named.get("size"))
+    return Selection(named["ids"], named.get("pages"), named.get("owners"), named.get("size"))
 
 
 def _kernel(launch: Launch, refs: dict[str, Any]) -> None:
@@ -74,7 +76,7 @@ def _kernel(launch: Launch, refs: dict[str, Any]) -> None:
     chosen, slot, count = choose(importance, own, num_blocks, **rule)
     store_ids(refs["ids"], (batch, token, head), chosen, slot, count, sparsity.num_selected)
     if launch.config.group > 1:
-        _unite(launch, refs, chosen, num_blocks, length)
+        _unite(launch, refs, length)
 
 
 def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: Any) -> list[Any]:
@@ -82,15 +84,13 @@ def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: A
     sparsity, shape = launch.sparsity, launch.shape
     token, head, batch = refs["token"], refs["head"], refs["batch"]
     first, splits = next((first, count) for index, first, count in launch.segments if index == 0)
-    parts = lane_parts(num_blocks)
+    # As [tiles, pages of a tile]: what a tile's pages share is then one value, and their loads are vectors.
+    tables = [_Blocks(launch, *span) for span in lane_ranges(num_blocks)]
     entries = jnp.maximum(length - sparsity.compress_block + sparsity.compress_stride, 0) // sparsity.compress_stride
     tiles = pl.cdiv(entries, launch.entry_tile)  # what the scoring launch went over
-    reached = jnp.minimum(tiles * launch.page_tile, shape.table)
     split = lax.iota(jnp.int32, pl.next_power_of_2(splits))
     slots = jnp.sum((_load(refs["slot"], batch, shape.slots, shape.width) < shape.width).astype(jnp.int32))
     slots = jnp.where(length >= 0, slots, 0)
-
-    importance = [jnp.zeros(block.shape, jnp.float32) for block in parts]
 
     def add_head(g, importance):
         row = token * shape.lanes + g
@@ -101,12 +101,10 @@ def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: A
         total = jnp.sum(jnp.exp2(lse - top))
         # Adding a log is dividing by the sum; no entry is visible where the sum is 0.
         norm = top + jnp.log2(jnp.where(total > 0, total, 1.0))
-        sums = []
-        for part, block in zip(importance, parts, strict=True):
-            part = part + _probability(launch, refs, "scores", row, block, reached, norm)
-            if "carry" in refs:  # the block before reaches into this one
-                part = part + _probability(launch, refs, "carry", row, block - 1, reached, norm)
-            sums.append(part)
+        sums = [
+            part + _probability(launch, refs, row, table, tiles, norm)
+            for part, table in zip(importance, tables, strict=True)
+        ]
 
         def add_slot(m, sums):
             node = refs["slot"][batch, m]
@@ -114,30 +112,56 @@ def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: A
             entry = (end - sparsity.compress_block) // sparsity.compress_stride
             probability = jnp.exp2(refs["slot_scores"][batch, head, row, m] - norm)
             return [
-                part + probability * overlap(sparsity, entry, block).astype(jnp.float32)
-                for part, block in zip(sums, parts, strict=True)
+                part + probability * overlap(sparsity, entry, table.block).astype(jnp.float32)
+                for part, table in zip(sums, tables, strict=True)
             ]
 
         return lax.fori_loop(0, slots, add_slot, sums)
 
+    importance = [jnp.zeros(table.block.shape, jnp.float32) for table in tables]
     if shape.group > 4:  # unrolled, 16 heads take Triton minutes to compile
-        return lax.fori_loop(0, shape.group, add_head, importance)
-    for g in range(shape.group):  # unrolled, the heads' loads overlap
-        importance = add_head(g, importance)
-    return importance
+        importance = lax.fori_loop(0, shape.group, add_head, importance)
+    else:
+        for g in range(shape.group):  # unrolled, the heads' loads overlap
+            importance = add_head(g, importance)
+    return [part.reshape(-1) for part in importance]
 
 
-def _probability(launch: Launch, refs: dict[str, Any], name: str, row: Any, block: Any, reached: Any, norm: Any) -> Any:
-    """float32 [lanes]: a row's ``scores`` or ``carry`` of blocks as probabilities, 0 outside 0 … ``reached`` − 1."""
+class _Blocks:
+    """A range of blocks as [lines, pages]: ``block`` int32 of that shape, and the ``tile`` int32 [lines] of a line."""
+
+    def __init__(self, launch: Launch, first: int, size: int):
+        pages = min(launch.page_tile, size)
+        shape = (size // pages, pages)
+        line, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        self.block = first + line * pages + column
+        self.tile = parts(first + lax.iota(jnp.int32, shape[0]) * pages, launch.page_tile)[0]
+
+
+def _probability(launch: Launch, refs: dict[str, Any], row: Any, blocks: _Blocks, tiles: Any, norm: Any) -> Any:
+    """float32 [lines, pages]: what a row's entries in the cache give to ``blocks``, as probabilities."""
     at = (refs["batch"], refs["head"], row)
-    mask = (block >= 0) & (block < reached)
-    block = jnp.where(mask, block, 0)
-    other = -jnp.inf if launch.identity else 0.0
-    values = plgpu.load(refs[name].at[(*at, block)], mask=mask, other=other)
+    block, tile = blocks.block, blocks.tile
+
+    def load(name, live, other):
+        """Masked by lines, so that vectors stay whole."""
+        live = jnp.broadcast_to(live[:, None], block.shape)
+        return plgpu.load(refs[name].at[(*at, jnp.where(live, block, 0))], mask=live, other=other)
+
+    def factor(tile):
+        live = (tile >= 0) & (tile < tiles)
+        top = plgpu.load(refs["tops"].at[(*at, jnp.where(live, tile, 0))], mask=live, other=-jnp.inf)
+        return exp2(launch, top - norm)[:, None]
+
     if launch.identity:
-        return jnp.exp2(values - norm)
-    top = plgpu.load(refs["tops"].at[(*at, block // launch.page_tile)], mask=mask, other=-jnp.inf)
-    return values * jnp.exp2(top - norm)
+        return exp2(launch, load("scores", tile < tiles, -jnp.inf) - norm)
+    total = load("scores", tile < tiles, 0.0) * factor(tile)
+    if "carry" in refs:  # from the block before, which may be of the tile before
+        begins = parts(block, launch.page_tile)[1] == 0
+        carry = load("carry", tile <= tiles, 0.0) * jnp.where(begins, factor(tile - 1), factor(tile))
+        # The first block has none before it, and the tiles end where the first one after them begins: unwritten there.
+        total += jnp.where((block > 0) & (begins | (tile < tiles)[:, None]), carry, 0.0)
+    return total
 
 
 def _load(ref: Any, row: Any, size: int, other: int) -> Any:
@@ -145,26 +169,28 @@ def _load(ref: Any, row: Any, size: int, other: int) -> Any:
     return plgpu.load(ref.at[row, lane], mask=lane < size, other=other)
 
 
-def _unite(launch: Launch, refs: dict[str, Any], chosen: list[Any], num_blocks: int, length: Any) -> None:
+def _unite(launch: Launch, refs: dict[str, Any], length: Any) -> None:
     """Marks the chosen blocks; in the group's last program, compacts its union."""
-    sparsity, shape, config = launch.sparsity, launch.shape, launch.config
+    sparsity, shape, config, interpret = launch.sparsity, launch.shape, launch.config, launch.interpret
     token, head, batch = refs["token"], refs["head"], refs["batch"]
     group, member = token // config.group, token % config.group
     marks, row = refs["marks"], shape.table + 1
     base = group * launch.mask_words * row
+    if not interpret:
+        plgpu.debug_barrier()  # the ids are written
+    place = lax.iota(jnp.int32, pl.next_power_of_2(sparsity.num_selected))
+    block = plgpu.load(refs["ids"].at[batch, token, head, place], mask=place < sparsity.num_selected, other=-1)
     # Blocks that committed tokens do not fill are left to the tail. The row's last word is for lanes that mark nothing:
     # masked on a GPU, where they would all meet there; interpret mode has no masked atomics.
-    for block, part in zip(lane_parts(num_blocks), chosen, strict=True):
-        marked = part & ((block + 1) * sparsity.select_block <= length)
-        at = base + member // 32 * row + jnp.where(marked, block, shape.table)
-        bit = jnp.where(marked, 1 << (member % 32), 0)
-        # A query sets its own bit once: adding it is setting it, and interpret mode has no atomic_or.
-        if launch.interpret:
-            plgpu.atomic_add(marks, (batch, head, at), bit)
-        else:
-            # Not atomic_add: of a tensor of integers it lowers to an addition of floats.
-            plgpu.atomic_or(marks, (batch, head, at), bit, mask=marked)
-    if not launch.interpret:
+    marked = (block >= 0) & ((block + 1) * sparsity.select_block <= length)
+    at = base + member // 32 * row + jnp.where(marked, block, shape.table)
+    bit = jnp.where(marked, 1 << (member % 32), 0)
+    # A query sets its own bit once: adding it is setting it, and interpret mode has no atomic_or.
+    if interpret:
+        plgpu.atomic_add(marks, (batch, head, at), bit)
+    else:
+        # Not atomic_add: of a tensor of integers it lowers to an addition of floats.
+        plgpu.atomic_or(marks, (batch, head, at), bit, mask=marked)
         plgpu.debug_barrier()
     counter = launch.groups * launch.mask_words * row + group
     members = jnp.minimum(config.group, shape.width - group * config.group)
@@ -172,30 +198,26 @@ def _unite(launch: Launch, refs: dict[str, Any], chosen: list[Any], num_blocks: 
 
     @pl.when(arrived == members - 1)
     def _():
-        size, filled = refs["union"].shape[-1], jnp.zeros((), jnp.int32)
+        size, filled = refs["pages"].shape[-1], jnp.zeros((), jnp.int32)
         for block in lane_parts(shape.table):
             words, owned = [], jnp.zeros(block.shape, bool)
             for word in range(launch.mask_words):
-                # An atomic operation that changes nothing reads past L1, which does not know what others wrote.
-                at = base + word * row + jnp.minimum(block, shape.table)
-                mark = _read(marks, (batch, head, at), jnp.zeros(block.shape, jnp.int32), launch.interpret)
-                words.append(jnp.where(block < shape.table, mark, 0))
+                # Volatile: past L1, which does not know what others wrote.
+                inside = block < shape.table
+                at = base + word * row + jnp.where(inside, block, 0)
+                words.append(plgpu.load(marks.at[batch, head, at], mask=inside, other=0, volatile=True))
                 owned |= words[-1] != 0
             if config.mode == "shared":
                 owned = _representative(launch, refs, group, members, block, length)
                 words = [jnp.where(owned, -1, 0) for _ in words]
             slot = jnp.where(owned, filled + lax.cumsum(owned.astype(jnp.int32), axis=0) - 1, size)
-            plgpu.store(refs["union"].at[batch, head, group, slot], block, mask=owned)
+            page = plgpu.load(refs["page_table"].at[batch, jnp.where(owned, block, 0)], mask=owned, other=0)
+            plgpu.store(refs["pages"].at[batch, head, group, slot], page, mask=owned)
             for word, mark in enumerate(words):
                 at_word = jnp.full_like(slot, word)
                 plgpu.store(refs["owners"].at[batch, head, group, at_word, slot], mark, mask=owned)
             filled = filled + jnp.sum(owned.astype(jnp.int32))
         refs["size"][batch, head, group] = filled
-
-
-def _read(ref: Any, at: tuple[Any, ...], zeros: Any, interpret: bool) -> Any:
-    """``ref[*at]`` as an atomic operation reads it."""
-    return plgpu.atomic_add(ref, at, zeros) if interpret else plgpu.atomic_or(ref, at, zeros)
 
 
 def _representative(launch: Launch, refs: dict[str, Any], group: Any, members: Any, block: Any, length: Any) -> Any:
@@ -209,9 +231,8 @@ def _representative(launch: Launch, refs: dict[str, Any], group: Any, members: A
     best = jnp.max(jnp.where(position == longest, token, -1))
     owned = jnp.zeros(block.shape, jnp.int32)
 
-    # Read as _unite does.
     def one(k, owned):
-        own = _read(refs["ids"], (batch, best, head, k), jnp.asarray(0, jnp.int32), launch.interpret)
+        own = plgpu.load(refs["ids"].at[batch, best, head, k], volatile=True)
         plgpu.store(refs["ids"].at[batch, token, head, jnp.full_like(token, 0) + k],
                     jnp.broadcast_to(own, token.shape), mask=member < members)  # fmt: skip
         return owned | (block == own).astype(jnp.int32)

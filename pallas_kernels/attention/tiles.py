@@ -19,7 +19,6 @@ from pallas_kernels.attention.launch import Launch
 # Finite, so that the difference of two such scores is 0 and never NaN.
 MASKED = np.float32(-1e30)
 LOG2E = math.log2(math.e)
-TAIL_TILE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,15 +179,6 @@ def share(steps: Any, split: Any, splits: int) -> tuple[Any, Any]:
     return jnp.minimum(first, steps), jnp.minimum(first + each, steps)
 
 
-def walk(first: Any, end: Any, page_of: Any, step: Any, state: State) -> State:
-    """The state after the steps ``first`` … ``end`` − 1; each gets its page, and returns the next step's.
-
-    A page looked up one step ahead is there when the keys are asked for. Looked up in the same step, it would take one
-    of the stages in which tiles are in flight.
-    """
-    return lax.fori_loop(first, end, step, (page_of(first), state))[1]
-
-
 def ancestors(refs: dict[str, Any], rows: Rows, node: Any, live: Any) -> Any:
     """bool [rows, nodes]: is the node on the row's path?"""
     mask = rows.valid[:, None] & live[None, :]
@@ -211,9 +201,4 @@ def overlap(sparsity: Sparsity, entry: Any, block: Any) -> Any:
 
 def tail_tiles(launch: Launch, rows: Rows, last: Any) -> Any:
     """Tiles of the tail that a program reads: none but in the last split, and on a chain none behind its rows."""
-    return jnp.where(last, jnp.minimum(jnp.max(rows.token), launch.shape.width - 1) // tail_tile(launch) + 1, 0)
-
-
-def tail_tile(launch: Launch) -> int:
-    """Tail tokens that a program takes at a time."""
-    return min(TAIL_TILE, max(16, pl.next_power_of_2(launch.shape.width)))
+    return jnp.where(last, jnp.minimum(jnp.max(rows.token), launch.shape.width - 1) // launch.near_tile + 1, 0)

@@ -69,18 +69,23 @@ def select_blocks(
     return ids.reshape(*batch, num_selected)
 
 
-def lane_parts(num_blocks: int) -> list[Any]:
-    """Inside a kernel: the ids 0 … ``num_blocks`` − 1 as one or two vectors, the first the longer.
+def lane_ranges(num_blocks: int) -> list[tuple[int, int]]:
+    """The ids 0 … ``num_blocks`` − 1, and some more, as one or two ranges (first, size), the first the longer.
 
     Tensors in a Triton kernel have power-of-two sizes; one that holds all would often be half empty.
     """
     whole = 1 << (num_blocks.bit_length() - 1)
     rest = num_blocks - whole
     if rest == 0:
-        return [lax.iota(jnp.int32, whole)]
+        return [(0, whole)]
     if rest > whole // 2:
-        return [lax.iota(jnp.int32, 2 * whole)]
-    return [lax.iota(jnp.int32, whole), whole + lax.iota(jnp.int32, max(32, pl.next_power_of_2(rest)))]
+        return [(0, 2 * whole)]
+    return [(0, whole), (whole, max(32, pl.next_power_of_2(rest)))]
+
+
+def lane_parts(num_blocks: int) -> list[Any]:
+    """Inside a kernel: :func:`lane_ranges` as vectors."""
+    return [first + lax.iota(jnp.int32, size) for first, size in lane_ranges(num_blocks)]
 
 
 def choose(
