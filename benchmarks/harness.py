@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import os
@@ -10,6 +11,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,38 +42,70 @@ def measure(
     repeats: int = 15,
     seconds: float = 1.0,
 ) -> Timing:
-    """Times ``state = step(state, buffer)`` in a compiled loop over ``buffers``, ``iterations`` times through all.
+    """Times ``state = step(state, buffer)`` in a :class:`Loop`; at most about ``seconds`` are spent on repeats."""
+    loop = Loop(step, state, buffers, iterations)
+    times = [loop.seconds()]
+    while len(times) < repeats and (len(times) < 3 or sum(times) < seconds):
+        times.append(loop.seconds())
+    scale = 1e6 / loop.steps
+    return Timing(statistics.median(times) * scale, min(times) * scale, max(times) * scale)
+
+
+class Loop:
+    """``state = step(state, buffer)`` as a compiled loop over ``buffers``, ``iterations`` times or more through all.
 
     Dispatch is paid once a loop. ``buffers`` are separate arguments, because slicing one big array in the loop would
     copy; together they should exceed the L2 cache where the operation reads from HBM in real use. Every step must
-    depend on the state before it, or XLA moves it out of the loop. At most about ``seconds`` are spent on repeats.
+    depend on the state before it, or XLA moves it out of the loop. The loop's body has at least 8 steps: between two
+    rounds of a loop a GPU rests for some 10 µs.
 
     The loop's state is donated, so that a step can update it in place; repeats go on from it. ``state`` is left alone.
     """
 
-    @partial(jax.jit, donate_argnums=0)
-    def loop(state, buffers):
-        def body(_, state):
-            for buffer in buffers:
-                state = step(state, buffer)
-            return state
+    def __init__(self, step: Callable[[Any, Any], Any], state: Any, buffers: Sequence[Any], iterations: int):
+        rounds = -(-8 // len(buffers)) if iterations > 1 else 1
+        iterations = -(-iterations // rounds)
+        self.steps = iterations * rounds * len(buffers)
 
-        return jax.lax.fori_loop(0, iterations, body, state)
+        @partial(jax.jit, donate_argnums=0)
+        def loop(state, buffers):
+            def body(_, state):
+                for _ in range(rounds):
+                    for buffer in buffers:
+                        state = step(state, buffer)
+                return state
 
-    def once():
-        nonlocal state
+            return jax.lax.fori_loop(0, iterations, body, state)
+
+        self._compiled, self._buffers = loop.lower(state, buffers).compile(), buffers
+        self._state = jax.tree.map(jnp.copy, state)
+        self.seconds()  # loads the program and captures its graphs
+
+    def seconds(self) -> float:
+        """Wall time of one run."""
         start = time.perf_counter()
-        state = jax.block_until_ready(compiled(state, buffers))
+        self._state = jax.block_until_ready(self._compiled(self._state, self._buffers))
         return time.perf_counter() - start
 
-    compiled = loop.lower(state, buffers).compile()
-    state = jax.tree.map(jnp.copy, state)
-    once()  # loads the program and captures its graphs
-    times = [once()]
-    while len(times) < repeats and (len(times) < 3 or sum(times) < seconds):
-        times.append(once())
-    scale = 1e6 / (iterations * len(buffers))
-    return Timing(statistics.median(times) * scale, min(times) * scale, max(times) * scale)
+    def kernels(self) -> dict[str, float]:
+        """µs a step of each GPU kernel, by name, from the profiler; and ``span``, from the first one's start to the
+        last one's end. Empty where there is no GPU."""
+        total: collections.Counter[str] = collections.Counter()
+        starts, ends = [], []
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                self.seconds()
+            (path,) = Path(folder).rglob("*.xplane.pb")
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+                streams = [line for line in plane.lines if "GPU" in plane.name and "Stream" in line.name]
+                for event in (event for line in streams for event in line.events):
+                    total[event.name] += event.duration_ns
+                    starts.append(event.start_ns)
+                    ends.append(event.start_ns + event.duration_ns)
+        if not total:
+            return {}
+        total["span"] = max(ends) - min(starts)
+        return {name: value / 1e3 / self.steps for name, value in total.most_common()}
 
 
 def environment() -> dict[str, str | int | None]:

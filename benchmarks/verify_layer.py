@@ -33,9 +33,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention import AttentionConfig, Launch, Sparsity, attend, branches, merge, selection, specs
-from pallas_kernels.attention.arguments import check
+from pallas_kernels.attention import AttentionConfig, Sparsity, attend, specs
 
+STAGES = ("compressed+window", "selection", "selected", "merge")
 L2_BYTES = 60e6
 LOOP_US = 5000
 # µs of Scalable-Flash-Native-Sparse-Attention (Triton, paged, split-K, CUDA graph), one layer, T draft tokens as T
@@ -101,25 +101,6 @@ def link(lengths, out):
 def with_lengths(arguments, lengths):
     query, gates, layer, page_table, _, tail = arguments
     return query, gates, layer, page_table, lengths, tail
-
-
-def stage(spec: specs.AttentionSpec, config: AttentionConfig, arguments, last: int, interpret: bool):
-    """What the first ``last`` of a refresh layer's four launches leave."""
-    query, gates, layer, page_table, lengths, tail = arguments
-    shape, inputs = check(spec.sparsity, *arguments), (query, layer, page_table, lengths, tail)
-    scoring = Launch(spec.sparsity, shape, config, (0, 2), scored=True, interpret=interpret)
-    partial = branches.run(scoring, *inputs, None)
-    if last == 1:
-        return partial["out"]
-    selected = selection.run(scoring, partial, page_table, lengths, tail)
-    if last == 2:
-        # Of the group's last program to arrive, where there is one.
-        return selected.ids if selected.size is None else selected.size
-    launch = Launch(spec.sparsity, shape, config, (1,), interpret=interpret)
-    rest = branches.run(launch, *inputs, selected)
-    if last == 3:
-        return rest["out"]
-    return merge.run([(scoring, partial), (launch, rest)], gates, [0, 1, 2], jnp.dtype(query.dtype))
 
 
 def xla_path(spec: specs.AttentionSpec):
@@ -188,8 +169,8 @@ class Bench:
         spec, interpret = self.spec, self.args.interpret
         return jax.jit(lambda arguments: attend(spec.sparsity, *arguments, config=config, interpret=interpret))
 
-    def time(self, function, buffers, guess: float | None = None) -> dict[str, float]:
-        """µs of ``function(arguments, *rest)`` over ``buffers``; ``guess``: of a call, for the loop's length."""
+    def loop(self, function, buffers, guess: float | None = None) -> dict[str, Any]:
+        """Arguments of a loop over ``function(arguments, *rest)``; ``guess``: µs of a call, for the loop's length."""
 
         def step(lengths, buffer):
             arguments, *rest = buffer if isinstance(buffer, list) else [buffer]
@@ -198,9 +179,19 @@ class Bench:
         # Never faster than the floor, nor than a launch.
         guess = max(guess or self.floor, 5.0)
         iterations = 1 if self.args.tiny else math.ceil(LOOP_US / (guess * len(buffers)))
+        return dict(step=step, state=self.buffers[0][4], buffers=buffers, iterations=iterations)
+
+    def time(self, function, buffers, guess: float | None = None) -> dict[str, float]:
+        """µs of a call."""
         sizes = dict(repeats=1) if self.args.tiny else dict(seconds=self.args.seconds, repeats=9)
-        timing = harness.measure(step, self.buffers[0][4], buffers, iterations=iterations, **sizes)
+        timing = harness.measure(**self.loop(function, buffers, guess), **sizes)
         return {field: value - self.link for field, value in dataclasses.asdict(timing).items()}
+
+    def stages(self, function, guess: float) -> dict[str, float]:
+        """µs of each of a refresh layer's launches, by the profiler."""
+        kernels = harness.Loop(**self.loop(function, self.buffers, guess)).kernels()
+        return {name: sum(time for kernel, time in kernels.items() if kernel.startswith(f"nsa_{name.split('+')[0]}"))
+                for name in STAGES}  # fmt: skip
 
     def row(self, group: int) -> dict[str, Any]:
         """All figures of one group size."""
@@ -226,12 +217,7 @@ class Bench:
             "peer": self.case.peer, "speed-up": self.case.peer and self.case.peer / refresh["median"],
         }  # fmt: skip
         if args.stages:
-            ends = [
-                self.time(lambda arguments, last=last: stage(spec, config, arguments, last, args.interpret),
-                          self.buffers, refresh["median"])["median"] for last in (1, 2, 3, 4)
-            ]  # fmt: skip
-            names = ("scores+window", "selection", "selected", "merge")
-            row |= {name: end - start for name, start, end in zip(names, [0.0, *ends], ends, strict=False)}
+            row |= self.stages(lambda arguments: run(arguments)[0], refresh["median"])
         details = {
             "bytes": self.bytes,
             "link": self.link,
@@ -306,7 +292,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", default="1,4,8,16,64", help="T, up to 128")
     parser.add_argument("--group", default="T,1", help="C: numbers, or T; those above T are left out")
     parser.add_argument("--xla", action="store_true", help="time the XLA path too")
-    parser.add_argument("--stages", action="store_true", help="split a refresh layer into its four launches")
+    parser.add_argument(
+        "--stages", action="store_true", help="the time of each of a refresh layer's launches, by the profiler"
+    )
     parser.add_argument("--out", help="write JSON to this path, anew after every case")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --out holds and measure the others")
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no other case begins")
