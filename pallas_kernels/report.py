@@ -80,13 +80,16 @@ def compile_sm90(kernel: Kernel) -> Resources:
     return Resources(int(found[1]), int(found[2]), compiled.metadata.shared)
 
 
-def verification(spec: attention_specs.AttentionSpec, group: int | None = None) -> Callable[..., Any]:
+def verification(
+    spec: attention_specs.AttentionSpec, group: int | None = None, deterministic: bool = False
+) -> Callable[..., Any]:
     """A refresh layer, and a layer that reuses its selection, as one function: six launches."""
-    config = AttentionConfig.heuristic(spec.sparsity, spec.shape, group)
+    config = None if deterministic else AttentionConfig.heuristic(spec.sparsity, spec.shape, group)
 
     def layers(*arguments: Any) -> Any:
-        out, selected = attend(spec.sparsity, *arguments, config=config)
-        return out, attend(spec.sparsity, *arguments, selected=selected, config=config)[0]
+        call = partial(attend, spec.sparsity, *arguments, config=config, deterministic=deterministic)
+        out, selected = call()
+        return out, call(selected=selected)[0]
 
     return layers
 
@@ -100,6 +103,7 @@ def programs() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
                 verification(layer, group),
                 layer.abstract(),
             )
+        yield f"attention/{layer.name}-deterministic", verification(layer, deterministic=True), layer.abstract()
     for spec in specs.BENCHMARKS:
         for config in SelectionConfig.search_space(spec.rows, spec.shape[-1]):
             select: Any = partial(select_blocks, implementation="pallas", config=config)
@@ -135,14 +139,14 @@ def _kernel(call):
 
 def main(parts: list[str]) -> None:
     """Prints a table of the programs whose name contains any of ``parts``."""
-    print(f"{'program':40}{'kernel':32}{'grid':>16}{'warps':>7}{'registers':>11}{'stack B':>9}{'shared B':>10}")
+    print(f"{'program':48}{'kernel':32}{'grid':>16}{'warps':>7}{'registers':>11}{'stack B':>9}{'shared B':>10}")
     for name, function, shapes in programs():
         if parts and not any(part in name for part in parts):
             continue
         for kernel in kernels(lower(function, *shapes)):
             used = compile_sm90(kernel)
             grid = "x".join(map(str, kernel.grid))
-            print(f"{name:40}{kernel.name:32}{grid:>16}{kernel.num_warps:>7}"
+            print(f"{name:48}{kernel.name:32}{grid:>16}{kernel.num_warps:>7}"
                   f"{used.registers:>11}{used.stack:>9}{used.shared:>10}")  # fmt: skip
 
 

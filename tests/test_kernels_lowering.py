@@ -35,12 +35,21 @@ MOST_STACK = 256
 LAUNCHES = ["nsa_compressed_window", "nsa_selection", "nsa_selected", "nsa_merge", "nsa_compressed_selected_window",
             "nsa_merge"]  # fmt: skip
 # A single token, groups of one and of several row tiles. Not 16 heads per KV head: Triton takes a minute for those.
-REPRESENTATIVE = [("B1-T1-H32x8-L64K-o70", 1), ("B8-T8-H32x8-L64K-o70", 8), ("B1-T64-H32x8-L64K-o70", 64)]
+# The group None stands for the deterministic form.
+REPRESENTATIVE = [("B1-T1-H32x8-L64K-o70", 1), ("B8-T8-H32x8-L64K-o70", 8), ("B1-T64-H32x8-L64K-o70", 64),
+                  ("B8-T8-H32x8-L64K-o70", None)]  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", attention_specs.TESTS, ids=lambda spec: spec.name)
-def test_attention_lowers(spec):
-    lowered = report.lower(report.verification(spec, min(spec.width, 128)), *spec.abstract())
+@pytest.mark.parametrize(
+    "spec, deterministic",
+    [
+        *[pytest.param(spec, False, id=spec.name) for spec in attention_specs.TESTS],
+        *[pytest.param(spec, True, id=f"{spec.name}-deterministic") for spec in attention_specs.TESTS
+          if spec.name in ("tree-28-wide", "shared-kv", "selection-only", "l16-d16-p16", "l64-d64-p64", "G16", "D24")],
+    ],
+)  # fmt: skip
+def test_attention_lowers(spec, deterministic):
+    lowered = report.lower(report.verification(spec, min(spec.width, 128), deterministic), *spec.abstract())
     expected = LAUNCHES
     if not spec.sparsity.compressed_output:  # a reuse layer has no use for that branch
         expected = ["nsa_selected_window" if "compressed_selected" in name else name for name in LAUNCHES]
@@ -50,7 +59,7 @@ def test_attention_lowers(spec):
 @pytest.mark.parametrize("name, group", REPRESENTATIVE)
 def test_attention_compiles_for_sm90(name, group):
     [spec] = [spec for spec in attention_specs.BENCHMARKS if spec.name == name]
-    kernels = report.kernels(report.lower(report.verification(spec, group), *spec.abstract()))
+    kernels = report.kernels(report.lower(report.verification(spec, group, group is None), *spec.abstract()))
     assert [kernel.name for kernel in kernels] == LAUNCHES
     assert all(size < 1 << 16 for kernel in kernels for size in kernel.grid[1:])
     pytest.importorskip("triton")

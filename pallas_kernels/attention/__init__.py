@@ -15,6 +15,7 @@ from pallas_kernels.attention.arguments import Tail as Tail
 from pallas_kernels.attention.arguments import check
 from pallas_kernels.attention.config import AttentionConfig as AttentionConfig
 from pallas_kernels.attention.config import Branch as Branch
+from pallas_kernels.attention.deterministic import config_for
 from pallas_kernels.attention.launch import Launch as Launch
 from pallas_kernels.selection import kernel as selection_kernel
 
@@ -54,6 +55,7 @@ def attend(
     selected: Selection | None = None,
     reuse_compressed: bool = True,
     config: AttentionConfig | None = None,
+    deterministic: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, Selection]:
     """NSA's output for the tail's tokens, and the blocks that they selected.
@@ -72,6 +74,8 @@ def attend(
       reuse_compressed: False: a reuse layer leaves the compressed branch out.
       config: the tuning parameters; None: those measured on this kind of device (``pallas_kernels.tuned``), or else
         chosen from the sizes. A reuse layer's group is the selection's.
+      deterministic: what a token gets has the bits of decoding its path alone, whatever stands beside it, in calls of
+        one T (:mod:`pallas_kernels.attention.deterministic`). Takes no ``config``: splits and tiles are fixed.
       interpret: interpret the kernels, on any device.
 
     Returns:
@@ -82,6 +86,10 @@ def attend(
       UnsupportedError: sizes or a device that the kernels do not take, with the reason.
     """
     shape = check(sparsity, query, gates, layer, page_table, lengths, tail)
+    if deterministic:
+        if config is not None:
+            raise ValueError("config: given with deterministic = True, which has a config of its own")
+        config = config_for(sparsity, shape)
     if config is None and not interpret:
         config = tuned.lookup(_dispatch.device_kind(), sparsity, shape)
     config = config or AttentionConfig.heuristic(sparsity, shape)
@@ -94,13 +102,13 @@ def attend(
     if selected is not None:
         if not reuse_compressed:
             shown = [1, 2]
-        launch = Launch(sparsity, shape, config, tuple(shown), interpret=interpret)
+        launch = Launch(sparsity, shape, config, tuple(shown), interpret=interpret, deterministic=deterministic)
         parts = [(launch, branches.run(launch, *arguments, selected))]
     else:
-        scoring = Launch(sparsity, shape, config, (0, 2), scored=True, interpret=interpret)
+        scoring = Launch(sparsity, shape, config, (0, 2), scored=True, interpret=interpret, deterministic=deterministic)
         partial = branches.run(scoring, *arguments, None)
         selected = selection.run(scoring, partial, page_table, lengths, tail)
-        launch = Launch(sparsity, shape, config, (1,), interpret=interpret)
+        launch = Launch(sparsity, shape, config, (1,), interpret=interpret, deterministic=deterministic)
         parts = [(scoring, partial), (launch, branches.run(launch, *arguments, selected))]
     return merge.run(parts, gates, shown, jnp.dtype(query.dtype)), selected
 

@@ -23,15 +23,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._call import triton_call
+from pallas_kernels.attention import deterministic
 from pallas_kernels.attention.arguments import Layer, Selection, Tail
 from pallas_kernels.attention.launch import Launch
+from pallas_kernels.attention.scores import entry_of_lane, store_scores
 from pallas_kernels.attention.tiles import (
-    Rows,
     ancestors,
     attend_tile,
     finish,
     load_rows,
-    overlap,
     parts,
     query_rows,
     scale,
@@ -69,6 +69,7 @@ def run(
         "page_table": page_table,
         "lengths": lengths,
         **{f"tail_{name}": value for name, value in tail._asdict().items()},
+        **(deterministic.tables(launch, lengths, tail) if launch.deterministic else {}),
     }
     if selection is not None and 1 in launch.branches:
         inputs.update(selection._asdict())
@@ -118,7 +119,8 @@ def _kernel(launch: Launch, refs: dict[str, Any]) -> None:
         _clear(launch, refs, work)
     for index, split_base, splits in launch.segments:
         count = launch.row_tiles(index) * splits
-        body = (_compressed, _selected, _window)[index]
+        bodies = deterministic.BODIES if launch.deterministic else (_compressed, _selected, _window)
+        body = bodies[index]
 
         @pl.when((work >= first) & (work < first + count))
         def _(first=first, body=body, index=index, splits=splits, split_base=split_base):
@@ -151,7 +153,7 @@ def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, spl
     rows = query_rows(launch, refs, size, tile * size, shape.rows)
     length = refs["lengths"][batch]
     entries = jnp.maximum(length - sparsity.compress_block + sparsity.compress_stride, 0) // sparsity.compress_stride
-    lane = _entry_of_lane(launch, lax.iota(jnp.int32, launch.entry_tile))
+    lane = entry_of_lane(launch, lax.iota(jnp.int32, launch.entry_tile))
     with_values = sparsity.compressed_output
 
     def page_of(i):
@@ -167,7 +169,7 @@ def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, spl
         if launch.scored:
             scores = scores * scale(launch)
             scores = scores if visible is None else jnp.where(visible, scores, -jnp.inf)
-            _store_scores(launch, refs, rows, i, scores, weights, state.top)
+            store_scores(launch, refs, rows, i, scores, weights, state.top)
         return state
 
     def step(i, state):
@@ -204,55 +206,6 @@ def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, spl
 
     state = lax.fori_loop(0, jnp.where(last, jnp.int32(-(-shape.slots // slot_tile)), jnp.int32(0)), slots, state)
     finish(refs, rows, base + split, state)
-
-
-def _lanes(launch: Launch) -> tuple[int, int, int, int]:
-    """How the entries of a tile are spread over its columns: (pages // k, per_page // b, k, b), k pages side by side.
-
-    A tensor core leaves 2 neighbouring columns of every 8 with a thread. The entries of a page take such pairs, so
-    that a thread sums a page's weights alone; in their natural order, it would need others' for each sum.
-    """
-    per_page, pages = launch.sparsity.entries_per_page, launch.page_tile
-    if per_page % 2 or pages % 4:
-        return pages, 1, 1, per_page
-    return pages // 4, per_page // 2, 4, 2
-
-
-def _entry_of_lane(launch: Launch, lane: Any) -> Any:
-    """int32: the entry, within its tile, that a column of the tile holds."""
-    _, far, side, near = _lanes(launch)
-    rest, b = parts(lane, near)
-    rest, page = parts(rest, side)
-    rest, a = parts(rest, far)
-    return ((rest * side + page) * far + a) * near + b
-
-
-def _store_scores(
-    launch: Launch, refs: dict[str, Any], rows: Rows, tile: Any, scores: Any, weights: Any, top: Any
-) -> None:
-    """What a tile's entries give to the blocks in which they begin, and to the blocks after those.
-
-    Sums relative to the running maximum, which is stored too: a logarithm here would cost more than all else.
-    """
-    sparsity, pages = launch.sparsity, launch.page_tile
-    at = refs["batch"], refs["head"]
-    if launch.identity:
-        sums = {"scores": scores}
-    else:
-        split = _lanes(launch)
-        whole = (1, *split)
-        entry = lax.broadcasted_iota(jnp.int32, whole, 2) * split[3] + lax.broadcasted_iota(jnp.int32, whole, 4)
-        weights = weights.reshape(rows.size, *split)
-        sums = {}
-        for name, block in (("scores", 0), ("carry", 1)):
-            if name in refs:
-                part = jnp.sum(weights * overlap(sparsity, entry, block).astype(jnp.float32), axis=4)
-                sums[name] = jnp.sum(part, axis=2).reshape(rows.size, pages)
-        plgpu.store(refs["tops"].at[(*at, rows.index, jnp.full_like(rows.index, 0) + tile)], top, mask=rows.valid)
-    for name, values in sums.items():
-        block = tile * pages + (name == "carry") + lax.broadcasted_iota(jnp.int32, values.shape, 1)
-        row = jnp.broadcast_to(rows.index[:, None], values.shape)
-        plgpu.store(refs[name].at[(*at, row, block)], values, mask=jnp.broadcast_to(rows.valid[:, None], values.shape))
 
 
 def _window(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, splits: int, base: int) -> None:

@@ -18,6 +18,7 @@ class Launch:
     branches: tuple[int, ...]
     scored: bool = False
     interpret: bool = False
+    deterministic: bool = False
 
     def branch(self, index: int) -> Branch:
         """The split of the compressed (0), the selected (1) or the window branch (2)."""
@@ -26,6 +27,8 @@ class Launch:
     def row_tiles(self, index: int) -> int:
         """Row tiles of a (sequence, KV head); those of the selected branch do not cross groups."""
         rows = self.branch(index).rows
+        if self.deterministic:
+            return self.shape.width
         if index == 1:
             return self.groups * -(-self.config.group * self.shape.lanes // rows)
         return -(-self.shape.rows // rows)
@@ -68,7 +71,11 @@ class Launch:
     @property
     def blocks(self) -> int:
         """Blocks for which a row of scores has room: whole tiles, the block after the last, and whole vector loads."""
-        return -(-(self.shape.table + 1) // max(32, self.page_tile)) * max(32, self.page_tile)
+        unit = max(32, self.page_tile)
+        table = -(-self.shape.table // self.page_tile) * self.page_tile
+        if self.deterministic:  # the tail's entries too
+            table += self.page_tile * (-(-self.shape.width // (self.sparsity.select_block * self.page_tile)) + 1)
+        return -(-(table + 1) // unit) * unit
 
     @property
     def identity(self) -> bool:

@@ -43,7 +43,8 @@ def run(
         query_head = head * shape.group + lane
         total = jnp.zeros((size, lanes), jnp.float32)
         for index, number, first, count in segments:
-            merged = _branch(named[f"out{number}"], named[f"lse{number}"], row, valid, first, count, lanes)
+            branch = _branch_in_turn if parts[0][0].deterministic else _branch
+            merged = branch(named[f"out{number}"], named[f"lse{number}"], row, valid, first, count, lanes)
             if gates is not None:
                 gate = plgpu.load(
                     named["gates"].at[batch, token, query_head, jnp.full_like(token, index)], mask=valid, other=0.0
@@ -85,3 +86,33 @@ def _branch(out: Any, lse: Any, row: Any, valid: Any, first: int, count: int, la
     mask = jnp.broadcast_to(mask[:, :, None], wide) & (column < out.shape[-1])
     values = plgpu.load(out.at[(batch, head, *own, column)], mask=mask, other=0.0)
     return jnp.sum(weight[:, :, None] * values, axis=0)
+
+
+def _branch_in_turn(out: Any, lse: Any, row: Any, valid: Any, first: int, count: int, lanes: int) -> Any:
+    """:func:`_branch`, one split after the other: splits that saw nothing leave the others' bits alone."""
+    head, batch = pl.program_id(1), pl.program_id(2)
+    wide = (row.shape[0], lanes)
+    row_at, column = jnp.broadcast_to(row[:, None], wide), lax.broadcasted_iota(jnp.int32, wide, 1)
+    mask = valid[:, None] & (column < out.shape[-1])
+
+    def weigh(split, top):
+        own = plgpu.load(lse.at[batch, head, jnp.full_like(row, first) + split, row], mask=valid, other=-jnp.inf)
+        highest = jnp.maximum(top, own)
+        safe = jnp.where(highest > -jnp.inf, highest, 0.0)
+        return highest, jnp.exp2(top - safe), jnp.exp2(own - safe)
+
+    def add(split, carry):
+        top, total, merged = carry
+        highest, fade, weight = weigh(split, top)
+        values = plgpu.load(
+            out.at[batch, head, jnp.full_like(row_at, first) + split, row_at, column], mask=mask, other=0.0
+        )
+        return highest, total * fade + weight, merged * fade[:, None] + values * weight[:, None]
+
+    nothing = (
+        jnp.full(row.shape, -jnp.inf, jnp.float32),
+        jnp.zeros(row.shape, jnp.float32),
+        jnp.zeros(wide, jnp.float32),
+    )
+    _, total, merged = lax.fori_loop(0, count, add, nothing)
+    return merged / jnp.where(total > 0, total, 1.0)[:, None]

@@ -86,11 +86,13 @@ def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: A
     first, splits = next((first, count) for index, first, count in launch.segments if index == 0)
     # As [tiles, pages of a tile]: what a tile's pages share is then one value, and their loads are vectors.
     tables = [_Blocks(launch, *span) for span in lane_ranges(num_blocks)]
-    entries = jnp.maximum(length - sparsity.compress_block + sparsity.compress_stride, 0) // sparsity.compress_stride
-    tiles = pl.cdiv(entries, launch.entry_tile)  # what the scoring launch went over
+    # The tokens whose entries the scoring launch went over, tile by tile; the rest are the tail's slots.
+    tokens = jnp.where(length >= 0, refs["positions"][batch, token] + 1, 0) if launch.deterministic else length
+    entries = jnp.maximum(tokens - sparsity.compress_block + sparsity.compress_stride, 0) // sparsity.compress_stride
+    tiles = pl.cdiv(entries, launch.entry_tile)
     split = lax.iota(jnp.int32, pl.next_power_of_2(splits))
     slots = jnp.sum((_load(refs["slot"], batch, shape.slots, shape.width) < shape.width).astype(jnp.int32))
-    slots = jnp.where(length >= 0, slots, 0)
+    slots = 0 if launch.deterministic else jnp.where(length >= 0, slots, 0)
 
     def add_head(g, importance):
         row = token * shape.lanes + g
@@ -98,7 +100,12 @@ def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: A
                          mask=split < splits, other=-jnp.inf)  # fmt: skip
         top = jnp.max(lse)
         top = jnp.where(top > -jnp.inf, top, 0.0)
-        total = jnp.sum(jnp.exp2(lse - top))
+        if launch.deterministic:  # one split after the other, whatever their number
+            total = lax.fori_loop(
+                0, splits, lambda k, total: total + jnp.exp2(refs["lse"][batch, head, first + k, row] - top), 0.0
+            )
+        else:
+            total = jnp.sum(jnp.exp2(lse - top))
         # Adding a log is dividing by the sum; no entry is visible where the sum is 0.
         norm = top + jnp.log2(jnp.where(total > 0, total, 1.0))
         sums = [
