@@ -51,18 +51,49 @@ def run(
     tail: Tail,
     selection: Selection | None,
 ) -> dict[str, jax.Array]:
-    """The launch's partial outputs, and the scores of blocks when it is ``scored``.
+    """The launch's partial outputs, and the scores of blocks when it is ``scored``: see :func:`results`."""
+    inputs = arguments(launch, query, layer, page_table, lengths, tail, selection)
+    out_shapes = results(launch)
+    if launch.scored and launch.workspace:
+        out_shapes["workspace"] = jax.ShapeDtypeStruct((*out_shapes["lse"].shape[:2], launch.workspace), jnp.int32)
+    names = [*inputs, *out_shapes]
 
-    Returns:
-      out: float32 [B, Hkv, splits, rows, D], each split's softmax-weighted values;
-      lse: float32 [B, Hkv, splits, rows], log2 of the sums of its exponentials, −inf where it saw nothing;
-      scores: float32 [B, Hkv, rows, blocks], ``Launch.blocks`` of them: sums over the entries that begin in a block of
-        overlap · 2^(score − top), with tops [B, Hkv, rows, blocks/page_tile] of each tile of blocks (where a block is
-        one entry: its score, no tops); carry, where entries reach from the block before into this one: their sums;
-        slot_scores [B, Hkv, rows, M]: the scores of the tail's entries;
-      workspace: int32 [B, Hkv, ...], zeros (``Launch.workspace``).
-    """
-    shape = launch.shape
+    def branches_kernel(*refs: Any) -> None:
+        named = dict(zip(names, refs, strict=True))
+        # Here, not where they are used: interpret mode knows program ids at the top level only.
+        named |= {"head": pl.program_id(0), "batch": pl.program_id(1), "programs": pl.num_programs(2)}
+        work, first = pl.program_id(2), 0
+        if launch.scored and launch.workspace:
+            _clear(launch, named, work)
+        for index in launch.branches:
+            perform(launch, named, index, work, first)
+            first += works(launch, index)
+
+    outputs = triton_call(
+        branches_kernel,
+        *inputs.values(),
+        out_shape=list(out_shapes.values()),
+        # Heads run side by side: what they read of a page lies side by side. And the last work, which is the shortest,
+        # starts last, when it evens out what the multiprocessors have to do.
+        grid=(launch.shape.num_kv_heads, launch.shape.batch, sum(works(launch, index) for index in launch.branches)),
+        num_warps=launch.num_warps,
+        num_stages=launch.config.num_stages,
+        interpret=launch.interpret,
+        name="nsa_" + "_".join(("compressed", "selected", "window")[index] for index in launch.branches),
+    )
+    return dict(zip(out_shapes, outputs, strict=True))
+
+
+def arguments(
+    launch: Launch,
+    query: jax.Array,
+    layer: Layer,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    tail: Tail,
+    selection: Selection | None,
+) -> dict[str, jax.Array]:
+    """What the branches read, by the names that they have in a kernel."""
     inputs: dict[str, jax.Array | None] = {
         "query": query,
         **{name: value for name, value in layer._asdict().items()},
@@ -73,61 +104,60 @@ def run(
     }
     if selection is not None and 1 in launch.branches:
         inputs.update(selection._asdict())
-    inputs = {name: value for name, value in inputs.items() if value is not None}
-    lead = (shape.batch, shape.num_kv_heads)
-    out_shapes: dict[str, tuple[Any, ...]] = {
-        "out": (jnp.float32, launch.splits, shape.rows, shape.head_dim),
-        "lse": (jnp.float32, launch.splits, shape.rows),
+    return {name: value for name, value in inputs.items() if value is not None}
+
+
+def results(launch: Launch) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the branches leave.
+
+    Returns:
+      out: float32 [B, Hkv, splits, rows, D], each split's softmax-weighted values;
+      lse: float32 [B, Hkv, splits, rows], log2 of the sums of its exponentials, −inf where it saw nothing;
+      where ``scored``:
+      scores: float32 [B, Hkv, rows, blocks], ``Launch.blocks`` of them: sums over the entries that begin in a block of
+        overlap · 2^(score − top), with tops [B, Hkv, rows, blocks/page_tile] of each tile of blocks (where a block is
+        one entry: its score, no tops); carry, where entries reach from the block before into this one: their sums;
+        slot_scores [B, Hkv, rows, M]: the scores of the tail's entries.
+    """
+    shape = launch.shape
+    sizes: dict[str, tuple[int, ...]] = {
+        "out": (launch.splits, shape.rows, shape.head_dim),
+        "lse": (launch.splits, shape.rows),
     }
     if launch.scored:
-        out_shapes |= {
-            "scores": (jnp.float32, shape.rows, launch.blocks),
-            "slot_scores": (jnp.float32, shape.rows, shape.slots),
-        }
+        sizes |= {"scores": (shape.rows, launch.blocks), "slot_scores": (shape.rows, shape.slots)}
         if not launch.identity:
-            out_shapes["tops"] = (jnp.float32, shape.rows, launch.blocks // launch.page_tile)
+            sizes["tops"] = (shape.rows, launch.blocks // launch.page_tile)
         if launch.sparsity.compress_block > launch.sparsity.compress_stride:
-            out_shapes["carry"] = (jnp.float32, shape.rows, launch.blocks)
-        if launch.workspace:
-            out_shapes["workspace"] = (jnp.int32, launch.workspace)
-    names = [*inputs, *out_shapes]
-
-    def branches_kernel(*refs: Any) -> None:
-        _kernel(launch, dict(zip(names, refs, strict=True)))
-
-    works = sum(launch.row_tiles(index) * launch.branch(index).splits for index in launch.branches)
-    outputs = triton_call(
-        branches_kernel,
-        *[value for value in inputs.values() if value is not None],
-        out_shape=[jax.ShapeDtypeStruct((*lead, *dims), dtype) for dtype, *dims in out_shapes.values()],
-        # Heads run side by side: what they read of a page lies side by side. And the last work, which is the shortest,
-        # starts last, when it evens out what the multiprocessors have to do.
-        grid=(shape.num_kv_heads, shape.batch, works),
-        num_warps=launch.num_warps,
-        num_stages=launch.config.num_stages,
-        interpret=launch.interpret,
-        name="nsa_" + "_".join(("compressed", "selected", "window")[index] for index in launch.branches),
-    )
-    return dict(zip(out_shapes, outputs, strict=True))
+            sizes["carry"] = (shape.rows, launch.blocks)
+    lead = (shape.batch, shape.num_kv_heads)
+    return {name: jax.ShapeDtypeStruct((*lead, *size), jnp.float32) for name, size in sizes.items()}
 
 
-def _kernel(launch: Launch, refs: dict[str, Any]) -> None:
-    work, first = pl.program_id(2), 0
-    # Here, not where they are used: interpret mode knows program ids at the top level only.
-    refs |= {"head": pl.program_id(0), "batch": pl.program_id(1), "programs": pl.num_programs(2)}
-    if launch.scored and launch.workspace:
-        _clear(launch, refs, work)
-    for index, split_base, splits in launch.segments:
-        count = launch.row_tiles(index) * splits
-        bodies = deterministic.BODIES if launch.deterministic else (_compressed, _selected, _window)
-        body = bodies[index]
+def works(launch: Launch, index: int) -> int:
+    """Programs of a branch for each (sequence, KV head)."""
+    return launch.row_tiles(index) * launch.branch(index).splits
 
-        @pl.when((work >= first) & (work < first + count))
-        def _(first=first, body=body, index=index, splits=splits, split_base=split_base):
-            own, tiles = work - first, launch.row_tiles(index)
-            body(launch, refs, own % tiles, own // tiles, splits, split_base)
 
-        first += count
+def perform(
+    launch: Launch, refs: dict[str, Any], index: int, work: Any, first: int, before: Any = None, after: Any = None
+) -> None:
+    """Inside a kernel: the ``work``-th program's share of a branch, if it is one of those from ``first`` on.
+
+    ``before`` and ``after`` are called by the programs that have one.
+    """
+    tiles = launch.row_tiles(index)
+    body = (deterministic.BODIES if launch.deterministic else (_compressed, _selected, _window))[index]
+    split_base, splits = next((base, splits) for branch, base, splits in launch.segments if branch == index)
+
+    @pl.when((work >= first) & (work < first + works(launch, index)))
+    def _():
+        own = work - first
+        if before is not None:
+            before()
+        body(launch, refs, own % tiles, own // tiles, splits, split_base)
+        if after is not None:
+            after()
 
 
 def _clear(launch: Launch, refs: dict[str, Any], work: Any) -> None:

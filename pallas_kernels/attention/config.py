@@ -37,7 +37,8 @@ class AttentionConfig:
       tile: keys that a program loads at a time, a power of two.
       num_stages: of Triton's pipeline, in the branches' kernels (which have a warp for 16 rows); every two stages keep
         one more tile in flight, because a tile's page is looked up before.
-      selection_warps: of the selection.
+      selection_warps: of the selection, where it is a launch of its own.
+      fused: the whole layer in one launch, in which programs wait for each other.
     """
 
     group: int
@@ -48,6 +49,7 @@ class AttentionConfig:
     tile: int = 32
     num_stages: int = 5
     selection_warps: int = 4
+    fused: bool = False
 
     def __post_init__(self) -> None:
         if self.group < 1:
@@ -104,9 +106,11 @@ class AttentionConfig:
 
         found = [base]
         for compressed, selected in itertools.product(around(base.compressed), around(base.selected)):
-            for tile, stages in ((32, 5), (32, 7), (64, 5)):
+            for tile, stages, fused in itertools.product((32, 64), (5, 7), (False, True)):
                 found.append(
-                    dataclasses.replace(base, compressed=compressed, selected=selected, tile=tile, num_stages=stages)
+                    dataclasses.replace(
+                        base, compressed=compressed, selected=selected, tile=tile, num_stages=stages, fused=fused
+                    )
                 )
         return list(dict.fromkeys(found))
 

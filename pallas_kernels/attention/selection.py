@@ -26,34 +26,30 @@ def run(
     launch: Launch, partial: dict[str, jax.Array], page_table: jax.Array, lengths: jax.Array, tail: Tail
 ) -> Selection:
     """The selection from the partial results of a ``scored`` launch."""
-    shape, sparsity, config = launch.shape, launch.sparsity, launch.config
+    shape, config = launch.shape, launch.config
     grouped = config.group > 1
-    union = min(config.group * sparsity.num_selected, shape.table)
-    lead = (shape.batch, shape.num_kv_heads, launch.groups)
     inputs: dict[str, jax.Array] = {
         name: partial[name]
         for name in ("lse", "scores", "tops", "carry", "slot_scores", "workspace")
         if name in partial
     }
-    inputs |= {"page_table": page_table, "lengths": lengths, "positions": tail.positions, "slot": tail.slot}
-    outputs: dict[str, tuple[int, ...]] = {"ids": (shape.batch, shape.width, shape.num_kv_heads, sparsity.num_selected)}
+    inputs |= {"page_table": page_table, "lengths": lengths, "tail_positions": tail.positions, "tail_slot": tail.slot}
+    outputs = results(launch)
     if grouped:
-        outputs |= {
-            "pages": (*lead, union),
-            "owners": (*lead, launch.mask_words, union),
-            "size": lead,
-            # The inputs' workspace, changed in place; reading the output is right in interpret mode too.
-            "marks": partial["workspace"].shape,
-        }
+        # The inputs' workspace, changed in place; reading the output is right in interpret mode too.
+        outputs["marks"] = jax.ShapeDtypeStruct(partial["workspace"].shape, jnp.int32)
     names = [*inputs, *outputs]
 
     def nsa_selection(*refs: Any) -> None:
-        _kernel(launch, dict(zip(names, refs, strict=True)))
+        named = dict(zip(names, refs, strict=True))
+        # Interpret mode knows program ids at the top level only.
+        token, named["head"], named["batch"] = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+        perform(launch, named, token)
 
     result = triton_call(
         nsa_selection,
         *inputs.values(),
-        out_shape=[jax.ShapeDtypeStruct(dims, jnp.int32) for dims in outputs.values()],
+        out_shape=list(outputs.values()),
         grid=(shape.width, shape.num_kv_heads, shape.batch),
         num_warps=config.selection_warps,
         interpret=launch.interpret,
@@ -63,12 +59,22 @@ def run(
     return Selection(named["ids"], named.get("pages"), named.get("owners"), named.get("size"))
 
 
-def _kernel(launch: Launch, refs: dict[str, Any]) -> None:
+def results(launch: Launch) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays of a :class:`Selection`."""
+    shape, sparsity, group = launch.shape, launch.sparsity, launch.config.group
+    lead, union = (shape.batch, shape.num_kv_heads, launch.groups), min(group * sparsity.num_selected, shape.table)
+    sizes: dict[str, tuple[int, ...]] = {"ids": (shape.batch, shape.width, shape.num_kv_heads, sparsity.num_selected)}
+    if group > 1:
+        sizes |= {"pages": (*lead, union), "owners": (*lead, launch.mask_words, union), "size": lead}
+    return {name: jax.ShapeDtypeStruct(size, jnp.int32) for name, size in sizes.items()}
+
+
+def perform(launch: Launch, refs: dict[str, Any], token: Any) -> None:
+    """Inside a kernel: the selection of one query."""
     sparsity, shape = launch.sparsity, launch.shape
-    token, head, batch = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    # Interpret mode knows program ids at the top level only.
-    refs |= {"token": token, "head": head, "batch": batch}
-    length, position = refs["lengths"][batch], refs["positions"][batch, token]
+    head, batch = refs["head"], refs["batch"]
+    refs = refs | {"token": token}
+    length, position = refs["lengths"][batch], refs["tail_positions"][batch, token]
     own = jnp.where(length >= 0, position // sparsity.select_block, -1)
     num_blocks = shape.table + -(-shape.width // sparsity.select_block) + 1
     importance = _importance(launch, refs, num_blocks, length)
@@ -87,11 +93,11 @@ def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: A
     # As [tiles, pages of a tile]: what a tile's pages share is then one value, and their loads are vectors.
     tables = [_Blocks(launch, *span) for span in lane_ranges(num_blocks)]
     # The tokens whose entries the scoring launch went over, tile by tile; the rest are the tail's slots.
-    tokens = jnp.where(length >= 0, refs["positions"][batch, token] + 1, 0) if launch.deterministic else length
+    tokens = jnp.where(length >= 0, refs["tail_positions"][batch, token] + 1, 0) if launch.deterministic else length
     entries = jnp.maximum(tokens - sparsity.compress_block + sparsity.compress_stride, 0) // sparsity.compress_stride
     tiles = pl.cdiv(entries, launch.entry_tile)
     split = lax.iota(jnp.int32, pl.next_power_of_2(splits))
-    slots = jnp.sum((_load(refs["slot"], batch, shape.slots, shape.width) < shape.width).astype(jnp.int32))
+    slots = jnp.sum((_load(refs["tail_slot"], batch, shape.slots, shape.width) < shape.width).astype(jnp.int32))
     slots = 0 if launch.deterministic else jnp.where(length >= 0, slots, 0)
 
     def add_head(g, importance):
@@ -114,8 +120,8 @@ def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: A
         ]
 
         def add_slot(m, sums):
-            node = refs["slot"][batch, m]
-            end = refs["positions"][batch, node] + 1
+            node = refs["tail_slot"][batch, m]
+            end = refs["tail_positions"][batch, node] + 1
             entry = (end - sparsity.compress_block) // sparsity.compress_stride
             probability = jnp.exp2(refs["slot_scores"][batch, head, row, m] - norm)
             return [
@@ -233,7 +239,7 @@ def _representative(launch: Launch, refs: dict[str, Any], group: Any, members: A
     head, batch = refs["head"], refs["batch"]
     member = lax.iota(jnp.int32, pl.next_power_of_2(config.group))
     token = group * config.group + member
-    position = plgpu.load(refs["positions"].at[batch, token], mask=member < members, other=-1)
+    position = plgpu.load(refs["tail_positions"].at[batch, token], mask=member < members, other=-1)
     longest = jnp.max(position)
     best = jnp.max(jnp.where(position == longest, token, -1))
     owned = jnp.zeros(block.shape, jnp.int32)
