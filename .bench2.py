@@ -65,7 +65,7 @@ def case(batch,width,group,cfgs,pool,heads=(32,8),ctx=64,bufs=4,reuse=True):
 if __name__=="__main__":
     pool=ThreadPoolExecutor(14)
     which=sys.argv[1].split(",")
-    g=[{},dict(st=3),dict(st=7,cs=6,ss=6),dict(st=7,cs=4,ss=4),dict(cs=8,ss=8,sw=2),dict(cs=4,ss=4,sw=8),dict(cs=5,ss=5,sw=1),dict(crows=64,srows=64,tile=64,cs=4,ss=4),dict(crows=64,srows=64,tile=64,cs=2,ss=2),dict(tile=64,cs=6,ss=6),dict(tile=64,st=3),dict(tile=64,cs=4,ss=4),dict(crows=16,srows=16),dict(ws=4),dict(ws=1)]
+    g=[{},dict(st=3),dict(st=7,cs=4,ss=4),dict(cs=8,ss=8,sw=2),dict(cs=4,ss=4,sw=8),dict(cs=5,ss=5,sw=1),dict(crows=64,srows=64,tile=64,cs=4,ss=4),dict(crows=64,srows=64,tile=64,cs=2,ss=2),dict(tile=64,st=3),dict(tile=64,cs=4,ss=4),dict(crows=16,srows=16)]
     if "a" in which: case(8,8,8,g,pool)
     if "c" in which: case(1,8,8,[{},dict(cs=16,ss=16,sw=2),dict(cs=32,ss=24,sw=8),dict(cs=48,ss=12),dict(tile=64),dict(crows=64,srows=64,tile=64)],pool)
     if "b" in which: case(32,8,8,[{},dict(cs=1,ss=1,sw=2),dict(cs=3,ss=3,sw=1),dict(cs=4,ss=4,sw=8),dict(tile=64),dict(crows=64,srows=64,tile=64),dict(st=7)],pool)

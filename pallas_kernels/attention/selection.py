@@ -98,7 +98,7 @@ def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: A
     tiles = pl.cdiv(entries, launch.entry_tile)
     split = lax.iota(jnp.int32, pl.next_power_of_2(splits))
     slots = jnp.sum((_load(refs["tail_slot"], batch, shape.slots, shape.width) < shape.width).astype(jnp.int32))
-    slots = 0 if launch.deterministic else jnp.where(length >= 0, slots, 0)
+    slots = jnp.where(length >= 0, slots, 0) if not launch.deterministic else jnp.zeros_like(slots)
 
     def add_head(g, importance):
         row = token * shape.lanes + g
