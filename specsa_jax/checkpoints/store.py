@@ -3,14 +3,15 @@
 ::
 
     config.json      schema version, model config, size and SHA-256 of every file below
-    tokenizer.json   a ``tokenizers`` tokenizer
+    tokenizer.json   a ``tokenizers`` tokenizer; converted checkpoints keep their other tokenizer files beside it
     params/          the parameters, an Orbax PyTree (nested dicts; integer keys as strings), dtypes as saved
-    metadata.json    the training card: data, tokens, held-out loss, recipe, versions
+    metadata.json    the training card: data, tokens, held-out loss, recipe, versions; or where it was converted from
     README.md        the card for people (optional, not checked)
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import hashlib
@@ -19,7 +20,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,16 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import type_handlers
 from tokenizers import Tokenizer
 
 from specsa_jax import model
 from specsa_jax.config import ConfigError, ModelConfig
 
 SCHEMA = 1
+# Of arrays on disk, so that a restore onto several devices reads for each about what it keeps.
+_CHUNK_BYTES = 64 << 20
 _PACKAGED = Path(__file__).parent
 
 
@@ -50,12 +55,31 @@ class Checkpoint:
       config: the model's config.
       tokenizer: its tokenizer.
       metadata: the training card, as JSON values.
+      end_tokens: ids that end a text, where the checkpoint names them; None: ``<|endoftext|>``, if there is one.
     """
 
     params: dict[str, Any]
     config: ModelConfig
     tokenizer: Tokenizer
     metadata: dict[str, Any]
+    end_tokens: tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """A leaf that is read when it is written: the tree then never lies in memory as a whole."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
@@ -98,11 +122,29 @@ def save(
     fit ``config``.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
+    check_target(path, overwrite)
+    fit(expected_params(config), named_leaves(params), where="params")
+    with replacing(path) as scratch:
+        write_tree(scratch / "params", params)
+        tokenizer.save(str(scratch / "tokenizer.json"))
+        seal(scratch, config, metadata, card)
+    return path
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raises CheckpointError if ``path`` exists and is not to be overwritten, or is no checkpoint."""
+    if (path.exists() or path.is_symlink()) and not overwrite:
         raise CheckpointError(f"{path}: already exists; choose another directory, or overwrite it")
     if path.exists() and not (path / "config.json").exists():
         raise CheckpointError(f"{path}: is no checkpoint, so it is not overwritten")
-    fit(expected_params(config), named_leaves(params), where="params")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A scratch directory beside ``path`` that takes its place at the end, unless something fails.
+
+    Raises CheckpointError where nothing can be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -111,34 +153,45 @@ def save(
     retired = scratch.with_name(scratch.name + "-old")
     try:
         scratch.chmod(0o755)  # mkdtemp's 0700 would survive the rename
-        write_tree(scratch / "params", params)
-        tokenizer.save(str(scratch / "tokenizer.json"))
-        (scratch / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
-        if card is not None:
-            (scratch / "README.md").write_text(card, encoding="utf-8")
-        checked = [scratch / "tokenizer.json", *sorted(p for p in (scratch / "params").rglob("*") if p.is_file())]
-        files = {p.relative_to(scratch).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in checked}
-        top = {"schema": SCHEMA, "model": config.to_dict(), "files": files}
-        (scratch / "config.json").write_text(json.dumps(top, indent=2) + "\n", encoding="utf-8")
+        yield scratch
         if path.exists():
             path.rename(retired)
         scratch.rename(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
-    return path
 
 
-def load(name_or_path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
+def seal(scratch: Path, config: ModelConfig, metadata: dict[str, Any], card: str | None = None) -> None:
+    """Writes what makes a directory with parameters and tokenizer files a checkpoint; ``config.json`` comes last."""
+    text = json.dumps(metadata, indent=2) + "\n"
+    checked = sorted(p for p in scratch.rglob("*") if p.is_file())
+    (scratch / "metadata.json").write_text(text, encoding="utf-8")
+    if card is not None:
+        (scratch / "README.md").write_text(card, encoding="utf-8")
+    top = {"schema": SCHEMA, "model": config.to_dict(), "files": checksums(scratch, checked)}
+    (scratch / "config.json").write_text(json.dumps(top, indent=2) + "\n", encoding="utf-8")
+
+
+def load(name_or_path: str | os.PathLike[str], *, verify: bool = True, mesh: Mesh | None = None) -> Checkpoint:
     """Reads a checkpoint directory, or the packaged checkpoint of that name.
 
     Args:
       verify: compare every file's SHA-256 (about a second per GB); sizes are always compared.
+      mesh: restore straight onto its devices, every tensor split over the last axis where :func:`partition` can.
 
     Raises CheckpointError: no such checkpoint, unknown schema, missing, truncated or corrupt files, or weights that
     do not fit the config (one error lists every missing, unexpected and mis-shaped tensor).
     """
     path = resolve(name_or_path)
+    config, metadata = read_header(path, verify=verify)
+    tokenizer = read_tokenizer(path / "tokenizer.json", config.vocab_size)
+    params = read_tree(path / "params", expected_params(config), mesh)
+    return Checkpoint(params, config, tokenizer, metadata, end_tokens_of(metadata))
+
+
+def read_header(path: Path, *, verify: bool) -> tuple[ModelConfig, dict[str, Any]]:
+    """A checkpoint's config and metadata, once its files are there and (``verify``) whole. Raises CheckpointError."""
     top = _read_json(path / "config.json")
     if top.get("schema") != SCHEMA:
         raise CheckpointError(f"{path / 'config.json'}: schema: got {top.get('schema')!r}, expected {SCHEMA}")
@@ -146,19 +199,30 @@ def load(name_or_path: str | os.PathLike[str], *, verify: bool = True) -> Checkp
         config = ModelConfig.from_dict(top.get("model", {}))
     except ConfigError as error:
         raise CheckpointError(f"{path / 'config.json'}: model: {error}") from error
-    _check_files(path, top.get("files"), verify)
-    metadata = _read_json(path / "metadata.json")
+    files = top.get("files")
+    if not isinstance(files, dict) or "tokenizer.json" not in files:
+        raise CheckpointError(f"{path / 'config.json'}: files: expected the size and SHA-256 of every file")
+    check_files(path, files, verify)
+    return config, _read_json(path / "metadata.json")
+
+
+def read_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
+    """A tokenizer of at most ``vocab_size`` tokens. Raises CheckpointError."""
     try:
-        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust library raises bare Exception
-        raise CheckpointError(f"{path / 'tokenizer.json'}: not a tokenizer: {error}") from error
-    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise CheckpointError(f"{file}: not a tokenizer: {error}") from error
+    if tokenizer.get_vocab_size() > vocab_size:
         raise CheckpointError(
-            f"{path / 'tokenizer.json'}: has {tokenizer.get_vocab_size()} tokens, "
-            f"but config.json says vocab_size = {config.vocab_size}"
+            f"{file}: has {tokenizer.get_vocab_size()} tokens, but config.json says vocab_size = {vocab_size}"
         )
-    params = read_tree(path / "params", expected_params(config))
-    return Checkpoint(params, config, tokenizer, metadata)
+    return tokenizer
+
+
+def end_tokens_of(metadata: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The ids under ``end_tokens`` in a checkpoint's metadata."""
+    ids = metadata.get("end_tokens")
+    return None if ids is None else tuple(int(token) for token in ids)
 
 
 def expected_params(config: ModelConfig) -> dict[str, Any]:
@@ -197,26 +261,99 @@ def fit(like: Any, leaves: dict[str, Any], where: str) -> Any:
 
 
 def write_tree(path: Path, tree: Any) -> None:
-    """Writes any pytree of arrays as nested dicts with Orbax; atomic. Leaves go through host memory."""
-    nested = traverse_util.unflatten_dict({n: np.asarray(x) for n, x in named_leaves(tree).items()}, sep=".")
-    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(nested))
+    """Writes any pytree of arrays (or :class:`Lazy` ones, one after the other) as nested dicts with Orbax; atomic."""
+    leaves = {n: x if isinstance(x, Lazy) else np.asarray(x) for n, x in named_leaves(tree).items()}
+    nested = traverse_util.unflatten_dict(leaves, sep=".")
+    args = traverse_util.unflatten_dict({n: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for n in leaves}, sep=".")
+    handlers = type_handlers.create_type_handler_registry(
+        (np.ndarray, type_handlers.NumpyHandler()), (Lazy, _LazyHandler())
+    )
+    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)) as checkpointer:
+        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(nested, save_args=args))
 
 
-def read_tree(path: Path, like: Any) -> Any:
+class _LazyHandler(type_handlers.NumpyHandler):
+    """Writes lazy leaves as NumPy arrays, each before the next is read."""
+
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+
+    async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+        for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
+            for future in await super().serialize([value.read()], [info], [arg]):
+                await asyncio.to_thread(future.result)
+        return []
+
+
+def read_tree(path: Path, like: Any, mesh: Mesh | None = None) -> Any:
     """Reads what :func:`write_tree` wrote, in the structure of ``like``; dtypes as saved.
 
-    Leaves are arrays on the default device, whatever backend wrote them. Raises CheckpointError.
+    Leaves are arrays on the default device, whatever backend wrote them; or on the mesh's devices, each reading its
+    own part. Raises CheckpointError.
     """
-    try:
-        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _readable(path), _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        saved = checkpointer.metadata(path.absolute()).item_metadata.tree
+        fit(like, named_leaves(saved), where=str(path))
+        args = {n: _restore_args(n, x, mesh) for n, x in named_leaves(saved).items()}
+        as_asked = jax.tree.unflatten(jax.tree.structure(saved), [args[n] for n in named_leaves(saved)])
+        restored = checkpointer.restore(path.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_asked))
+    return jax.tree.map(jnp.asarray, fit(like, named_leaves(restored), where=str(path)))
+
+
+def _restore_args(name: str, leaf: Any, mesh: Mesh | None) -> ocp.RestoreArgs:
+    if mesh is None:
+        return ocp.RestoreArgs(restore_type=np.ndarray)
+    sharding = NamedSharding(mesh, partition(name, leaf.shape, mesh))
+    return ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding, global_shape=leaf.shape)
+
+
+def partition(name: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """How a parameter is split over the mesh's last axis (tensor parallelism).
+
+    Projections into heads and MLP by their outputs, out of them by their inputs, the embedding by tokens; whole where
+    the axis does not divide the length, and where there is little to split.
+    """
+    axis = mesh.axis_names[-1]
+    owner, kind = name.split(".")[-2:]
+    split = {"o_proj": 0, "down_proj": 0, "embed": 0}.get(owner, len(shape) - 1 if kind == "kernel" else None)
+    if len(shape) < 2 or split is None or shape[split] % mesh.shape[axis]:
+        return PartitionSpec()
+    return PartitionSpec(*(axis if i == split else None for i in range(len(shape))))
+
+
+class TreeReader:
+    """Reads single leaves of what :func:`write_tree` wrote, by dotted path. Raises CheckpointError.
+
+    Attributes:
+      leaves: shape and dtype of every leaf.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        with _readable(path), _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             saved = checkpointer.metadata(path.absolute()).item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-            restored = checkpointer.restore(path.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+            self.leaves = {n: (tuple(x.shape), np.dtype(x.dtype)) for n, x in named_leaves(saved).items()}
+
+    def read(self, name: str) -> np.ndarray:
+        one = traverse_util.unflatten_dict({name: ocp.RestoreArgs(restore_type=np.ndarray)}, sep=".")
+        shape, dtype = self.leaves[name]
+        like = traverse_util.unflatten_dict({name: jax.ShapeDtypeStruct(shape, dtype)}, sep=".")
+        with _readable(self.path), _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(
+                self.path.absolute(), args=ocp.args.PyTreeRestore(item=like, restore_args=one, partial_restore=True)
+            )
+        return named_leaves(restored)[name]
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
     except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged directory
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: cannot be read: {reason}") from error
-    return jax.tree.map(jnp.asarray, fit(like, named_leaves(restored), where=str(path)))
 
 
 @contextlib.contextmanager
@@ -246,13 +383,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_files(path: Path, files: Any, verify: bool) -> None:
-    if (
-        not isinstance(files, dict)
-        or "tokenizer.json" not in files
-        or not all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values())
-    ):
-        raise CheckpointError(f"{path / 'config.json'}: files: expected the size and SHA-256 of every file")
+def checksums(directory: Path, files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of ``files``, by their path in ``directory``."""
+    return {p.relative_to(directory).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+
+
+def check_files(path: Path, files: Mapping[str, Any], verify: bool) -> None:
+    """Compares sizes with :func:`checksums`, and contents too (``verify``). Raises CheckpointError with every problem."""
+    if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values()):
+        raise CheckpointError(f"{path}: files: expected the size and SHA-256 of every file")
     problems = []
     for name, entry in files.items():
         file = path / name
@@ -260,12 +399,13 @@ def _check_files(path: Path, files: Any, verify: bool) -> None:
             problems.append(f"{name} is missing")
         elif file.stat().st_size != entry["bytes"]:
             problems.append(f"{name} has {file.stat().st_size} bytes, expected {entry['bytes']}")
-        elif verify and _sha256(file) != entry["sha256"]:
+        elif verify and sha256(file) != entry["sha256"]:
             problems.append(f"{name} is corrupt (SHA-256 differs)")
     if problems:
         raise CheckpointError(f"{path}: " + "; ".join(problems))
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
