@@ -192,7 +192,7 @@ def load(name_or_path: str | os.PathLike[str], *, verify: bool = True, mesh: Mes
 
 def read_header(path: Path, *, verify: bool) -> tuple[ModelConfig, dict[str, Any]]:
     """A checkpoint's config and metadata, once its files are there and (``verify``) whole. Raises CheckpointError."""
-    top = _read_json(path / "config.json")
+    top = read_json(path / "config.json")
     if top.get("schema") != SCHEMA:
         raise CheckpointError(f"{path / 'config.json'}: schema: got {top.get('schema')!r}, expected {SCHEMA}")
     try:
@@ -203,7 +203,7 @@ def read_header(path: Path, *, verify: bool) -> tuple[ModelConfig, dict[str, Any
     if not isinstance(files, dict) or "tokenizer.json" not in files:
         raise CheckpointError(f"{path / 'config.json'}: files: expected the size and SHA-256 of every file")
     check_files(path, files, verify)
-    return config, _read_json(path / "metadata.json")
+    return config, read_json(path / "metadata.json")
 
 
 def read_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
@@ -371,7 +371,8 @@ def _quiet() -> Iterator[None]:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
