@@ -75,7 +75,7 @@ CONFIGS = {
         "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.5, 2.0],
                          "long_factor": [1.0, 1.1, 1.5, 2.0], "original_max_position_embeddings": 64},
         "sparse_config": {"kernel_size": 4, "kernel_stride": 2, "init_blocks": 1, "block_size": 8, "window_size": 8,
-                          "topk": 3, "use_nope": False, "dense_len": 20},
+                          "topk": 3, "use_nope": False, "dense_len": 45},
     },
     "llama": LLAMA_SIZES | {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 500.0,

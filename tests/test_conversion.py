@@ -42,3 +42,157 @@ def test_logits_are_those_of_the_formats_own_conventions(tmp_path, case):
     assert report.from_format == foreign.NAMES.get(case, case) and report.to_format == "specsa"
     loaded = checkpoints.load(tmp_path / "target")
     close(logits(loaded), foreign.forward(case, foreign.tensors(case), TOKENS))
+
+
+def same_bits(got, expected):
+    assert set(got) == set(expected)
+    for name, value in expected.items():
+        assert got[name].dtype == value.dtype and got[name].shape == value.shape, name
+        np.testing.assert_array_equal(got[name].view(np.uint8), value.view(np.uint8), err_msg=name)
+
+
+@pytest.mark.parametrize("case", foreign.CONFIGS)
+def test_round_trip_gives_back_the_same_bits_and_config(tmp_path, case):
+    source = write(tmp_path / "source", case, foreign.BFLOAT16)
+    kind = "bytes" if "byte" in case else "ids"
+    report = convert(source, tmp_path / "ours", tokenizer=kind)
+    assert report.dtypes == ("bfloat16",)
+    convert(tmp_path / "ours", tmp_path / "back")  # to where it came from, which the checkpoint knows
+    same_bits(load_file(tmp_path / "back" / "model.safetensors"), foreign.tensors(case, foreign.BFLOAT16))
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == foreign.CONFIGS[case]
+    # And once more, from what was written: the same parameters.
+    convert(tmp_path / "back", tmp_path / "again")
+    first, again = (checkpoints.load(tmp_path / name) for name in ("ours", "again"))
+    assert first.config == again.config
+    for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(again.params), strict=True):
+        assert a.dtype == jnp.bfloat16 and (a.view(jnp.uint16) == b.view(jnp.uint16)).all()
+
+
+def test_a_config_is_written_where_none_is_remembered(tmp_path):
+    """The same model through another format's words: Llama-NSA's tensors under flash-linear-attention's keys."""
+    source = write(tmp_path / "source", "llama-nsa-untied")
+    with pytest.raises(CheckpointError, match="num_initial is 0, where it can only be 1"):
+        convert(source, tmp_path / "fla", to_format="fla", tokenizer="ids")
+    assert not (tmp_path / "fla").exists()
+    toy = write(tmp_path / "toy", "flash-sparse-attention")
+    config = foreign.CONFIGS["flash-sparse-attention"] | {"topk": 5, "rope_scaling": None}
+    convert(toy, tmp_path / "ours", tokenizer="ids", config=config)
+    metadata = json.loads((tmp_path / "ours" / "metadata.json").read_text())
+    del metadata["source"]["config"]
+    (tmp_path / "ours" / "metadata.json").write_text(json.dumps(metadata))
+    convert(tmp_path / "ours", tmp_path / "back", to_format="flash-sparse-attention")
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written["topk"] == 5 and written["compress_type"] == "weightedpool" and written["rope_scaling"] is None
+    same_bits(load_file(tmp_path / "back" / "model.safetensors"), foreign.tensors("flash-sparse-attention"))
+
+
+def test_formats_refuse_what_they_cannot_express(tmp_path):
+    with pytest.raises(CheckpointError) as error:
+        convert("embedded", tmp_path / "x", to_format="llama-nsa")
+    text = str(error.value)
+    assert "nsa.separate_kv is True" in text and "nsa.compression is 'weighted'" in text
+    assert not any(tmp_path.iterdir())
+
+
+# --- containers ------------------------------------------------------------------------------------------------------
+
+
+def shard(directory, tensors, count=3):
+    """Splits tensors over shards with an index, as Hugging Face does."""
+    names = list(tensors)
+    files = [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
+    where = {name: files[n % count] for n, name in enumerate(names)}
+    for file in files:
+        save_file({name: tensors[name] for name in names if where[name] == file}, directory / file)
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return index
+
+
+@pytest.mark.parametrize("container", ["shards", "index", "file", "bin", "nested pt", "two bins"])
+def test_every_container_holds_the_same_model(tmp_path, container):
+    case = "llama-nsa"
+    tensors = foreign.tensors(case, foreign.BFLOAT16)
+    source = foreign.write_config(tmp_path / "source", case)
+    path = source
+    if container in ("shards", "index"):
+        index = shard(source, tensors)
+        path = index if container == "index" else source
+    elif container == "file":
+        path = source / "some-name.safetensors"
+        save_file(tensors, path)
+    elif container == "bin":
+        foreign.write_torch(source / "pytorch_model.bin", tensors)
+        (source / "training_args.bin").write_bytes(b"not weights")
+    elif container == "nested pt":
+        path = tmp_path / "only.pt"
+        foreign.write_torch(path, {"step": 7, "model": tensors, "config": foreign.CONFIGS[case]})
+    else:
+        names = sorted(tensors)
+        foreign.write_torch(source / "pytorch_model-1.bin", {name: tensors[name] for name in names[:5]})
+        foreign.write_torch(source / "pytorch_model-2.bin", {name: tensors[name] for name in names[5:]})
+    convert(path, tmp_path / "ours", tokenizer="ids")
+    convert(tmp_path / "ours", tmp_path / "back")
+    same_bits(load_file(tmp_path / "back" / "model.safetensors"), tensors)
+
+
+def test_large_checkpoints_are_written_in_shards(tmp_path, monkeypatch):
+    from specsa_jax.checkpoints import conversion, safetensors_file
+
+    def small(directory, tensors):
+        safetensors_file.write_safetensors(directory, tensors, max_shard_bytes=8000)
+
+    monkeypatch.setattr(conversion, "write_safetensors", small)
+    convert(write(tmp_path / "source", "qwen3"), tmp_path / "out", to_format="qwen3", tokenizer="ids")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    parts = {name: value for file in files for name, value in load_file(tmp_path / "out" / file).items()}
+    same_bits(parts, foreign.tensors("qwen3"))
+    convert(tmp_path / "out", tmp_path / "ours")
+
+
+def test_engine_reads_unconverted_directories(tmp_path):
+    """The same tokens as from the converted checkpoint, and the config's end token ends a text."""
+    source = write(tmp_path / "source", "llama-nsa")
+    convert(source, tmp_path / "ours", tokenizer="ids")
+    prompts = [TOKENS[:40].tolist()]
+    results = []
+    for directory in (source, tmp_path / "ours"):
+        engine = Engine.from_pretrained(directory)
+        assert engine.end_tokens == (2,)
+        results.append(engine.generate(prompts, max_new_tokens=12))
+    np.testing.assert_array_equal(results[0][0].tokens, results[1][0].tokens)
+    assert results[0][0].text == " ".join(map(str, results[0][0].tokens))
+    score = engine.score(TOKENS)
+    expected = foreign.forward("llama-nsa", foreign.tensors("llama-nsa"), TOKENS)
+    np.testing.assert_allclose(score, np.asarray(jax.nn.log_softmax(expected)), atol=2e-4)
+
+
+def test_byte_checkpoints_bring_their_own_tokenizer(tmp_path):
+    source = write(tmp_path / "source", "nsa-byte")
+    convert(source, tmp_path / "ours")
+    tokenizer = checkpoints.load(tmp_path / "ours").tokenizer
+    text = "naïve\t\x00\r\n🐍 and so on"
+    ids = tokenizer.encode(text).ids
+    assert ids == list(text.encode()) and tokenizer.decode(ids) == text
+
+
+def test_tokenizer_files_and_provenance_are_carried(tmp_path):
+    from specsa_jax.checkpoints.tokenizer_files import id_tokenizer
+
+    source = write(tmp_path / "source", "fla")
+    id_tokenizer(foreign.VOCAB).save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text('{"bos_token": "1"}')
+    (source / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    convert(source, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        for target in ("ours", "back"):
+            assert (tmp_path / target / name).read_bytes() == (source / name).read_bytes()
+    loaded = checkpoints.load(tmp_path / "ours")
+    assert loaded.end_tokens == (3, 4)
+    assert loaded.metadata["source"]["format"] == "fla" and loaded.metadata["converter"] == {"version": 1}
+    assert len(loaded.metadata["source"]["fingerprint"]) == 64
+    record = json.loads((tmp_path / "back" / "conversion.json").read_text())
+    assert record["source"]["before"]["fingerprint"] == loaded.metadata["source"]["fingerprint"]
