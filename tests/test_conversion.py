@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from specsa_jax import Engine, checkpoints
+from specsa_jax import Engine, Strategy, checkpoints
 from specsa_jax.checkpoints import CheckpointError, convert
 from specsa_jax.model import head, hidden_states
 
@@ -26,7 +26,10 @@ def write(directory, case, dtype=np.float32):
 
 def logits(loaded):
     config = loaded.config
-    run = jax.jit(lambda params, row: head(config, params, hidden_states(config, params, row[None], remat=False))[0])
+    run = jax.jit(
+        lambda params, row: head(config, params, hidden_states(config, params, row[None], remat=False))[0],
+        compiler_options={"xla_backend_optimization_level": "0"},  # one run each: compiling is what takes time
+    )
     return np.asarray(run(loaded.params, jnp.asarray(TOKENS)))
 
 
@@ -60,12 +63,9 @@ def test_round_trip_gives_back_the_same_bits_and_config(tmp_path, case):
     convert(tmp_path / "ours", tmp_path / "back")  # to where it came from, which the checkpoint knows
     same_bits(load_file(tmp_path / "back" / "model.safetensors"), foreign.tensors(case, foreign.BFLOAT16))
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == foreign.CONFIGS[case]
-    # And once more, from what was written: the same parameters.
-    convert(tmp_path / "back", tmp_path / "again")
-    first, again = (checkpoints.load(tmp_path / name) for name in ("ours", "again"))
-    assert first.config == again.config
-    for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(again.params), strict=True):
-        assert a.dtype == jnp.bfloat16 and (a.view(jnp.uint16) == b.view(jnp.uint16)).all()
+    again = convert(tmp_path / "back", tmp_path / "again", to_format=report.from_format)
+    same_bits(load_file(tmp_path / "again" / "model.safetensors"), foreign.tensors(case, foreign.BFLOAT16))
+    assert again.from_format == report.from_format
 
 
 def test_a_config_is_written_where_none_is_remembered(tmp_path):
@@ -153,20 +153,17 @@ def test_large_checkpoints_are_written_in_shards(tmp_path, monkeypatch):
 
 
 def test_engine_reads_unconverted_directories(tmp_path):
-    """The same tokens as from the converted checkpoint, and the config's end token ends a text."""
-    source = write(tmp_path / "source", "llama-nsa")
-    convert(source, tmp_path / "ours", tokenizer="ids")
-    prompts = [TOKENS[:40].tolist()]
-    results = []
-    for directory in (source, tmp_path / "ours"):
-        engine = Engine.from_pretrained(directory)
-        assert engine.end_tokens == (2,)
-        results.append(engine.generate(prompts, max_new_tokens=12))
-    np.testing.assert_array_equal(results[0][0].tokens, results[1][0].tokens)
-    assert results[0][0].text == " ".join(map(str, results[0][0].tokens))
-    score = engine.score(TOKENS)
-    expected = foreign.forward("llama-nsa", foreign.tensors("llama-nsa"), TOKENS)
-    np.testing.assert_allclose(score, np.asarray(jax.nn.log_softmax(expected)), atol=2e-4)
+    """Greedy tokens are the plain model's first choices, and the config's end token ends a text."""
+    case = "minicpm4"  # of the formats the one whose attention has most switches
+    engine = Engine.from_pretrained(write(tmp_path / "source", case))
+    assert engine.end_tokens == (2,)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]  # nothing was written
+    result = engine.generate([TOKENS[:40].tolist()], max_new_tokens=12, strategy=Strategy(tree="chain:2"))[0]
+    text = np.concatenate([TOKENS[:40], result.tokens])
+    np.testing.assert_array_equal(
+        foreign.forward(case, foreign.tensors(case), text)[39:-1].argmax(-1), result.tokens
+    )
+    assert result.text == " ".join(map(str, result.tokens))
 
 
 def test_byte_checkpoints_bring_their_own_tokenizer(tmp_path):

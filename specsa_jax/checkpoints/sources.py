@@ -16,9 +16,11 @@ from specsa_jax.checkpoints.torch_file import TorchFile, TorchFileError
 from specsa_jax.checkpoints.transforms import Shape
 
 INDEX = "model.safetensors.index.json"
-# safetensors' names of element types; those that are not here are listed by their own name, and refused.
+# safetensors' names of element types that NumPy has; others go by safetensors' name.
 DTYPES = {
     "F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16),
+    "F64": np.dtype(np.float64), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
 }  # fmt: skip
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
