@@ -235,11 +235,12 @@ class RopeConfig(_Config):
     query_span: QuerySpan = "head"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", tuple(self.factors))  # JSON has lists
+        if isinstance(self.factors, list):  # JSON's
+            object.__setattr__(self, "factors", tuple(self.factors))
+        _require(isinstance(self.factors, tuple), f"rope.factors: got {self.factors!r:.80}, expected a list of numbers")
         self._check_types()
-        _require((self.kind == "longrope") == bool(self.factors),
-                 f"rope.factors: got {len(self.factors)} of them with kind {self.kind!r}; expected them with 'longrope', "
-                 "and with it alone")  # fmt: skip
+        fits = (self.kind == "longrope") == bool(self.factors)
+        _require(fits, f"rope.factors: got {len(self.factors)} with kind {self.kind!r}; 'longrope' alone has them")
         _require(all(isinstance(f, (int, float)) and f > 0 for f in self.factors),
                  f"rope.factors: got {self.factors!r:.80}, expected numbers above 0")  # fmt: skip
         _require(self.theta > 0, f"rope.theta: got {self.theta}, expected above 0")
@@ -284,8 +285,9 @@ class ModelConfig(_Config):
 
     def __post_init__(self) -> None:
         self._check_types()
-        _require(len(self.rope.factors) in (0, self.nsa.head_dim // 2),
-                 f"rope.factors: got {len(self.rope.factors)}, expected head_dim / 2 = {self.nsa.head_dim // 2}")  # fmt: skip
+        pairs = self.nsa.head_dim // 2
+        _require(len(self.rope.factors) in (0, pairs),
+                 f"rope.factors: got {len(self.rope.factors)}, expected head_dim / 2 = {pairs}")  # fmt: skip
         for name in ("vocab_size", "hidden", "layers", "intermediate", "max_length"):
             _require(getattr(self, name) >= 1, f"ModelConfig.{name}: got {getattr(self, name)}, expected at least 1")
         _require(self.norm_eps > 0, f"ModelConfig.norm_eps: got {self.norm_eps}, expected above 0")

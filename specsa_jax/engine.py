@@ -183,7 +183,9 @@ class Engine:
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> Engine:
         """The engine of a packaged checkpoint ("embedded") or of a checkpoint directory; ``options`` as for Engine.
 
-        A directory of a public format (``specsa_jax.checkpoints.formats``) is converted on the fly. Raises CheckpointError for an unknown, damaged or contradictory checkpoint.
+        A directory of a public format (``specsa_jax.checkpoints.formats``) is converted on the fly.
+
+        Raises CheckpointError for an unknown, damaged or contradictory checkpoint.
         """
         checkpoint = checkpoints.load(name_or_path)
         options = {"end_tokens": checkpoint.end_tokens, **options}

@@ -207,7 +207,9 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float
             keep = 1.0 - np.clip((pair - low) / max(high - low, 0.001), 0.0, 1.0)
             return keep * base + (1.0 - keep) * stretched, 0.1 * math.log(rope.factor) + 1.0
         case "longrope":
-            return base / np.asarray(rope.factors), math.sqrt(1.0 + math.log(rope.factor) / math.log(rope.original_length))
+            return base / np.asarray(rope.factors), math.sqrt(
+                1.0 + math.log(rope.factor) / math.log(rope.original_length)
+            )
 
 
 def to_numpy(params: Params, dtype: Any) -> dict[Any, Any]:

@@ -106,7 +106,8 @@ def shapes(case: str) -> dict[str, tuple[int, ...]]:
                     at + "attn.W_Q.weight": (12 * DIM, hidden), at + "attn.out.weight": (hidden, 12 * DIM),
                     at + "attn.gate.fc1.weight": (DIM // 2, DIM), at + "attn.gate.fc1.bias": (DIM // 2,),
                     at + "attn.gate.fc2.weight": (3, DIM // 2), at + "attn.gate.fc2.bias": (3,),
-                    at + "mlp.fc1.weight": (4 * hidden, hidden), at + "mlp.fc2.weight": (hidden, 4 * hidden)}  # fmt: skip
+                    at + "mlp.fc1.weight": (4 * hidden, hidden),
+                    at + "mlp.fc2.weight": (hidden, 4 * hidden)}  # fmt: skip
             for kind in ("K_sel", "V_sel", "K_win", "V_win", "K_cmp", "V_cmp"):
                 out[f"{at}attn.W_{kind}.weight"] = (2 * DIM, hidden)
             if case == "nsa-byte-conv":

@@ -160,9 +160,7 @@ def test_engine_reads_unconverted_directories(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]  # nothing was written
     result = engine.generate([TOKENS[:40].tolist()], max_new_tokens=12, strategy=Strategy(tree="chain:2"))[0]
     text = np.concatenate([TOKENS[:40], result.tokens])
-    np.testing.assert_array_equal(
-        foreign.forward(case, foreign.tensors(case), text)[39:-1].argmax(-1), result.tokens
-    )
+    np.testing.assert_array_equal(foreign.forward(case, foreign.tensors(case), text)[39:-1].argmax(-1), result.tokens)
     assert result.text == " ".join(map(str, result.tokens))
 
 

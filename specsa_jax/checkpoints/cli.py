@@ -31,7 +31,9 @@ def convert(
     divergence_tokens: Annotated[
         int, typer.Option(help="Compare an adapted model with the dense one on this many tokens; 0: do not.", min=0)
     ] = 2048,
-    config: Annotated[Path | None, typer.Option(help="The source's config where no config.json lies beside it.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The source's config where no config.json lies beside it.")
+    ] = None,
     tokenizer: Annotated[
         str, typer.Option(help="A tokenizer.json, 'bytes' or 'ids', where none lies beside the weights.")
     ] = "",
@@ -54,7 +56,7 @@ def convert(
 
         options = _sizes(adapt_option or [])
         columns = (TextColumn("converting"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=notes, transient=True) as bar:
+        with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
             task = bar.add_task("", total=None)
             report = conversion.convert(
                 source, target, from_format=from_format or None, to_format=to_format or None, adapt=adapt or None,

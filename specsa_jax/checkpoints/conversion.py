@@ -267,7 +267,7 @@ def check_tied_head(opened: Opened) -> None:
 
 
 def load(name_or_path: str | os.PathLike[str], *, verify: bool = True, mesh: Mesh | None = None) -> Checkpoint:
-    """As :func:`specsa_jax.checkpoints.store.load`, and also reads directories of public formats, converting on the fly.
+    """As :func:`specsa_jax.checkpoints.store.load`, and also reads public formats, converting on the fly.
 
     Nothing is written. A directory without tokenizer files gets a tokenizer of bytes or of token ids
     (:mod:`specsa_jax.checkpoints.tokenizer_files`).
@@ -385,7 +385,9 @@ def _expressed(opened: Opened, to_format: str) -> tuple[dict[str, Any], list[Row
         return {}, []
     chosen = FORMATS[to_format]
     # A config that came from this format and still says the model is kept word for word.
-    origin = opened.metadata.get("source", {}) if opened.format is None else {"format": opened.format_name, "config": opened.raw}  # fmt: skip
+    origin: dict[str, Any] = {"format": opened.format_name, "config": opened.raw}
+    if opened.format is None:
+        origin = opened.metadata.get("source", {})
     if origin.get("format") == to_format and isinstance(origin.get("config"), dict):
         try:
             if chosen.understand(origin["config"], origin.get("shapes", {})) == opened.model:
@@ -448,8 +450,9 @@ def _provenance(opened: Opened) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
     source: dict[str, Any] = {"path": str(opened.path), "format": opened.format_name, "fingerprint": digest}
     if opened.format is not None:
-        small = {n: list(i.shape) for n, i in opened.source.infos.items() if "blocks.0." in n or "layers.0." in n or n.startswith("embed")}  # fmt: skip
-        source |= {"config": opened.raw, "shapes": small}
+        first = ("blocks.0.", "layers.0.", "embed")  # from which a config's gaps are read
+        shapes = {n: list(i.shape) for n, i in opened.source.infos.items() if any(part in n for part in first)}
+        source |= {"config": opened.raw, "shapes": shapes}
     elif "source" in opened.metadata:
         source["before"] = opened.metadata["source"]
     return {"source": source, "converter": {"version": VERSION}}
@@ -463,4 +466,3 @@ def _seal_foreign(scratch: Path, raw: dict[str, Any], metadata: dict[str, Any]) 
     record = json.dumps({**metadata, "files": files}, indent=2) + "\n"
     (scratch / "conversion.json").write_text(record, encoding="utf-8")
     (scratch / "config.json").write_text(config, encoding="utf-8")
-

@@ -48,4 +48,4 @@ def _write(file: Path, tensors: Mapping[str, Lazy]) -> None:
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            out.write(memoryview(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8)))
+            out.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data)

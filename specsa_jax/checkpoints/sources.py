@@ -57,7 +57,7 @@ class Source(Protocol):
 class SafetensorsSource:
     """One or several safetensors files. Raises CheckpointError for what is damaged or listed twice."""
 
-    config = None
+    config: dict[str, Any] | None = None
 
     def __init__(self, files: list[Path]):
         self.files = files
@@ -128,7 +128,7 @@ class TorchSource:
 class OrbaxSource:
     """The parameters of one of this project's checkpoints, by dotted path."""
 
-    config = None
+    config: dict[str, Any] | None = None
 
     def __init__(self, directory: Path):
         self.files = sorted(file for file in directory.rglob("*") if file.is_file())

@@ -390,7 +390,7 @@ def checksums(directory: Path, files: Sequence[Path]) -> dict[str, dict[str, Any
 
 
 def check_files(path: Path, files: Mapping[str, Any], verify: bool) -> None:
-    """Compares sizes with :func:`checksums`, and contents too (``verify``). Raises CheckpointError with every problem."""
+    """Compares sizes, and contents too (``verify``), with :func:`checksums`. Raises CheckpointError with all of it."""
     if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values()):
         raise CheckpointError(f"{path}: files: expected the size and SHA-256 of every file")
     problems = []

@@ -77,7 +77,8 @@ class TorchFile:
             raise TorchFileError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
         except Exception as error:  # a damaged or malicious pickle fails in any way it likes
             raise TorchFileError(f"{path}: not readable: {type(error).__name__}: {str(error)[:200]}") from error
-        self.config = next((value[k] for k in _CONFIGS if isinstance(value, dict) and isinstance(value.get(k), dict)), None)  # fmt: skip
+        top = value if isinstance(value, dict) else {}
+        self.config: dict[str, Any] | None = next((top[k] for k in _CONFIGS if isinstance(top.get(k), dict)), None)
         self.tensors = _state_dict(value, path)
 
     def read(self, name: str) -> np.ndarray:
@@ -98,7 +99,7 @@ class TorchFile:
                 with archive.open(info) as file:
                     file.seek(tensor.offset * size)
                     flat = np.empty(count, tensor.dtype)
-                    if file.readinto(memoryview(flat.view(np.uint8))) != flat.nbytes:  # type: ignore[attr-defined]
+                    if file.readinto(flat.view(np.uint8).data) != flat.nbytes:  # type: ignore[attr-defined]
                         raise TorchFileError(f"{self.path}: {name}: the file ends inside the tensor")
         except KeyError as error:
             raise TorchFileError(f"{self.path}: {name}: storage {tensor.key} is missing") from error
@@ -183,4 +184,3 @@ _NAMES: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch", "Size"): _size,
 }
-

@@ -1,7 +1,14 @@
 """Public checkpoint formats: one file each, a table of (source key, target, transformation) read in both directions."""
 
 from specsa_jax.checkpoints.formats import (
-    fla, flash_sparse_attention, llama, llama_nsa, minicpm4, nsa_byte, qwen3, toy_nsa_llama,
+    fla,
+    flash_sparse_attention,
+    llama,
+    llama_nsa,
+    minicpm4,
+    nsa_byte,
+    qwen3,
+    toy_nsa_llama,
 )  # fmt: skip
 from specsa_jax.checkpoints.formats.base import Format
 

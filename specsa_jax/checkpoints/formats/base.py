@@ -71,7 +71,7 @@ _UNUSED: dict[str, Callable[[NSAConfig], bool]] = {
 def _differences(wanted: ModelConfig, got: ModelConfig) -> list[str]:
     problems = []
     for where, a, b in (("", wanted, got), ("nsa.", wanted.nsa, got.nsa), ("rope.", wanted.rope, got.rope)):
-        for field in dataclasses.fields(a):  # type: ignore[arg-type]
+        for field in dataclasses.fields(a):
             x, y = getattr(a, field.name), getattr(b, field.name)
             unused = where == "nsa." and field.name in _UNUSED and _UNUSED[field.name](wanted.nsa)
             if where == "rope." and not _rope_uses(wanted.rope, field.name):

@@ -29,7 +29,9 @@ def adapted(model: ModelConfig, **options: Any) -> ModelConfig:
     Three gated branches over shared K/V; φ is weighted pooling of rotated keys. Raises ConfigError for options that
     the adaptation decides itself, or that do not fit.
     """
-    allowed = ("compress_block", "compress_stride", "select_block", "num_selected", "num_initial", "num_local", "window")  # fmt: skip
+    allowed = (
+        "compress_block", "compress_stride", "select_block", "num_selected", "num_initial", "num_local", "window",
+    )  # fmt: skip
     if unknown := sorted(set(options) - set(allowed)):
         raise ConfigError(f"adapt: unknown option(s) {', '.join(unknown)}; known: {', '.join(allowed)}")
     nsa = dataclasses.replace(

@@ -9,8 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from specsa_jax.checkpoints.formats.base import (
-    Fields, Format, Shapes, power_of_two, read_rope, write_rope,
-)  # fmt: skip
+    Fields,
+    Format,
+    Shapes,
+    power_of_two,
+    read_rope,
+    write_rope,
+)
 from specsa_jax.checkpoints.transforms import LINEAR, Row
 from specsa_jax.config import ModelConfig, NSAConfig
 
@@ -21,16 +26,17 @@ def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
     fields.only("elementwise_affine", True, why="norms have scales")
     fields.only("hidden_act", "swish", "silu", why="the MLP is a SwiGLU")
     fields.only("attn", why="layers that mix kinds of attention are not supported")
-    heads, hidden, block = fields.whole("num_heads", 64), fields.whole("hidden_size", 2048), fields.whole("block_size", 64)  # fmt: skip
+    heads, hidden = fields.whole("num_heads", 64), fields.whole("hidden_size", 2048)
+    block = fields.whole("block_size", 64)
     inside = int(hidden * fields.number("hidden_ratio", 4) * 2 / 3)
-    nsa = {
+    nsa: dict[str, Any] = {
         "num_heads": heads, "num_kv_heads": fields.whole("num_kv_heads", heads),
         "head_dim": fields.whole("head_dim", 32), "compress_block": block, "compress_stride": block,
         "select_block": block, "num_selected": power_of_two(fields.whole("block_counts", 16)), "num_initial": 1,
         "num_local": 2, "window": fields.whole("window_size", 512), "compression": "mean",
         "compress_position": "none", "compressed_rope": "before", "separate_kv": False,
     }  # fmt: skip
-    decoder = {
+    decoder: dict[str, Any] = {
         "vocab_size": fields.whole("vocab_size", 32000), "hidden": hidden,
         "layers": fields.whole("num_hidden_layers", 24),
         "intermediate": fields.whole("intermediate_size", -(-inside // 256) * 256),

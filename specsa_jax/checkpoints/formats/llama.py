@@ -5,8 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from specsa_jax.checkpoints.formats.base import (
-    Fields, Format, Shapes, llama_rows, read_decoder, read_heads, read_rope, write_decoder,
-)  # fmt: skip
+    Fields,
+    Format,
+    Shapes,
+    llama_rows,
+    read_decoder,
+    read_heads,
+    read_rope,
+    write_decoder,
+)
 from specsa_jax.checkpoints.formats.dense import dense_nsa
 from specsa_jax.config import ModelConfig
 
@@ -26,8 +33,10 @@ FORMAT = Format(
     name="llama",
     title="dense Llama (LlamaForCausalLM)",
     model_types=("llama", "LlamaForCausalLM"),
-    has_keys=lambda shapes: "model.layers.0.self_attn.q_proj.weight" in shapes
-    and not {"model.layers.0.self_attn.g_proj.weight", "model.layers.0.self_attn.q_norm.weight"} & set(shapes),
+    has_keys=lambda shapes: (
+        "model.layers.0.self_attn.q_proj.weight" in shapes
+        and not {"model.layers.0.self_attn.g_proj.weight", "model.layers.0.self_attn.q_norm.weight"} & set(shapes)
+    ),
     understand=understand,
     express=express,
     table=llama_rows,

@@ -9,8 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 from specsa_jax.checkpoints.formats.base import (
-    Fields, Format, Shapes, llama_rows, power_of_two, read_decoder, read_heads, read_rope, write_decoder,
-)  # fmt: skip
+    Fields,
+    Format,
+    Shapes,
+    llama_rows,
+    power_of_two,
+    read_decoder,
+    read_heads,
+    read_rope,
+    write_decoder,
+)
 from specsa_jax.checkpoints.transforms import LINEAR, Row
 from specsa_jax.config import ModelConfig, NSAConfig
 
@@ -18,7 +26,7 @@ from specsa_jax.config import ModelConfig, NSAConfig
 def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
     fields = Fields(raw)
     block = fields.whole("block_size")
-    nsa = {
+    nsa: dict[str, Any] = {
         **read_heads(fields), "compress_block": block, "compress_stride": block, "select_block": block,
         # Its kernel selects a power of two.
         "num_selected": power_of_two(fields.whole("block_counts")), "num_initial": 0, "num_local": 1,

@@ -11,8 +11,15 @@ import math
 from typing import Any
 
 from specsa_jax.checkpoints.formats.base import (
-    Fields, Format, Shapes, llama_rows, read_decoder, read_heads, read_rope, write_decoder,
-)  # fmt: skip
+    Fields,
+    Format,
+    Shapes,
+    llama_rows,
+    read_decoder,
+    read_heads,
+    read_rope,
+    write_decoder,
+)
 from specsa_jax.config import ConfigError, ModelConfig, NSAConfig
 
 
@@ -30,7 +37,7 @@ def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
         inner.problems.append(f"kernel_size: got {length}, expected twice kernel_stride = {stride}")
     if window % block:
         inner.problems.append(f"window_size: got {window}, expected a multiple of block_size = {block}")
-    nsa = {
+    nsa: dict[str, Any] = {
         **read_heads(fields), "compress_block": length, "compress_stride": stride, "select_block": block,
         "num_selected": inner.whole("topk", 64) + window // block,
         "num_initial": inner.whole("init_blocks", 1, least=0),
@@ -42,7 +49,7 @@ def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
     fields.problems += [f"sparse_config.{problem}" for problem in inner.problems]
     decoder, rope = read_decoder(fields, max_length=32768), read_rope(fields)
     depth = fields.whole("mup_denominator", decoder["layers"])
-    scales = {
+    scales: dict[str, Any] = {
         "embed_scale": fields.number("scale_emb", 1.0),
         "residual_scale": fields.number("scale_depth", 1.0) / math.sqrt(depth) if "scale_depth" in raw else 1.0,
         "logit_scale": fields.number("dim_model_base", decoder["hidden"]) / decoder["hidden"],

@@ -25,7 +25,7 @@ def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
     fields.only("phi", "avg", "mlp", why="average pooling, or the depthwise convolution that the code calls mlp")
     fields.only("gate_temp", 1, 1.0, why="gates have no temperature")
     gate_hidden = shapes[_FC1][0] if _FC1 in shapes else max(1, dim // 2)
-    nsa = {
+    nsa: dict[str, Any] = {
         "num_heads": heads, "num_kv_heads": fields.whole("n_kv_groups"), "head_dim": dim,
         "compress_block": fields.whole("l", 32), "compress_stride": fields.whole("d", 16),
         "select_block": fields.whole("l_sel", 64), "num_selected": fields.whole("n_sel", 16), "num_initial": 1,
@@ -35,7 +35,7 @@ def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
         "gate_hidden": fields.whole("gate_hidden", gate_hidden),
     }  # fmt: skip
     vocab = shapes["embed.weight"][0] if "embed.weight" in shapes else 256
-    decoder = {
+    decoder: dict[str, Any] = {
         "vocab_size": fields.whole("vocab_size", vocab), "hidden": hidden, "layers": fields.whole("n_layers"),
         "intermediate": fields.whole("intermediate_size", 4 * hidden), "max_length": fields.whole("seq_len", 2048),
         "norm_eps": fields.number("norm_eps", 1e-6), "tied": False, "mlp": "silu",

@@ -5,8 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from specsa_jax.checkpoints.formats.base import (
-    Fields, Format, Shapes, llama_rows, read_decoder, read_heads, read_rope, write_decoder,
-)  # fmt: skip
+    Fields,
+    Format,
+    Shapes,
+    llama_rows,
+    read_decoder,
+    read_heads,
+    read_rope,
+    write_decoder,
+)
 from specsa_jax.checkpoints.formats.dense import dense_nsa
 from specsa_jax.checkpoints.transforms import Row
 from specsa_jax.config import ModelConfig

@@ -26,7 +26,7 @@ def understand(raw: dict[str, Any], shapes: Shapes, *, gate: str = "per_head") -
         ]
     if kind not in COMPRESSION:
         fields.problems.append(f"compress_type: got {kind!r}, expected {', '.join(COMPRESSION)}")
-    nsa = {
+    nsa: dict[str, Any] = {
         "num_heads": heads, "num_kv_heads": fields.whole("num_key_value_heads", heads),
         "head_dim": fields.whole("head_dim"), "compress_block": fields.whole("kernel_size", 32),
         "compress_stride": fields.whole("kernel_stride", 16), "select_block": fields.whole("block_size", 64),
@@ -35,7 +35,7 @@ def understand(raw: dict[str, Any], shapes: Shapes, *, gate: str = "per_head") -
         "window_excludes_query": True, "compression": COMPRESSION.get(kind, "mean"), "compress_position": "keys",
         "compressed_rope": "after", "separate_kv": False, "gate": gate,
     }  # fmt: skip
-    decoder = {
+    decoder: dict[str, Any] = {
         "vocab_size": fields.whole("vocab_size"), "hidden": fields.whole("hidden_size"),
         "layers": fields.whole("num_hidden_layers"), "intermediate": fields.whole("intermediate_size"),
         "max_length": fields.whole("max_position_embeddings", 131072), "norm_eps": fields.number("rms_norm_eps", 1e-6),
