@@ -401,9 +401,10 @@ class Engine:
     def _row(self, where: str, prompt: Any) -> np.ndarray:
         """Token ids int32 [T] of a text or a list of ids. Raises PromptError that says ``where``."""
         try:
-            ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else prompt
+            # With what the tokenizer puts around a text: public ones begin it with a token of its own.
+            ids = self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
             row = np.asarray(ids)
-        except (TypeError, ValueError) as error:  # a lone surrogate, lists of unequal lengths
+        except Exception as error:  # a lone surrogate, lists of unequal lengths; the tokenizers raise bare Exception
             raise PromptError(f"{where}: got {prompt!r:.80}, expected a text or a list of token ids") from error
         if row.size == 0:
             raise PromptError(f"{where}: is empty, expected at least one token")

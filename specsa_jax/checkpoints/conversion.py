@@ -174,6 +174,8 @@ def open_checkpoint(
             rows += added_rows(model)
     except ConfigError as error:
         raise CheckpointError(f"{directory / 'config.json'}: as {chosen.name}: {error}") from error
+    if model.layers > len(source.infos):
+        raise CheckpointError(f"{path}: config says {model.layers} layers, but there are {len(source.infos)} tensors")
     rows = expand(rows, model.layers)
     problems = _problems(chosen, model, rows, source)
     return Opened(path, directory, chosen, raw, model, source, rows, problems, {})

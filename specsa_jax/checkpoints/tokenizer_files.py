@@ -67,8 +67,8 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def id_tokenizer(vocab_size: int) -> Tokenizer:
-    """Text is token ids in decimal, apart by white space."""
-    tokenizer = Tokenizer(models.WordLevel(vocab={str(i): i for i in range(vocab_size)}, unk_token="0"))
+    """Text is token ids in decimal, apart by white space; other text is an error."""
+    tokenizer = Tokenizer(models.WordLevel(vocab={str(i): i for i in range(vocab_size)}))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer
 

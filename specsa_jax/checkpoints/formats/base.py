@@ -45,7 +45,8 @@ class Format:
 
     def says(self, config: Mapping[str, Any]) -> bool:
         """Whether the config names this format."""
-        names = [config.get("model_type"), *(config.get("architectures") or ())]
+        architectures = config.get("architectures")
+        names = [config.get("model_type"), *(architectures if isinstance(architectures, list) else ())]
         return any(name in self.model_types for name in names)
 
     def config_of(self, model: ModelConfig) -> dict[str, Any]:
@@ -119,8 +120,8 @@ class Fields:
         value = self._get(name, default)
         if value is _MISSING:
             return max(least, 1)  # a stand-in; finish() raises
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            self.problems.append(f"{name}: got {value!r}, expected an integer of at least {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 31:
+            self.problems.append(f"{name}: got {value!r:.80}, expected an integer of at least {least}")
             return max(least, 1)
         return value
 
@@ -146,7 +147,8 @@ class Fields:
         """The field may be absent or null, or one of ``allowed``; anything else is not supported."""
         value = self.raw.get(name)
         if value is not None and value not in allowed:
-            self.problems.append(f"{name}: got {value!r:.80}, expected {' or '.join(map(repr, allowed))} ({why})")
+            expected = " or ".join(map(repr, allowed)) or "nothing"
+            self.problems.append(f"{name}: got {value!r:.80}, expected {expected} ({why})")
 
     def finish(self) -> None:
         """Raises ConfigError with every problem."""
@@ -249,7 +251,7 @@ def read_heads(fields: Fields) -> dict[str, int]:
     heads = fields.whole("num_attention_heads")
     return {
         "num_heads": heads, "num_kv_heads": fields.whole("num_key_value_heads", heads),
-        "head_dim": fields.whole("head_dim", max(fields.raw.get("hidden_size") or 0, heads) // heads),
+        "head_dim": fields.whole("head_dim", max(fields.whole("hidden_size"), heads) // heads),
     }  # fmt: skip
 
 

@@ -27,8 +27,10 @@ def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
     fields = Fields(raw)
     sparse = raw.get("sparse_config")
     if not isinstance(sparse, dict):
-        raise ConfigError(f"sparse_config: got {sparse!r:.80}, expected InfLLM-V2's settings; without them the model "
-                          "is dense")  # fmt: skip
+        raise ConfigError(
+            f"sparse_config: got {sparse!r:.80}, expected InfLLM-V2's settings (kernel_size, …); where the checkpoint's "
+            "config.json lacks them, add the ones of its model card"
+        )
     inner = Fields(sparse)
     inner.only("use_nope", False, why="queries and keys are rotated where blocks are chosen")
     block, window = inner.whole("block_size", 64), inner.whole("window_size", 2048)

@@ -17,7 +17,9 @@ _FC1 = "blocks.0.attn.gate.fc1.weight"
 
 def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
     # Nested as in the training configs (model, nsa), or flat.
-    flat = {**raw, **(raw.get("model") or {}), **(raw.get("nsa") or {})}
+    flat = dict(raw)
+    for part in ("model", "nsa"):
+        flat |= raw[part] if isinstance(raw.get(part), dict) else {}
     fields = Fields(flat)
     heads, dim, hidden = fields.whole("n_heads"), fields.whole("d_k"), fields.whole("dim")
     if fields.whole("d_v", dim) != dim:

@@ -21,10 +21,9 @@ def understand(raw: dict[str, Any], shapes: Shapes, *, gate: str = "per_head") -
     heads = fields.whole("num_attention_heads")
     kind = raw.get("compress_type")
     if kind is None:  # the first release had linear φ alone; else the tensor's shape says it
-        kind = {None: "avgpool", 2: "weightedpool", 3: "linear"}[
-            next((len(shape) for key, shape in shapes.items() if key.endswith("nsa.compress_key")), None)
-        ]
-    if kind not in COMPRESSION:
+        rank = next((len(shape) for key, shape in shapes.items() if key.endswith("nsa.compress_key")), 0)
+        kind = {0: "avgpool", 2: "weightedpool", 3: "linear"}.get(rank)
+    if not isinstance(kind, str) or kind not in COMPRESSION:
         fields.problems.append(f"compress_type: got {kind!r}, expected {', '.join(COMPRESSION)}")
     nsa: dict[str, Any] = {
         "num_heads": heads, "num_kv_heads": fields.whole("num_key_value_heads", heads),
@@ -32,7 +31,7 @@ def understand(raw: dict[str, Any], shapes: Shapes, *, gate: str = "per_head") -
         "compress_stride": fields.whole("kernel_stride", 16), "select_block": fields.whole("block_size", 64),
         "num_selected": fields.whole("topk", 16), "num_initial": fields.whole("init_blocks", 1, least=0),
         "num_local": fields.whole("local_blocks", 2), "window": fields.whole("window_size", 512),
-        "window_excludes_query": True, "compression": COMPRESSION.get(kind, "mean"), "compress_position": "keys",
+        "window_excludes_query": True, "compression": COMPRESSION.get(str(kind), "mean"), "compress_position": "keys",
         "compressed_rope": "after", "separate_kv": False, "gate": gate,
     }  # fmt: skip
     decoder: dict[str, Any] = {
