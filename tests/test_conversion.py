@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from specsa_jax import Engine, Strategy, checkpoints
+from specsa_jax import Engine, PromptError, Strategy, checkpoints
 from specsa_jax.checkpoints import CheckpointError, convert
 from specsa_jax.model import head, hidden_states
 
@@ -162,6 +162,34 @@ def test_engine_reads_unconverted_directories(tmp_path):
     text = np.concatenate([TOKENS[:40], result.tokens])
     np.testing.assert_array_equal(foreign.forward(case, foreign.tensors(case), text)[39:-1].argmax(-1), result.tokens)
     assert result.text == " ".join(map(str, result.tokens))
+
+
+def test_bare_orbax_trees_are_sources_too(tmp_path):
+    """The parameters alone, with the config beside them or given."""
+    convert(write(tmp_path / "source", "fla"), tmp_path / "ours", tokenizer="ids")
+    model = json.loads((tmp_path / "ours" / "config.json").read_text())["model"]
+    for number, config in enumerate((None, model)):
+        target = tmp_path / f"back{number}"
+        convert(tmp_path / "ours" / "params", target, to_format="fla", config=config, tokenizer="ids")
+        same_bits(load_file(target / "model.safetensors"), foreign.tensors("fla"))
+    with pytest.raises(CheckpointError, match="missing head.kernel|unexpected head.kernel"):
+        convert(tmp_path / "ours" / "params", tmp_path / "x", to_format="fla", config=model | {"tied": True})
+
+
+def test_prompts_begin_as_the_tokenizer_says(tmp_path):
+    """Public tokenizers put a token before a text; lists of ids are left alone."""
+    from tokenizers import processors
+
+    from specsa_jax.checkpoints.tokenizer_files import id_tokenizer
+
+    source = write(tmp_path / "source", "llama-nsa")
+    tokenizer = id_tokenizer(foreign.VOCAB)
+    tokenizer.post_processor = processors.TemplateProcessing(single="1 $A", special_tokens=[("1", 1)])
+    tokenizer.save(str(source / "tokenizer.json"))
+    engine = Engine.from_pretrained(source)
+    assert engine._encode(["7 8"])[0].tolist() == [1, 7, 8] and engine._encode([[7, 8]])[0].tolist() == [7, 8]
+    with pytest.raises(PromptError, match="got 'hello', expected a text or a list"):
+        engine.generate("hello")
 
 
 def test_byte_checkpoints_bring_their_own_tokenizer(tmp_path):

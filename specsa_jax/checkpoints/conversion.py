@@ -154,6 +154,8 @@ def open_checkpoint(
     if not str(path) or not path.exists():
         path = store.resolve(path)
     directory = path if path.is_dir() else path.parent
+    if (path / "_METADATA").is_file() and from_format in (None, OURS):
+        return _open_tree(path, config)
     if path.is_dir() and (from_format == OURS or (from_format is None and is_ours(path))):
         if adapt:
             raise CheckpointError("adapt: the checkpoint is this project's already, not a dense Llama or Qwen3")
@@ -196,6 +198,20 @@ def _open_ours(path: Path, verify: bool) -> Opened:
     rows = [Row(name, name) for name in store.named_leaves(store.expected_params(model))]
     problems = _problems(None, model, rows, source)
     return Opened(path, path, None, model.to_dict(), model, source, rows, problems, metadata)
+
+
+def _open_tree(path: Path, config: Any) -> Opened:
+    """A bare Orbax tree of this project's parameters; its config is given, or lies in the directory above."""
+    file = path.parent / "config.json" if config is None else config
+    values = dict(file) if isinstance(file, Mapping) else store.read_json(Path(file))
+    try:
+        model = ModelConfig.from_dict(values.get("model", values))
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: an Orbax tree, whose config (--config FILE) is a ModelConfig: {error}") from error
+    source = sources.OrbaxSource(path)
+    rows = [Row(name, name) for name in store.named_leaves(store.expected_params(model))]
+    problems = _problems(None, model, rows, source)
+    return Opened(path, path, None, model.to_dict(), model, source, rows, problems, {})
 
 
 def _raw_config(directory: Path, source: sources.Source, given: Any) -> dict[str, Any]:
