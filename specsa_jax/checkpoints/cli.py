@@ -116,7 +116,7 @@ def _clear_errors(notes: Console) -> Iterator[None]:
         notes.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
-        notes.print("interrupted; nothing was left behind")
+        notes.print("interrupted; nothing was written")
         raise typer.Exit(130) from error
 
 

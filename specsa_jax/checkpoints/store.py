@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,17 @@ def replacing(path: Path) -> Iterator[Path]:
             path.rename(retired)
         scratch.rename(path)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
+        _remove(scratch)
+        _remove(retired)
+
+
+def _remove(directory: Path) -> None:
+    """Removes a directory into which threads of an interrupted write may still put files."""
+    for _ in range(50):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not directory.exists():
+            return
+        time.sleep(0.2)
 
 
 def seal(scratch: Path, config: ModelConfig, metadata: dict[str, Any], card: str | None = None) -> None:
@@ -281,7 +291,11 @@ class _LazyHandler(type_handlers.NumpyHandler):
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
         for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
             for future in await super().serialize([value.read()], [info], [arg]):
-                await asyncio.to_thread(future.result)
+                try:
+                    await asyncio.to_thread(future.result)
+                except asyncio.CancelledError:  # Ctrl-C: this write ends before its directory goes
+                    future.result()
+                    raise
         return []
 
 
