@@ -250,6 +250,14 @@ def test_bad_options_are_named(tmp_path, refused, options, message):
     assert re.search(message, text), text
 
 
+def test_full_disk_is_told_before_it_is_full(tmp_path, refused, monkeypatch):
+    from collections import namedtuple
+
+    source = write(tmp_path / "source", "llama-nsa")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: namedtuple("usage", "free")(1000))
+    assert "bytes, but" in refused(source) and "has 1,000 left" in refused(source)
+
+
 def test_unknown_checkpoints_list_the_known_formats(tmp_path, refused):
     source = tmp_path / "source"
     source.mkdir()

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -207,7 +208,9 @@ def _open_tree(path: Path, config: Any) -> Opened:
     try:
         model = ModelConfig.from_dict(values.get("model", values))
     except ConfigError as error:
-        raise CheckpointError(f"{path}: an Orbax tree, whose config (--config FILE) is a ModelConfig: {error}") from error
+        raise CheckpointError(
+            f"{path}: an Orbax tree, whose config (--config FILE) is a ModelConfig: {error}"
+        ) from error
     source = sources.OrbaxSource(path)
     rows = [Row(name, name) for name in store.named_leaves(store.expected_params(model))]
     problems = _problems(None, model, rows, source)
@@ -358,6 +361,8 @@ def convert(
         raise CheckpointError(f"{target}: is the source")
     opened.check()
     raw, rows = _expressed(opened, to_format)
+    write_tokenizer(opened, tokenizer, None)  # refused before the weights are read
+    _check_room(target, opened)
     check_tied_head(opened)
     with store.replacing(target) as scratch:
         write_tokenizer(opened, tokenizer, None, scratch)
@@ -382,6 +387,14 @@ def convert(
         dtypes=tuple(sorted({info.dtype for info in written})), seconds=time.monotonic() - begun,
         notes=() if opened.format is None else opened.format.notes, divergence=divergence,
     )  # fmt: skip
+
+
+def _check_room(target: Path, opened: Opened) -> None:
+    """Raises CheckpointError where the disk has less room than the weights take."""
+    parent = next(directory for directory in target.absolute().parents if directory.exists())
+    needed, free = sum(leaf.nbytes for leaf in opened.leaves().values()), shutil.disk_usage(parent).free
+    if needed > free:
+        raise CheckpointError(f"{target}: needs {needed:,} bytes, but {parent} has {free:,} left")
 
 
 def _target_format(opened: Opened, named: str | None) -> str:

@@ -158,18 +158,22 @@ def replacing(path: Path) -> Iterator[Path]:
         if path.exists():
             path.rename(retired)
         scratch.rename(path)
-    finally:
+    except BaseException:
         _remove(scratch)
-        _remove(retired)
+        raise
+    finally:
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def _remove(directory: Path) -> None:
-    """Removes a directory into which threads of an interrupted write may still put files."""
-    for _ in range(50):
+    """Removes a directory that threads of an interrupted write may still put files into, or make again."""
+    absent = 0
+    for _ in range(100):
         shutil.rmtree(directory, ignore_errors=True)
-        if not directory.exists():
+        absent = 0 if directory.exists() else absent + 1
+        if absent == 3:
             return
-        time.sleep(0.2)
+        time.sleep(0.1)
 
 
 def seal(scratch: Path, config: ModelConfig, metadata: dict[str, Any], card: str | None = None) -> None:
@@ -271,15 +275,19 @@ def fit(like: Any, leaves: dict[str, Any], where: str) -> Any:
 
 
 def write_tree(path: Path, tree: Any) -> None:
-    """Writes any pytree of arrays (or :class:`Lazy` ones, one after the other) as nested dicts with Orbax; atomic."""
+    """Writes any pytree of arrays (or :class:`Lazy` ones, one after the other) as nested dicts with Orbax; atomic.
+
+    Raises CheckpointError.
+    """
     leaves = {n: x if isinstance(x, Lazy) else np.asarray(x) for n, x in named_leaves(tree).items()}
     nested = traverse_util.unflatten_dict(leaves, sep=".")
     args = traverse_util.unflatten_dict({n: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for n in leaves}, sep=".")
     handlers = type_handlers.create_type_handler_registry(
         (np.ndarray, type_handlers.NumpyHandler()), (Lazy, _LazyHandler())
     )
-    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)) as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(nested, save_args=args))
+    with _told(path, "written"), _quiet():
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)) as checkpointer:
+            checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(nested, save_args=args))
 
 
 class _LazyHandler(type_handlers.NumpyHandler):
@@ -305,7 +313,7 @@ def read_tree(path: Path, like: Any, mesh: Mesh | None = None) -> Any:
     Leaves are arrays on the default device, whatever backend wrote them; or on the mesh's devices, each reading its
     own part. Raises CheckpointError.
     """
-    with _readable(path), _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with _told(path, "read"), _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         saved = checkpointer.metadata(path.absolute()).item_metadata.tree
         fit(like, named_leaves(saved), where=str(path))
         args = {n: _restore_args(n, x, mesh) for n, x in named_leaves(saved).items()}
@@ -344,7 +352,7 @@ class TreeReader:
 
     def __init__(self, path: Path):
         self.path = path
-        with _readable(path), _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _told(path, "read"), _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             saved = checkpointer.metadata(path.absolute()).item_metadata.tree
             self.leaves = {n: (tuple(x.shape), np.dtype(x.dtype)) for n, x in named_leaves(saved).items()}
 
@@ -352,7 +360,7 @@ class TreeReader:
         one = traverse_util.unflatten_dict({name: ocp.RestoreArgs(restore_type=np.ndarray)}, sep=".")
         shape, dtype = self.leaves[name]
         like = traverse_util.unflatten_dict({name: jax.ShapeDtypeStruct(shape, dtype)}, sep=".")
-        with _readable(self.path), _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _told(self.path, "read"), _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             restored = checkpointer.restore(
                 self.path.absolute(), args=ocp.args.PyTreeRestore(item=like, restore_args=one, partial_restore=True)
             )
@@ -360,22 +368,23 @@ class TreeReader:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _told(path: Path, what: str) -> Iterator[None]:
+    """Orbax and TensorStore raise many kinds for a damaged directory or a full disk: all become CheckpointError."""
     try:
         yield
     except CheckpointError:
         raise
-    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged directory
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be read: {reason}") from error
+        raise CheckpointError(f"{path}: cannot be {what}: {reason}") from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax logs several warnings a save through absl; errors are exceptions and still come through."""
+    """Orbax logs several warnings a save through absl, and what it raises too; exceptions still come through."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -28,8 +28,8 @@ def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
     sparse = raw.get("sparse_config")
     if not isinstance(sparse, dict):
         raise ConfigError(
-            f"sparse_config: got {sparse!r:.80}, expected InfLLM-V2's settings (kernel_size, …); where the checkpoint's "
-            "config.json lacks them, add the ones of its model card"
+            f"sparse_config: got {sparse!r:.80}, expected InfLLM-V2's settings (kernel_size, …); where the "
+            "checkpoint's config.json lacks them, add those of its model card"
         )
     inner = Fields(sparse)
     inner.only("use_nope", False, why="queries and keys are rotated where blocks are chosen")
