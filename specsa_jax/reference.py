@@ -124,7 +124,7 @@ def attention(
     return outputs.reshape(new, nsa.num_heads * nsa.head_dim) @ params["o_proj"]["kernel"], selections, keys, values
 
 
-def gates(nsa: NSAConfig, params: Params, x: np.ndarray, q: np.ndarray) -> np.ndarray:
+def gates(nsa: NSAConfig, params: Params, x: np.ndarray, q: np.ndarray | None = None) -> np.ndarray:
     """g = sigmoid(x·W_g), or 1 without gates: x [N, H] -> [N, Hq, 3], order compressed, selected, window.
 
     ``query_mlp`` gates come from the rotated queries q [N, Hq, D] instead, one triple a KV head, which adds up to 1.
@@ -132,6 +132,7 @@ def gates(nsa: NSAConfig, params: Params, x: np.ndarray, q: np.ndarray) -> np.nd
     if nsa.gate == "none":
         return np.ones((len(x), nsa.num_heads, 3), x.dtype)
     if nsa.gate == "query_mlp":
+        assert q is not None
         pooled = q.reshape(len(x), nsa.num_kv_heads, nsa.group, nsa.head_dim).mean(axis=2)
         inner = silu(pooled @ params["gate_in"]["kernel"] + params["gate_in"]["bias"])
         return np.repeat(softmax(inner @ params["gate_out"]["kernel"] + params["gate_out"]["bias"]), nsa.group, axis=1)
