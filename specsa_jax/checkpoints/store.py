@@ -319,7 +319,11 @@ def read_tree(path: Path, like: Any, mesh: Mesh | None = None) -> Any:
         args = {n: _restore_args(n, x, mesh) for n, x in named_leaves(saved).items()}
         as_asked = jax.tree.unflatten(jax.tree.structure(saved), [args[n] for n in named_leaves(saved)])
         restored = checkpointer.restore(path.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_asked))
-    return jax.tree.map(jnp.asarray, fit(like, named_leaves(restored), where=str(path)))
+    leaves = named_leaves(restored)
+    del restored
+    for name in leaves:  # one by one, so that NumPy's copy of each goes before the next is made
+        leaves[name] = jnp.asarray(leaves[name])
+    return fit(like, leaves, where=str(path))
 
 
 def _restore_args(name: str, leaf: Any, mesh: Mesh | None) -> ocp.RestoreArgs:
