@@ -262,6 +262,7 @@ def test_unknown_checkpoints_list_the_known_formats(tmp_path, refused):
     source = tmp_path / "source"
     source.mkdir()
     assert "holds no weights" in refused(source)
+    assert "got '', expected an existing directory" in refused("")
     save_file({"weight": np.zeros(3, np.float32)}, source / "model.safetensors")
     assert "config.json: missing" in refused(source)
     (source / "config.json").write_text('{"model_type": "gpt2"}')

@@ -151,9 +151,9 @@ def open_checkpoint(
         raise CheckpointError(f"adapt: got {adapt!r}, expected 'nsa'")
     if adapt_options and adapt is None:
         raise CheckpointError("adapt_options: given without adapt='nsa'")
-    path = Path(path)
-    if not str(path) or not path.exists():
+    if not str(path) or not Path(path).exists():  # '' would be the working directory
         path = store.resolve(path)
+    path = Path(path)
     directory = path if path.is_dir() else path.parent
     if (path / "_METADATA").is_file() and from_format in (None, OURS):
         return _open_tree(path, config)
@@ -294,7 +294,7 @@ def load(name_or_path: str | os.PathLike[str], *, verify: bool = True, mesh: Mes
     (:mod:`specsa_jax.checkpoints.tokenizer_files`).
     """
     path = Path(name_or_path)
-    if not path.exists() or (path.is_dir() and is_ours(path)):
+    if not str(name_or_path) or not path.exists() or (path.is_dir() and is_ours(path)):
         return store.load(name_or_path, verify=verify, mesh=mesh)
     opened = open_checkpoint(path)
     opened.check()

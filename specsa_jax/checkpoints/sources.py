@@ -161,7 +161,8 @@ def weight_files(path: Path) -> list[Path]:
         preferred = [file for file in found if file.name in ("model.safetensors", "pytorch_model.bin", "model.pt")]
         if found:
             return preferred or found
-    raise CheckpointError(f"{path}: holds no weights (safetensors, .bin, .pt, or a checkpoint of this project)")
+    config = "" if (path / "config.json").exists() else "; config.json: missing too"
+    raise CheckpointError(f"{path}: holds no weights (safetensors, .bin, .pt, or a checkpoint of this project){config}")
 
 
 def _indexed(index: Path) -> list[Path]:
