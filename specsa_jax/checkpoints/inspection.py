@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from specsa_jax.cache import cache_bytes, pages_for
-from specsa_jax.checkpoints import conversion, store
+from specsa_jax.checkpoints import opening, store
 from specsa_jax.config import ModelConfig, NSAConfig
 from specsa_jax.nsa import kernels
 
@@ -38,7 +38,7 @@ def inspect(
 
     Raises CheckpointError: nothing there, not understood, or (``verify``) damaged or without checksums.
     """
-    opened = conversion.open_checkpoint(path, from_format, config=config, verify=verify)
+    opened = opening.open_checkpoint(path, from_format, config=config, verify=verify)
     model, infos = opened.model, opened.source.infos
     weight_bytes = sum(math.prod(info.shape) * _itemsize(info.dtype) for info in infos.values())
     shapes = {name: x.shape for name, x in store.named_leaves(store.expected_params(model)).items()}
@@ -95,7 +95,7 @@ def _parts(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     return parts
 
 
-def _dtypes(opened: conversion.Opened) -> dict[str, int]:
+def _dtypes(opened: opening.Opened) -> dict[str, int]:
     """Elements by dtype."""
     counts: dict[str, int] = {}
     for info in opened.source.infos.values():
@@ -108,7 +108,7 @@ def _memory(model: ModelConfig, weight_bytes: int, context: int, batch: int) -> 
     return {"context": context, "batch": batch, "cache": cache, "total": cache + weight_bytes}
 
 
-def _record(opened: conversion.Opened) -> dict[str, Any]:
+def _record(opened: opening.Opened) -> dict[str, Any]:
     """What a conversion left: this project's metadata, or ``conversion.json`` beside foreign weights."""
     if opened.format is None:
         return opened.metadata
@@ -119,7 +119,7 @@ def _record(opened: conversion.Opened) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _verify(opened: conversion.Opened, record: Mapping[str, Any]) -> int:
+def _verify(opened: opening.Opened, record: Mapping[str, Any]) -> int:
     """Compares checksums; how many files. This project's own were compared as they were opened."""
     if opened.format is None:
         return len(store.read_json(opened.path / "config.json")["files"])

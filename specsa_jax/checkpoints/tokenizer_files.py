@@ -15,7 +15,7 @@ from specsa_jax.checkpoints.sources import TOKENIZER_FILES
 from specsa_jax.checkpoints.store import CheckpointError
 
 if TYPE_CHECKING:
-    from specsa_jax.checkpoints.conversion import Opened
+    from specsa_jax.checkpoints.opening import Opened
 
 
 def write_tokenizer(
