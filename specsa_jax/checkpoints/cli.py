@@ -105,7 +105,7 @@ def inspect(
 
 @contextlib.contextmanager
 def _clear_errors(notes: Console) -> Iterator[None]:
-    from specsa_jax.checkpoints.store import CheckpointError
+    from specsa_jax.checkpoints.trees import CheckpointError
     from specsa_jax.config import ConfigError
 
     try:

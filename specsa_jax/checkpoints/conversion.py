@@ -26,9 +26,10 @@ from specsa_jax.checkpoints import sources, store
 from specsa_jax.checkpoints.formats import FORMATS
 from specsa_jax.checkpoints.opening import OURS, Opened, check_tied_head, is_ours, open_checkpoint
 from specsa_jax.checkpoints.safetensors_file import write_safetensors
-from specsa_jax.checkpoints.store import Checkpoint, CheckpointError, Lazy
+from specsa_jax.checkpoints.store import Checkpoint
 from specsa_jax.checkpoints.tokenizer_files import end_tokens, write_tokenizer
 from specsa_jax.checkpoints.transforms import InexpressibleError, Row, expand
+from specsa_jax.checkpoints.trees import CheckpointError, Lazy, partition
 from specsa_jax.config import ConfigError
 
 VERSION = 1  # of the converter: raised when a conversion's result changes
@@ -88,7 +89,7 @@ def load(name_or_path: str | os.PathLike[str], *, verify: bool = True, mesh: Mes
         array = leaf.read()
         if mesh is None:
             return jnp.asarray(array)
-        return jax.device_put(array, NamedSharding(mesh, store.partition(name, leaf.shape, mesh)))
+        return jax.device_put(array, NamedSharding(mesh, partition(name, leaf.shape, mesh)))
 
     leaves = {name: put(name, leaf) for name, leaf in opened.leaves().items()}
     params = store.fit(store.expected_params(opened.model), leaves, where=str(path))

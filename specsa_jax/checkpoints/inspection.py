@@ -13,6 +13,7 @@ import numpy as np
 
 from specsa_jax.cache import cache_bytes, pages_for
 from specsa_jax.checkpoints import opening, store
+from specsa_jax.checkpoints.trees import CheckpointError
 from specsa_jax.config import ModelConfig, NSAConfig
 from specsa_jax.nsa import kernels
 
@@ -125,6 +126,6 @@ def _verify(opened: opening.Opened, record: Mapping[str, Any]) -> int:
         return len(store.read_json(opened.path / "config.json")["files"])
     files = record.get("files")
     if not isinstance(files, dict):
-        raise store.CheckpointError(f"{opened.path}: has no checksums; only converted checkpoints carry them")
+        raise CheckpointError(f"{opened.path}: has no checksums; only converted checkpoints carry them")
     store.check_files(opened.directory, files, verify=True)
     return len(files)

@@ -14,8 +14,8 @@ import numpy as np
 from specsa_jax.checkpoints import sources, store
 from specsa_jax.checkpoints.formats import FORMATS, Format
 from specsa_jax.checkpoints.formats.dense import adapted, added_rows
-from specsa_jax.checkpoints.store import CheckpointError, Lazy
 from specsa_jax.checkpoints.transforms import Row, expand
+from specsa_jax.checkpoints.trees import CheckpointError, Lazy
 from specsa_jax.config import ConfigError, ModelConfig
 
 OURS = "specsa"

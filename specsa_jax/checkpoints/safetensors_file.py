@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from specsa_jax.checkpoints.sources import DTYPES, INDEX
-from specsa_jax.checkpoints.store import Lazy
+from specsa_jax.checkpoints.trees import Lazy
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

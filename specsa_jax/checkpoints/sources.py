@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from specsa_jax.checkpoints.store import CheckpointError, TreeReader
 from specsa_jax.checkpoints.torch_file import TorchFile, TorchFileError
 from specsa_jax.checkpoints.transforms import Shape
+from specsa_jax.checkpoints.trees import CheckpointError, TreeReader
 
 INDEX = "model.safetensors.index.json"
 # safetensors' names of element types that NumPy has; others go by safetensors' name.

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from specsa_jax.checkpoints import store
 from specsa_jax.checkpoints.sources import TOKENIZER_FILES
-from specsa_jax.checkpoints.store import CheckpointError
+from specsa_jax.checkpoints.trees import CheckpointError
 
 if TYPE_CHECKING:
     from specsa_jax.checkpoints.opening import Opened
