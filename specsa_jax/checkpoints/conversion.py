@@ -188,8 +188,8 @@ def _target_format(opened: Opened, named: str | None) -> str:
         return named
     if opened.format is not None:
         return OURS
-    origin = opened.metadata.get("source", {}).get("format")
-    if origin not in FORMATS:
+    origin = opened.origin.get("format")
+    if not isinstance(origin, str) or origin not in FORMATS:
         raise CheckpointError(f"to: name the format to write, one of {', '.join(FORMATS)}")
     return origin
 
@@ -202,12 +202,12 @@ def _expressed(opened: Opened, to_format: str) -> tuple[dict[str, Any], list[Row
     # A config that came from this format and still says the model is kept word for word.
     origin: dict[str, Any] = {"format": opened.format_name, "config": opened.raw}
     if opened.format is None:
-        origin = opened.metadata.get("source", {})
+        origin = opened.origin
     if origin.get("format") == to_format and isinstance(origin.get("config"), dict):
         try:
             if chosen.understand(origin["config"], origin.get("shapes", {})) == opened.model:
                 return origin["config"], expand(list(chosen.table(opened.model)), opened.model.layers)
-        except ConfigError:
+        except (ConfigError, TypeError, LookupError):  # metadata that somebody has edited
             pass
     try:
         raw = chosen.config_of(opened.model)
@@ -268,8 +268,8 @@ def _provenance(opened: Opened) -> dict[str, Any]:
         first = ("blocks.0.", "layers.0.", "embed")  # from which a config's gaps are read
         shapes = {n: list(i.shape) for n, i in opened.source.infos.items() if any(part in n for part in first)}
         source |= {"config": opened.raw, "shapes": shapes}
-    elif "source" in opened.metadata:
-        source["before"] = opened.metadata["source"]
+    elif opened.origin:
+        source["before"] = opened.origin
     return {"source": source, "converter": {"version": VERSION}}
 
 

@@ -49,6 +49,12 @@ class Opened:
     metadata: dict[str, Any]
 
     @property
+    def origin(self) -> dict[str, Any]:
+        """Where a converted checkpoint says that it came from."""
+        source = self.metadata.get("source")
+        return source if isinstance(source, dict) else {}
+
+    @property
     def format_name(self) -> str:
         return OURS if self.format is None else self.format.name
 

@@ -205,9 +205,13 @@ def read_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
 
 
 def end_tokens_of(metadata: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The ids under ``end_tokens`` in a checkpoint's metadata."""
+    """The ids under ``end_tokens`` in a checkpoint's metadata. Raises CheckpointError."""
     ids = metadata.get("end_tokens")
-    return None if ids is None else tuple(int(token) for token in ids)
+    if ids is None:
+        return None
+    if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+        raise CheckpointError(f"metadata.json: end_tokens: got {ids!r:.80}, expected a list of token ids")
+    return tuple(ids)
 
 
 def expected_params(config: ModelConfig) -> dict[str, Any]:
