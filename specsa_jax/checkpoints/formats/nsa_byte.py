@@ -40,7 +40,8 @@ def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
     decoder: dict[str, Any] = {
         "vocab_size": fields.whole("vocab_size", vocab), "hidden": hidden, "layers": fields.whole("n_layers"),
         "intermediate": fields.whole("intermediate_size", 4 * hidden), "max_length": fields.whole("seq_len", 2048),
-        "norm_eps": fields.number("norm_eps", 1e-6), "tied": False, "mlp": "silu",
+        "norm_eps": fields.number("norm_eps", 1e-6), "tied": fields.flag("tie_word_embeddings", False),
+        "mlp": "silu",
     }  # fmt: skip
     rope = RopeConfig(theta=fields.number("rope_theta", 10000.0), query_span="all_heads")
     fields.finish()
@@ -54,7 +55,7 @@ def express(model: ModelConfig) -> dict[str, Any]:
             "dim": model.hidden, "n_layers": model.layers, "n_heads": nsa.num_heads, "n_kv_groups": nsa.num_kv_heads,
             "d_k": nsa.head_dim, "d_v": nsa.head_dim, "vocab_size": model.vocab_size, "seq_len": model.max_length,
             "norm_eps": model.norm_eps, "rope_theta": model.rope.theta, "gate_hidden": nsa.gate_hidden,
-            "intermediate_size": model.intermediate,
+            "intermediate_size": model.intermediate, "tie_word_embeddings": model.tied,
         },
         "nsa": {
             "l": nsa.compress_block, "d": nsa.compress_stride, "l_sel": nsa.select_block, "n_sel": nsa.num_selected,
@@ -83,8 +84,9 @@ def table(model: ModelConfig) -> list[Row]:
         Row("blocks.{i}.mlp.fc1.weight", "layers.{i}.mlp.up_proj.kernel", LINEAR),
         Row("blocks.{i}.mlp.fc2.weight", "layers.{i}.mlp.down_proj.kernel", LINEAR),
         Row("norm_f.weight", "norm.scale"),
-        Row("lm_head.weight", "head.kernel", LINEAR),
     ]  # fmt: skip
+    if not model.tied:
+        rows.append(Row("lm_head.weight", "head.kernel", LINEAR))
     if model.nsa.compression == "linear":
         rows += [
             Row(at + "phi_k_conv.weight", "layers.{i}.attn.compress_k.weight", Depthwise(rotated=dim)),
