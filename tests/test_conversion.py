@@ -1,5 +1,6 @@
 """Conversion of public formats: logits against plain models of their own conventions, round trips bit by bit."""
 
+import dataclasses
 import json
 
 import foreign_models as foreign
@@ -11,6 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from specsa_jax import Engine, PromptError, Strategy, checkpoints
 from specsa_jax.checkpoints import CheckpointError, convert
+from specsa_jax.checkpoints.formats import FORMATS
+from specsa_jax.checkpoints.transforms import InexpressibleError
 from specsa_jax.model import head, hidden_states
 
 LENGTH = 75
@@ -84,6 +87,17 @@ def test_a_config_is_written_where_none_is_remembered(tmp_path):
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     assert written["topk"] == 5 and written["compress_type"] == "weightedpool" and written["rope_scaling"] is None
     same_bits(load_file(tmp_path / "back" / "model.safetensors"), foreign.tensors("flash-sparse-attention"))
+
+
+@pytest.mark.parametrize("case", foreign.CONFIGS)
+def test_every_format_states_its_own_models_in_full(case):
+    """The config written for a model is understood as that model, without the original at hand."""
+    chosen = FORMATS[foreign.NAMES.get(case, case)]
+    model = chosen.understand(foreign.CONFIGS[case], foreign.shapes(case))
+    written = chosen.config_of(model)
+    assert chosen.understand(written, {}) == model
+    with pytest.raises(InexpressibleError, match="nsa.scale is 0.5"):
+        chosen.config_of(dataclasses.replace(model, nsa=dataclasses.replace(model.nsa, scale=0.5)))
 
 
 def test_formats_refuse_what_they_cannot_express(tmp_path):
