@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
+from specsa_jax.checkpoints.cli import convert, inspect
 from specsa_jax.training.cli import train
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ app = typer.Typer(
     help="SpecSA-JAX: speculative decoding for native sparse attention models.\n\nExample:  specsa generate --compare",
 )
 app.command()(train)
+app.command()(convert)
+app.command()(inspect)
 
 
 @app.callback()

@@ -14,10 +14,12 @@ from typing import Any, Literal, get_args, get_type_hints
 
 Compression = Literal["mean", "weighted", "linear", "mlp"]
 PositionEncoding = Literal["none", "keys", "both"]
-GateKind = Literal["per_head", "shared", "none"]
+GateKind = Literal["per_head", "shared", "query_mlp", "none"]
 CompressedRope = Literal["before", "after", "none"]
-ScoreMap = Literal["overlap", "paper"]
-RopeKind = Literal["default", "linear", "llama3", "yarn"]
+ScoreMap = Literal["overlap", "paper", "max"]
+RopeKind = Literal["default", "linear", "llama3", "yarn", "longrope"]
+QuerySpan = Literal["head", "all_heads"]
+MLPKind = Literal["swiglu", "silu"]
 
 
 class ConfigError(ValueError):
@@ -92,8 +94,12 @@ class NSAConfig(_Config):
       compress_position: a learned encoding per head and offset in the block, added to keys (and values).
       compressed_rope: RoPE on the keys before pooling, on the pooled key at position i·d, or none there.
       separate_kv: each branch has its own K/V projections (the paper), else the three share one.
-      gate, gate_bias: sigmoid gates per head and branch, per branch for all heads, or none (branches add up).
-      score_map: blocks' overlap counts (default), or the index map as the paper prints it.
+      qk_norm: RMSNorm over D, with a learned scale, on every query and key before RoPE (Qwen3).
+      gate, gate_bias: sigmoid gates per head and branch, per branch for all heads, or none (branches add up);
+        ``query_mlp``: softmax over the branches, per KV head, of an MLP with ``gate_hidden`` SiLU units (and biases)
+        on the mean of the group's rotated queries.
+      score_map: blocks' overlap counts (default), the index map as the paper prints it, or the largest probability
+        among the compression blocks that touch the block (InfLLM-V2).
       compressed_output: False: the compressed branch only selects (InfLLM-V2).
       fused_selected_window: selected and window tokens meet in one softmax (InfLLM-V2), each token once,
         under the selected branch's gate.
@@ -117,8 +123,10 @@ class NSAConfig(_Config):
     compress_position: PositionEncoding = "both"
     compressed_rope: CompressedRope = "after"
     separate_kv: bool = True
+    qk_norm: bool = False
     gate: GateKind = "per_head"
     gate_bias: bool = False
+    gate_hidden: int = 32
     score_map: ScoreMap = "overlap"
     compressed_output: bool = True
     fused_selected_window: bool = False
@@ -128,7 +136,7 @@ class NSAConfig(_Config):
     def __post_init__(self) -> None:
         self._check_types()
         for name in ("num_heads", "num_kv_heads", "head_dim", "compress_block", "compress_stride", "select_block",
-                     "num_selected", "window", "compress_hidden"):  # fmt: skip
+                     "num_selected", "window", "compress_hidden", "gate_hidden"):  # fmt: skip
             _require(getattr(self, name) >= 1, f"NSAConfig.{name}: got {getattr(self, name)}, expected at least 1")
         for name in ("num_initial", "num_local", "dense_len", "scale"):
             _require(getattr(self, name) >= 0, f"NSAConfig.{name}: got {getattr(self, name)}, expected at least 0")
@@ -167,8 +175,8 @@ class NSAConfig(_Config):
 
     @property
     def gate_outputs(self) -> int:
-        """Width of the gate projection: 3·Hq, 3, or 0."""
-        return {"per_head": 3 * self.num_heads, "shared": 3, "none": 0}[self.gate]
+        """Width of the gate projection from the hidden state: 3·Hq, 3, or 0."""
+        return {"per_head": 3 * self.num_heads, "shared": 3}.get(self.gate, 0)
 
     @property
     def branch_sets(self) -> int:
@@ -188,10 +196,11 @@ class NSAConfig(_Config):
     def overlap_weights(self) -> dict[int, int]:
         """How often block c's probability counts in selection block j, by the offset o = c − j·l'/d (zero elsewhere).
 
-        The sum over m in [0, l'/d), k in [0, l/d) of p[j·l'/d + m − k]; the paper prints − m − k.
+        The sum over m in [0, l'/d), k in [0, l/d) of p[j·l'/d + m − k]; the paper prints − m − k. The keys are the
+        blocks that touch block j, over which ``score_map="max"`` takes the largest.
         """
         counts: dict[int, int] = {}
-        sign = 1 if self.score_map == "overlap" else -1
+        sign = -1 if self.score_map == "paper" else 1
         for m in range(self.blocks_per_page):
             for k in range(self.compress_block // self.compress_stride):
                 counts[sign * m - k] = counts.get(sign * m - k, 0) + 1
@@ -207,7 +216,11 @@ class RopeConfig(_Config):
       kind: ``default``; ``linear``: positions divided by ``factor``; ``llama3``: wavelengths above
         ``original_length / low_freq_factor`` stretched by ``factor``, blended up to ``high_freq_factor``;
         ``yarn``: blended by rotations between ``beta_fast`` and ``beta_slow`` (arXiv 2309.00071), with its
-        attention temperature applied to both queries and keys.
+        attention temperature applied to both queries and keys; ``longrope``: each pair's wavelength stretched by its
+        own of ``factors`` (D/2 of them), and √(1 + ln factor / ln original_length) on queries and keys
+        (arXiv 2402.13753).
+      query_span: the frequencies of a query's pairs fall from 1 within each head, or once over all heads together,
+        as one vector of Hq·D (seconds-0/nsa-117m-byte); keys always rotate head by head.
     """
 
     theta: float = 10000.0
@@ -218,9 +231,18 @@ class RopeConfig(_Config):
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    factors: tuple[float, ...] = ()
+    query_span: QuerySpan = "head"
 
     def __post_init__(self) -> None:
+        if isinstance(self.factors, list):  # JSON's
+            object.__setattr__(self, "factors", tuple(self.factors))
+        _require(isinstance(self.factors, tuple), f"rope.factors: got {self.factors!r:.80}, expected a list of numbers")
         self._check_types()
+        fits = (self.kind == "longrope") == bool(self.factors)
+        _require(fits, f"rope.factors: got {len(self.factors)} with kind {self.kind!r}; 'longrope' alone has them")
+        _require(all(isinstance(f, (int, float)) and f > 0 for f in self.factors),
+                 f"rope.factors: got {self.factors!r:.80}, expected numbers above 0")  # fmt: skip
         _require(self.theta > 0, f"rope.theta: got {self.theta}, expected above 0")
         _require(self.factor >= 1, f"rope.factor: got {self.factor}, expected at least 1")
         _require(self.original_length >= 1, f"rope.original_length: got {self.original_length}, expected at least 1")
@@ -235,13 +257,15 @@ class RopeConfig(_Config):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(_Config):
-    """A decoder-only transformer with NSA layers (pre-RMSNorm, RoPE, GQA, SwiGLU).
+    """A decoder-only transformer with NSA layers (pre-RMSNorm, RoPE, GQA).
 
     Attributes:
-      vocab_size, hidden, layers, intermediate: V, width, depth, SwiGLU width.
+      vocab_size, hidden, layers, intermediate: V, width, depth, width of the MLP's inside.
       max_length: the longest context, in tokens, that the model is meant for.
       norm_eps: ε of every RMSNorm.
       tied: the output head is the embedding, transposed.
+      mlp: ``swiglu``: down(silu(gate·x) · up·x), or ``silu``: down(silu(up·x)).
+      embed_scale, residual_scale, logit_scale: factors on embeddings, on what a sublayer adds, and on logits (MiniCPM).
       nsa, rope: the attention layer and its rotary embedding.
     """
 
@@ -254,9 +278,16 @@ class ModelConfig(_Config):
     rope: RopeConfig = RopeConfig()
     norm_eps: float = 1e-5
     tied: bool = True
+    mlp: MLPKind = "swiglu"
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
         self._check_types()
+        pairs = self.nsa.head_dim // 2
+        _require(len(self.rope.factors) in (0, pairs),
+                 f"rope.factors: got {len(self.rope.factors)}, expected head_dim / 2 = {pairs}")  # fmt: skip
         for name in ("vocab_size", "hidden", "layers", "intermediate", "max_length"):
             _require(getattr(self, name) >= 1, f"ModelConfig.{name}: got {getattr(self, name)}, expected at least 1")
         _require(self.norm_eps > 0, f"ModelConfig.norm_eps: got {self.norm_eps}, expected above 0")

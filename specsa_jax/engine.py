@@ -139,7 +139,8 @@ class Engine:
     """Generates and scores text with one model. Not thread-safe.
 
     Args:
-      config, params, tokenizer: as :func:`specsa_jax.checkpoints.load` gives them.
+      config, params, tokenizer, end_tokens: as :func:`specsa_jax.checkpoints.load` gives them; without end_tokens,
+        ``<|endoftext|>`` ends a text where the tokenizer has it.
       dtype: of computation and cache; None: bfloat16 on GPUs, float32 elsewhere.
       max_length: longest context served, in tokens; None: the model's.
       max_cache_bytes: refuse calls whose cache would be larger; None: nine tenths of the memory that is free.
@@ -160,6 +161,7 @@ class Engine:
         max_cache_bytes: int | None = None,
         prefill_chunk: int | None = None,
         implementation: Implementation | None = None,
+        end_tokens: Sequence[int] | None = None,
     ):
         on_gpu = jax.default_backend() == "gpu"
         if dtype is None:
@@ -172,7 +174,7 @@ class Engine:
         self.prefill_chunk = _whole("prefill_chunk", prefill_chunk)
         self.params = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
         end = tokenizer.token_to_id("<|endoftext|>")
-        self.end_tokens = () if end is None else (end,)
+        self.end_tokens = tuple(end_tokens) if end_tokens is not None else () if end is None else (end,)
         self.implementation = kernels.choose(config.nsa, self.max_length, implementation)
         self.decoder = Decoder(config, self.dtype, self.end_tokens, self.implementation)
         self._compiled: dict[Any, Any] = {}
@@ -181,9 +183,12 @@ class Engine:
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> Engine:
         """The engine of a packaged checkpoint ("embedded") or of a checkpoint directory; ``options`` as for Engine.
 
+        A directory of a public format (``specsa_jax.checkpoints.formats``) is converted on the fly.
+
         Raises CheckpointError for an unknown, damaged or contradictory checkpoint.
         """
         checkpoint = checkpoints.load(name_or_path)
+        options = {"end_tokens": checkpoint.end_tokens, **options}
         return cls(checkpoint.config, checkpoint.params, checkpoint.tokenizer, **options)
 
     # --- generation ---------------------------------------------------------------------------------------------------
@@ -396,9 +401,10 @@ class Engine:
     def _row(self, where: str, prompt: Any) -> np.ndarray:
         """Token ids int32 [T] of a text or a list of ids. Raises PromptError that says ``where``."""
         try:
-            ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else prompt
+            # With what the tokenizer puts around a text: public ones begin it with a token of its own.
+            ids = self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
             row = np.asarray(ids)
-        except (TypeError, ValueError) as error:  # a lone surrogate, lists of unequal lengths
+        except Exception as error:  # a lone surrogate, lists of unequal lengths; the tokenizers raise bare Exception
             raise PromptError(f"{where}: got {prompt!r:.80}, expected a text or a list of token ids") from error
         if row.size == 0:
             raise PromptError(f"{where}: is empty, expected at least one token")

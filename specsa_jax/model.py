@@ -20,7 +20,7 @@ from specsa_jax.config import ModelConfig
 from specsa_jax.nsa.cached import Backend, attend_cached
 from specsa_jax.nsa.compression import Compress
 from specsa_jax.nsa.sequence import Projected, attend_sequence
-from specsa_jax.rope import rotate
+from specsa_jax.rope import rotate_query
 
 Params = dict[str, Any]
 
@@ -37,8 +37,15 @@ class Attention(nnx.Module):
         self.k_proj = linear(config.hidden, kv_width, use_bias=False)
         self.v_proj = linear(config.hidden, kv_width, use_bias=False)
         self.o_proj = linear(nsa.num_heads * nsa.head_dim, config.hidden, use_bias=False)
+        if nsa.qk_norm:
+            norm = functools.partial(nnx.RMSNorm, nsa.head_dim, epsilon=config.norm_eps)
+            self.q_norm = norm(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+            self.k_norm = norm(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         if nsa.gate_outputs:
             self.gate_proj = linear(config.hidden, nsa.gate_outputs, use_bias=nsa.gate_bias)
+        elif nsa.gate == "query_mlp":
+            self.gate_in = linear(nsa.head_dim, nsa.gate_hidden)
+            self.gate_out = linear(nsa.gate_hidden, 3)
         phi = functools.partial(Compress, nsa, dtype=dtype, rngs=rngs)
         self.compress_k = phi(has_position=nsa.compress_position != "none")
         if nsa.compressed_output:
@@ -49,17 +56,21 @@ class Attention(nnx.Module):
         nsa, lead = self.config.nsa, x.shape[:2]
         sets = (*lead, nsa.branch_sets, nsa.num_kv_heads, nsa.head_dim)
         query = self.q_proj(x).reshape(*lead, nsa.num_heads, nsa.head_dim)
+        key = self.k_proj(x).reshape(sets)
+        if nsa.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = rotate_query(query, positions, self.config.rope)
         gates = None
         if nsa.gate_outputs:
             gates = jax.nn.sigmoid(self.gate_proj(x).astype(jnp.float32))
             gates = gates.reshape(*lead, -1, 3)
             gates = jnp.broadcast_to(gates, (*lead, nsa.num_heads, 3))
-        return Projected(
-            rotate(query, positions, self.config.rope),
-            self.k_proj(x).reshape(sets),
-            self.v_proj(x).reshape(sets),
-            gates,
-        )
+        elif nsa.gate == "query_mlp":
+            pooled = query.reshape(*lead, nsa.num_kv_heads, nsa.group, nsa.head_dim).mean(axis=-2)
+            inner = jax.nn.silu(self.gate_in(pooled))
+            gates = jax.nn.softmax(self.gate_out(inner).astype(jnp.float32), axis=-1)
+            gates = jnp.repeat(gates, nsa.group, axis=-2)
+        return Projected(query, key, self.v_proj(x).reshape(sets), gates)
 
     @property
     def _phi_value(self) -> Compress | None:
@@ -85,38 +96,45 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x))."""
+    """SwiGLU: down(silu(gate(x)) · up(x)), or without a gate: down(silu(up(x)))."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.gate_proj = linear(config.hidden, config.intermediate)
+        self.gated = config.mlp == "swiglu"
+        if self.gated:
+            self.gate_proj = linear(config.hidden, config.intermediate)
         self.up_proj = linear(config.hidden, config.intermediate)
         self.down_proj = linear(config.intermediate, config.hidden)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        inner = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x) if self.gated else jax.nn.silu(self.up_proj(x))
+        return self.down_proj(inner)
 
 
 class Layer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + r·attention(norm(x)), then x + r·mlp(norm(x)), where r is ``residual_scale``."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs):
         kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.residual_scale = config.residual_scale
         self.attn_norm = nnx.RMSNorm(config.hidden, epsilon=config.norm_eps, **kinds)
         self.attn = Attention(config, **kinds)
         self.mlp_norm = nnx.RMSNorm(config.hidden, epsilon=config.norm_eps, **kinds)
         self.mlp = MLP(config, **kinds)
 
     def sequence(self, x: jax.Array, query_chunk: int) -> jax.Array:
-        x = x + self.attn.sequence(self.attn_norm(x), query_chunk)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self._scaled(self.attn.sequence(self.attn_norm(x), query_chunk))
+        return x + self._scaled(self.mlp(self.mlp_norm(x)))
+
+    def _scaled(self, x: jax.Array) -> jax.Array:
+        return x if self.residual_scale == 1.0 else x * self.residual_scale
 
     def tail(
         self, x: jax.Array, cache: Cache, layer: LayerCache, tail: Tail, backend: Backend
     ) -> tuple[jax.Array, LayerTail]:
         out, layer_tail = self.attn.tail(self.attn_norm(x), cache, layer, tail, backend)
-        x = x + out
-        return x + self.mlp(self.mlp_norm(x)), layer_tail
+        x = x + self._scaled(out)
+        return x + self._scaled(self.mlp(self.mlp_norm(x))), layer_tail
 
 
 class Transformer(nnx.Module):
@@ -132,10 +150,16 @@ class Transformer(nnx.Module):
         if not config.tied:
             self.head = nnx.Linear(config.hidden, config.vocab_size, use_bias=False, **kinds)
 
+    def embedded(self, tokens: jax.Array) -> jax.Array:
+        """[..., H] of tokens int32 [...]."""
+        x = self.embed(tokens)
+        return x if self.config.embed_scale == 1.0 else x * self.config.embed_scale
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., V] of final-normed hidden states [..., H]."""
         kernel = self.embed.embedding[...].T if self.config.tied else self.head.kernel[...]
-        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return logits if self.config.logit_scale == 1.0 else logits * self.config.logit_scale
 
 
 @functools.lru_cache
@@ -201,7 +225,7 @@ def hidden_states(
     def run(x: jax.Array, state: Any) -> tuple[jax.Array, None]:
         return nnx.merge(graph, state).sequence(x, query_chunk), None
 
-    x, _ = jax.lax.scan(jax.checkpoint(run) if remat else run, model.embed(tokens), stacked)
+    x, _ = jax.lax.scan(jax.checkpoint(run) if remat else run, model.embedded(tokens), stacked)
     return model.norm(x)
 
 
@@ -225,7 +249,7 @@ def verify(
     The cache is only read: :func:`specsa_jax.cache.commit` writes the accepted path.
     """
     model = bind(config, params, dtype)
-    x, tails = model.embed(tokens), []
+    x, tails = model.embedded(tokens), []
     for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
         x, layer_tail = layer.tail(x, cache, layer_cache, tail, backend)
         tails.append(layer_tail)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from specsa_jax.config import ModelConfig, NSAConfig, RopeConfig
-from specsa_jax.nsa.reference import attend, sigmoid, silu
+from specsa_jax.nsa.reference import attend, sigmoid, silu, softmax
 
 Params = Mapping[Any, Any]
 
@@ -65,17 +65,20 @@ def verify_tree(
 
 def extend(config: ModelConfig, params: Params, cache: Cache, tokens: Sequence[int]) -> tuple[np.ndarray, Cache]:
     """Append tokens [N] to a cache of P tokens, at positions P … P+N−1: logits [N, V] and the longer cache."""
-    x = params["embed"]["embedding"][np.asarray(tokens, np.int64)]  # [N, H]
+    x = config.embed_scale * params["embed"]["embedding"][np.asarray(tokens, np.int64)]  # [N, H]
     longer: Cache = []
     for i in range(config.layers):
         layer = params["layers"][i]
         h = rms_norm(x, layer["attn_norm"]["scale"], config.norm_eps)
-        attended, _, keys, values = attention(config.nsa, config.rope, layer["attn"], h, *cache[i])
+        attended, _, keys, values = attention(
+            config.nsa, config.rope, layer["attn"], h, *cache[i], norm_eps=config.norm_eps
+        )
         longer.append((keys, values))
-        x = x + attended
-        x = x + mlp(layer["mlp"], rms_norm(x, layer["mlp_norm"]["scale"], config.norm_eps))
+        x = x + config.residual_scale * attended
+        x = x + config.residual_scale * mlp(layer["mlp"], rms_norm(x, layer["mlp_norm"]["scale"], config.norm_eps))
     x = rms_norm(x, params["norm"]["scale"], config.norm_eps)
-    return x @ (params["embed"]["embedding"].T if config.tied else params["head"]["kernel"]), longer
+    logits = x @ (params["embed"]["embedding"].T if config.tied else params["head"]["kernel"])
+    return config.logit_scale * logits, longer
 
 
 def empty_cache(config: ModelConfig, params: Params) -> Cache:
@@ -86,7 +89,13 @@ def empty_cache(config: ModelConfig, params: Params) -> Cache:
 
 
 def attention(
-    nsa: NSAConfig, rope: RopeConfig, params: Params, x: np.ndarray, past_keys: np.ndarray, past_values: np.ndarray
+    nsa: NSAConfig,
+    rope: RopeConfig,
+    params: Params,
+    x: np.ndarray,
+    past_keys: np.ndarray,
+    past_values: np.ndarray,
+    norm_eps: float = 1e-5,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The attention layer for N new tokens x [N, H] after P past ones.
 
@@ -95,11 +104,15 @@ def attention(
     """
     sets = (nsa.branch_sets, nsa.num_kv_heads, nsa.head_dim)
     past, new = len(past_keys), len(x)
-    keys = np.concatenate([past_keys, (x @ params["k_proj"]["kernel"]).reshape(new, *sets)])
-    values = np.concatenate([past_values, (x @ params["v_proj"]["kernel"]).reshape(new, *sets)])
     q = (x @ params["q_proj"]["kernel"]).reshape(new, nsa.num_heads, nsa.head_dim)
-    q = rotate(rope, q, past + np.arange(new))
-    g = gates(nsa, params, x)
+    k = (x @ params["k_proj"]["kernel"]).reshape(new, *sets)
+    if nsa.qk_norm:
+        q = rms_norm(q, params["q_norm"]["scale"], norm_eps)
+        k = rms_norm(k, params["k_norm"]["scale"], norm_eps)
+    keys = np.concatenate([past_keys, k])
+    values = np.concatenate([past_values, (x @ params["v_proj"]["kernel"]).reshape(new, *sets)])
+    q = rotate_query(rope, q, past + np.arange(new))
+    g = gates(nsa, params, x, q)
 
     def rotate_keys(k: np.ndarray, positions: np.ndarray) -> np.ndarray:
         return rotate(rope, k, positions)
@@ -111,10 +124,18 @@ def attention(
     return outputs.reshape(new, nsa.num_heads * nsa.head_dim) @ params["o_proj"]["kernel"], selections, keys, values
 
 
-def gates(nsa: NSAConfig, params: Params, x: np.ndarray) -> np.ndarray:
-    """g = sigmoid(x·W_g), or 1 without gates: x [N, H] -> [N, Hq, 3], order compressed, selected, window."""
+def gates(nsa: NSAConfig, params: Params, x: np.ndarray, q: np.ndarray | None = None) -> np.ndarray:
+    """g = sigmoid(x·W_g), or 1 without gates: x [N, H] -> [N, Hq, 3], order compressed, selected, window.
+
+    ``query_mlp`` gates come from the rotated queries q [N, Hq, D] instead, one triple a KV head, which adds up to 1.
+    """
     if nsa.gate == "none":
         return np.ones((len(x), nsa.num_heads, 3), x.dtype)
+    if nsa.gate == "query_mlp":
+        assert q is not None
+        pooled = q.reshape(len(x), nsa.num_kv_heads, nsa.group, nsa.head_dim).mean(axis=2)
+        inner = silu(pooled @ params["gate_in"]["kernel"] + params["gate_in"]["bias"])
+        return np.repeat(softmax(inner @ params["gate_out"]["kernel"] + params["gate_out"]["bias"]), nsa.group, axis=1)
     logits = x @ params["gate_proj"]["kernel"]
     if nsa.gate_bias:
         logits = logits + params["gate_proj"]["bias"]
@@ -123,8 +144,10 @@ def gates(nsa: NSAConfig, params: Params, x: np.ndarray) -> np.ndarray:
 
 
 def mlp(params: Params, x: np.ndarray) -> np.ndarray:
-    """SwiGLU: down(silu(gate(x)) · up(x)), [N, H] -> [N, H]."""
-    return (silu(x @ params["gate_proj"]["kernel"]) * (x @ params["up_proj"]["kernel"])) @ params["down_proj"]["kernel"]
+    """SwiGLU: down(silu(gate(x)) · up(x)), [N, H] -> [N, H]; without gate_proj down(silu(up(x)))."""
+    up = x @ params["up_proj"]["kernel"]
+    inner = silu(x @ params["gate_proj"]["kernel"]) * up if "gate_proj" in params else silu(up)
+    return inner @ params["down_proj"]["kernel"]
 
 
 def rms_norm(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
@@ -138,8 +161,19 @@ def rotate(rope: RopeConfig, x: np.ndarray, positions: np.ndarray) -> np.ndarray
     Channel c of the first half and channel c of the second are the two coordinates of one rotated pair.
     """
     frequencies, magnitude = rope_frequencies(rope, x.shape[-1])
-    angles = np.asarray(positions, np.float64)[:, None] * frequencies  # [N, D/2]
-    angles = angles.reshape(len(x), *[1] * (x.ndim - 2), len(frequencies))
+    return _rotate(x, positions, frequencies, magnitude)
+
+
+def rotate_query(rope: RopeConfig, q: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """RoPE of queries [N, Hq, D]: as ``rotate``, or with the frequencies of one vector of Hq·D (``query_span``)."""
+    if rope.query_span == "head":
+        return rotate(rope, q, positions)
+    frequencies, magnitude = rope_frequencies(rope, q.shape[-2] * q.shape[-1])
+    return _rotate(q, positions, frequencies.reshape(q.shape[-2], -1), magnitude)
+
+
+def _rotate(x: np.ndarray, positions: np.ndarray, frequencies: np.ndarray, magnitude: float) -> np.ndarray:
+    angles = np.asarray(positions, np.float64).reshape(-1, *[1] * (x.ndim - 1)) * frequencies  # [N, …, D/2]
     cos, sin = (magnitude * np.cos(angles)).astype(x.dtype), (magnitude * np.sin(angles)).astype(x.dtype)
     first, second = np.split(x, 2, axis=-1)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -173,6 +207,10 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float
             high = min(math.ceil(pair_with(rope.beta_slow)), head_dim - 1)
             keep = 1.0 - np.clip((pair - low) / max(high - low, 0.001), 0.0, 1.0)
             return keep * base + (1.0 - keep) * stretched, 0.1 * math.log(rope.factor) + 1.0
+        case "longrope":
+            return base / np.asarray(rope.factors), math.sqrt(
+                1.0 + math.log(rope.factor) / math.log(rope.original_length)
+            )
 
 
 def to_numpy(params: Params, dtype: Any) -> dict[Any, Any]:

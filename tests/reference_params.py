@@ -18,11 +18,15 @@ def tiny_nsa(**switches: Any) -> NSAConfig:
     return NSAConfig(**{**sizes, **switches})
 
 
+MODEL_SWITCHES = ("mlp", "embed_scale", "residual_scale", "logit_scale")
+
+
 def tiny_model(*, rope: RopeConfig | None = None, layers: int = 2, tied: bool = True, **switches: Any) -> ModelConfig:
-    """A transformer over ``tiny_nsa(**switches)``: vocabulary 50, hidden 32."""
+    """A transformer over ``tiny_nsa(**switches)``: vocabulary 50, hidden 32. MODEL_SWITCHES are ModelConfig's."""
+    of_model = {name: switches.pop(name) for name in MODEL_SWITCHES if name in switches}
     return ModelConfig(
         vocab_size=50, hidden=32, layers=layers, intermediate=48, max_length=512, nsa=tiny_nsa(**switches),
-        rope=rope or RopeConfig(), tied=tied,
+        rope=rope or RopeConfig(), tied=tied, **of_model,
     )  # fmt: skip
 
 
@@ -57,7 +61,13 @@ def random_params(config: ModelConfig, seed: int = 0, dtype: Any = np.float64) -
             "v_proj": kernel(config.hidden, kv_width),
             "o_proj": kernel(nsa.num_heads * nsa.head_dim, config.hidden),
         }
-        if nsa.gate != "none":
+        if nsa.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                params[name] = {"scale": (1.0 + 0.3 * rng.standard_normal(nsa.head_dim)).astype(dtype)}
+        if nsa.gate == "query_mlp":
+            params["gate_in"] = kernel(nsa.head_dim, nsa.gate_hidden) | {"bias": normal(nsa.gate_hidden, std=0.5)}
+            params["gate_out"] = kernel(nsa.gate_hidden, 3, gain=2.0) | {"bias": normal(3, std=0.5)}
+        elif nsa.gate != "none":
             params["gate_proj"] = kernel(config.hidden, nsa.gate_outputs, gain=2.0)
             if nsa.gate_bias:
                 params["gate_proj"]["bias"] = normal(nsa.gate_outputs, std=1.0)
@@ -89,7 +99,7 @@ def random_params(config: ModelConfig, seed: int = 0, dtype: Any = np.float64) -
                 "attn": attention(),
                 "mlp_norm": norm(),
                 "mlp": {
-                    "gate_proj": kernel(config.hidden, config.intermediate),
+                    **({"gate_proj": kernel(config.hidden, config.intermediate)} if config.mlp == "swiglu" else {}),
                     "up_proj": kernel(config.hidden, config.intermediate),
                     "down_proj": kernel(config.intermediate, config.hidden),
                 },

@@ -88,7 +88,7 @@ def refusal(monkeypatch, capsys):
         (["--max-new-tokens", "1.5"], "Invalid value for '--max-new-tokens'"),
         (["--checkpoint", "nonesuch"], "checkpoint: got 'nonesuch', expected"),
         (["--checkpoint", ""], "checkpoint: got '', expected"),
-        (["--checkpoint", "{tmp}"], "config.json: missing"),
+        (["--checkpoint", "{tmp}"], "config.json: missing too"),
         (["--colour"], "No such option: --colour"),
     ],
 )

@@ -42,6 +42,12 @@ SWITCHES = {
     "infllm": {"separate_kv": False, "compressed_output": False, "fused_selected_window": True, "gate": "none",
                "compression": "mean", "compress_position": "none", "compressed_rope": "before", "dense_len": 20},
     "identity-map": {"compress_block": 8, "compress_stride": 8, "select_block": 8},
+    "minicpm4": {"separate_kv": False, "compressed_output": False, "fused_selected_window": True, "gate": "none",
+                 "compression": "mean", "compress_position": "none", "compressed_rope": "before", "dense_len": 20,
+                 "score_map": "max", "num_local": 2, "window": 8, "embed_scale": 3.0, "residual_scale": 0.6,
+                 "logit_scale": 0.5},
+    "query-mlp-gate": {"gate": "query_mlp", "gate_hidden": 6, "mlp": "silu"},
+    "qk-norm": {"qk_norm": True, "separate_kv": False},
     "scale": {"scale": 0.5},
     "mha": {"num_kv_heads": 4},
     "mqa": {"num_kv_heads": 1},
@@ -50,6 +56,8 @@ ROPES = {
     "linear": RopeConfig(kind="linear", factor=4.0),
     "llama3": RopeConfig(theta=1000.0, kind="llama3", factor=8.0, original_length=64),
     "yarn": RopeConfig(theta=1000.0, kind="yarn", factor=4.0, original_length=64),
+    "longrope": RopeConfig(theta=1000.0, kind="longrope", factor=4.0, original_length=64, factors=(1.0, 1.5, 3.0, 6.0)),
+    "query-span": RopeConfig(theta=1000.0, query_span="all_heads"),
 }
 
 

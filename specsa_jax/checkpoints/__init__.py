@@ -1,5 +1,10 @@
-"""Checkpoint directories: one format on disk, read and written by :mod:`specsa_jax.checkpoints.store`."""
+"""Checkpoint directories, conversion of public formats from and to them, and what they hold.
 
-from specsa_jax.checkpoints.store import Checkpoint, CheckpointError, load, resolve, save
+:mod:`specsa_jax.checkpoints.store` is the format on disk, ``formats/`` has one file per public format.
+"""
 
-__all__ = ["Checkpoint", "CheckpointError", "load", "resolve", "save"]
+from specsa_jax.checkpoints.conversion import Report, convert, load
+from specsa_jax.checkpoints.store import Checkpoint, resolve, save
+from specsa_jax.checkpoints.trees import CheckpointError
+
+__all__ = ["Checkpoint", "CheckpointError", "Report", "convert", "load", "resolve", "save"]

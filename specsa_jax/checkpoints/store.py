@@ -3,9 +3,9 @@
 ::
 
     config.json      schema version, model config, size and SHA-256 of every file below
-    tokenizer.json   a ``tokenizers`` tokenizer
+    tokenizer.json   a ``tokenizers`` tokenizer; converted checkpoints keep their other tokenizer files beside it
     params/          the parameters, an Orbax PyTree (nested dicts; integer keys as strings), dtypes as saved
-    metadata.json    the training card: data, tokens, held-out loss, recipe, versions
+    metadata.json    the training card: data, tokens, held-out loss, recipe, versions; or where it was converted from
     README.md        the card for people (optional, not checked)
 """
 
@@ -15,30 +15,24 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import orbax.checkpoint as ocp
-from flax import traverse_util
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from specsa_jax import model
+from specsa_jax.checkpoints.trees import CheckpointError, fit, named_leaves, read_tree, write_tree
 from specsa_jax.config import ConfigError, ModelConfig
 
 SCHEMA = 1
 _PACKAGED = Path(__file__).parent
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written; the message names the file and what is wrong with it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +44,14 @@ class Checkpoint:
       config: the model's config.
       tokenizer: its tokenizer.
       metadata: the training card, as JSON values.
+      end_tokens: ids that end a text, where the checkpoint names them; None: ``<|endoftext|>``, if there is one.
     """
 
     params: dict[str, Any]
     config: ModelConfig
     tokenizer: Tokenizer
     metadata: dict[str, Any]
+    end_tokens: tuple[int, ...] | None = None
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> Path:
@@ -98,11 +94,29 @@ def save(
     fit ``config``.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
+    check_target(path, overwrite)
+    fit(expected_params(config), named_leaves(params), where="params")
+    with replacing(path) as scratch:
+        write_tree(scratch / "params", params)
+        tokenizer.save(str(scratch / "tokenizer.json"))
+        seal(scratch, config, metadata, card)
+    return path
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raises CheckpointError if ``path`` exists and is not to be overwritten, or is no checkpoint."""
+    if (path.exists() or path.is_symlink()) and not overwrite:
         raise CheckpointError(f"{path}: already exists; choose another directory, or overwrite it")
     if path.exists() and not (path / "config.json").exists():
         raise CheckpointError(f"{path}: is no checkpoint, so it is not overwritten")
-    fit(expected_params(config), named_leaves(params), where="params")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A scratch directory beside ``path`` that takes its place at the end, unless something fails.
+
+    Raises CheckpointError where nothing can be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -111,54 +125,93 @@ def save(
     retired = scratch.with_name(scratch.name + "-old")
     try:
         scratch.chmod(0o755)  # mkdtemp's 0700 would survive the rename
-        write_tree(scratch / "params", params)
-        tokenizer.save(str(scratch / "tokenizer.json"))
-        (scratch / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
-        if card is not None:
-            (scratch / "README.md").write_text(card, encoding="utf-8")
-        checked = [scratch / "tokenizer.json", *sorted(p for p in (scratch / "params").rglob("*") if p.is_file())]
-        files = {p.relative_to(scratch).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in checked}
-        top = {"schema": SCHEMA, "model": config.to_dict(), "files": files}
-        (scratch / "config.json").write_text(json.dumps(top, indent=2) + "\n", encoding="utf-8")
+        yield scratch
         if path.exists():
             path.rename(retired)
         scratch.rename(path)
+    except BaseException:
+        _remove(scratch)
+        raise
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
-    return path
 
 
-def load(name_or_path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
+def _remove(directory: Path) -> None:
+    """Removes a directory that threads of an interrupted write may still put files into, or make again."""
+    absent = 0
+    for _ in range(100):
+        shutil.rmtree(directory, ignore_errors=True)
+        absent = 0 if directory.exists() else absent + 1
+        if absent == 3:
+            return
+        time.sleep(0.1)
+
+
+def seal(scratch: Path, config: ModelConfig, metadata: dict[str, Any], card: str | None = None) -> None:
+    """Writes what makes a directory with parameters and tokenizer files a checkpoint; ``config.json`` comes last."""
+    text = json.dumps(metadata, indent=2) + "\n"
+    checked = sorted(p for p in scratch.rglob("*") if p.is_file())
+    (scratch / "metadata.json").write_text(text, encoding="utf-8")
+    if card is not None:
+        (scratch / "README.md").write_text(card, encoding="utf-8")
+    top = {"schema": SCHEMA, "model": config.to_dict(), "files": checksums(scratch, checked)}
+    (scratch / "config.json").write_text(json.dumps(top, indent=2) + "\n", encoding="utf-8")
+
+
+def load(name_or_path: str | os.PathLike[str], *, verify: bool = True, mesh: Mesh | None = None) -> Checkpoint:
     """Reads a checkpoint directory, or the packaged checkpoint of that name.
 
     Args:
       verify: compare every file's SHA-256 (about a second per GB); sizes are always compared.
+      mesh: restore straight onto its devices, every tensor split over the last axis where :func:`partition` can.
 
     Raises CheckpointError: no such checkpoint, unknown schema, missing, truncated or corrupt files, or weights that
     do not fit the config (one error lists every missing, unexpected and mis-shaped tensor).
     """
     path = resolve(name_or_path)
-    top = _read_json(path / "config.json")
+    config, metadata = read_header(path, verify=verify)
+    tokenizer = read_tokenizer(path / "tokenizer.json", config.vocab_size)
+    params = read_tree(path / "params", expected_params(config), mesh)
+    return Checkpoint(params, config, tokenizer, metadata, end_tokens_of(metadata))
+
+
+def read_header(path: Path, *, verify: bool) -> tuple[ModelConfig, dict[str, Any]]:
+    """A checkpoint's config and metadata, once its files are there and (``verify``) whole. Raises CheckpointError."""
+    top = read_json(path / "config.json")
     if top.get("schema") != SCHEMA:
         raise CheckpointError(f"{path / 'config.json'}: schema: got {top.get('schema')!r}, expected {SCHEMA}")
     try:
         config = ModelConfig.from_dict(top.get("model", {}))
     except ConfigError as error:
         raise CheckpointError(f"{path / 'config.json'}: model: {error}") from error
-    _check_files(path, top.get("files"), verify)
-    metadata = _read_json(path / "metadata.json")
+    files = top.get("files")
+    if not isinstance(files, dict) or "tokenizer.json" not in files:
+        raise CheckpointError(f"{path / 'config.json'}: files: expected the size and SHA-256 of every file")
+    check_files(path, files, verify)
+    return config, read_json(path / "metadata.json")
+
+
+def read_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
+    """A tokenizer of at most ``vocab_size`` tokens. Raises CheckpointError."""
     try:
-        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust library raises bare Exception
-        raise CheckpointError(f"{path / 'tokenizer.json'}: not a tokenizer: {error}") from error
-    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise CheckpointError(f"{file}: not a tokenizer: {error}") from error
+    if tokenizer.get_vocab_size() > vocab_size:
         raise CheckpointError(
-            f"{path / 'tokenizer.json'}: has {tokenizer.get_vocab_size()} tokens, "
-            f"but config.json says vocab_size = {config.vocab_size}"
+            f"{file}: has {tokenizer.get_vocab_size()} tokens, but config.json says vocab_size = {vocab_size}"
         )
-    params = read_tree(path / "params", expected_params(config))
-    return Checkpoint(params, config, tokenizer, metadata)
+    return tokenizer
+
+
+def end_tokens_of(metadata: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The ids under ``end_tokens`` in a checkpoint's metadata. Raises CheckpointError."""
+    ids = metadata.get("end_tokens")
+    if ids is None:
+        return None
+    if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+        raise CheckpointError(f"metadata.json: end_tokens: got {ids!r:.80}, expected a list of token ids")
+    return tuple(ids)
 
 
 def expected_params(config: ModelConfig) -> dict[str, Any]:
@@ -166,75 +219,11 @@ def expected_params(config: ModelConfig) -> dict[str, Any]:
     return jax.eval_shape(lambda: model.init_params(config, 0))
 
 
-# --- trees on disk ---------------------------------------------------------------------------------------------------
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves of any pytree by dotted path: ``{"layers.0.attn.q_proj.kernel": array, ...}``."""
-    return {".".join(map(_key, keys)): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _key(entry: Any) -> str:
-    return str(next(getattr(entry, a) for a in ("key", "idx", "name") if hasattr(entry, a)))
-
-
-def fit(like: Any, leaves: dict[str, Any], where: str) -> Any:
-    """``leaves`` (by dotted path) in the tree structure of ``like``.
-
-    Raises CheckpointError that lists every missing, unexpected and mis-shaped leaf.
-    """
-    expected = named_leaves(like)
-    problems = [f"missing {n} {list(x.shape)}" for n, x in expected.items() if n not in leaves]
-    problems += [f"unexpected {n} {list(x.shape)}" for n, x in leaves.items() if n not in expected]
-    problems += [
-        f"{n}: got shape {list(leaves[n].shape)}, expected {list(x.shape)}"
-        for n, x in expected.items()
-        if n in leaves and tuple(leaves[n].shape) != tuple(x.shape)
-    ]
-    if problems:
-        raise CheckpointError(f"{where}: does not fit the config: " + "; ".join(problems))
-    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in expected])
-
-
-def write_tree(path: Path, tree: Any) -> None:
-    """Writes any pytree of arrays as nested dicts with Orbax; atomic. Leaves go through host memory."""
-    nested = traverse_util.unflatten_dict({n: np.asarray(x) for n, x in named_leaves(tree).items()}, sep=".")
-    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(nested))
-
-
-def read_tree(path: Path, like: Any) -> Any:
-    """Reads what :func:`write_tree` wrote, in the structure of ``like``; dtypes as saved.
-
-    Leaves are arrays on the default device, whatever backend wrote them. Raises CheckpointError.
-    """
-    try:
-        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            saved = checkpointer.metadata(path.absolute()).item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-            restored = checkpointer.restore(path.absolute(), args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged directory
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be read: {reason}") from error
-    return jax.tree.map(jnp.asarray, fit(like, named_leaves(restored), where=str(path)))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax logs several warnings a save through absl; errors are exceptions and still come through."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -246,13 +235,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_files(path: Path, files: Any, verify: bool) -> None:
-    if (
-        not isinstance(files, dict)
-        or "tokenizer.json" not in files
-        or not all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values())
-    ):
-        raise CheckpointError(f"{path / 'config.json'}: files: expected the size and SHA-256 of every file")
+def checksums(directory: Path, files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of ``files``, by their path in ``directory``."""
+    return {p.relative_to(directory).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
+
+
+def check_files(path: Path, files: Mapping[str, Any], verify: bool) -> None:
+    """Compares sizes, and contents too (``verify``), with :func:`checksums`. Raises CheckpointError with all of it."""
+    if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values()):
+        raise CheckpointError(f"{path}: files: expected the size and SHA-256 of every file")
     problems = []
     for name, entry in files.items():
         file = path / name
@@ -260,12 +251,13 @@ def _check_files(path: Path, files: Any, verify: bool) -> None:
             problems.append(f"{name} is missing")
         elif file.stat().st_size != entry["bytes"]:
             problems.append(f"{name} has {file.stat().st_size} bytes, expected {entry['bytes']}")
-        elif verify and _sha256(file) != entry["sha256"]:
+        elif verify and sha256(file) != entry["sha256"]:
             problems.append(f"{name} is corrupt (SHA-256 differs)")
     if problems:
         raise CheckpointError(f"{path}: " + "; ".join(problems))
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -150,7 +150,8 @@ def block_importance(config: NSAConfig, p_cmp: np.ndarray, t: int) -> np.ndarray
 
     A selection block is l'/d chunks of d tokens, a compression block is l/d chunks. The chunk m of selection block j
     lies in the compression blocks (l'/d)·j + m − k, so a probability counts once per chunk that the two share. The
-    paper prints − m − k, which points before block j: ``score_map="paper"``.
+    paper prints − m − k, which points before block j: ``score_map="paper"``. InfLLM-V2 (arXiv 2509.24663) takes the
+    largest of them in place of the sum: ``score_map="max"``.
     """
     chunks, spans = config.select_block // config.compress_stride, config.compress_block // config.compress_stride
     p = p_cmp.sum(axis=0)
@@ -158,9 +159,9 @@ def block_importance(config: NSAConfig, p_cmp: np.ndarray, t: int) -> np.ndarray
     for j in range(len(importance)):
         for m in range(chunks):
             for k in range(spans):
-                i = chunks * j + m - k if config.score_map == "overlap" else chunks * j - m - k
+                i = chunks * j - m - k if config.score_map == "paper" else chunks * j + m - k
                 if 0 <= i < len(p):
-                    importance[j] += p[i]
+                    importance[j] = max(importance[j], p[i]) if config.score_map == "max" else importance[j] + p[i]
     return importance
 
 

@@ -21,7 +21,8 @@ def block_importance(config: NSAConfig, probs: jax.Array, num_blocks: int) -> ja
     total = jnp.zeros((*probs.shape[:-1], num_blocks), probs.dtype)
     for offset, weight in weights.items():
         start = before + offset
-        total += weight * jax.lax.slice_in_dim(padded, start, start + reach, per_block, axis=-1)
+        part = jax.lax.slice_in_dim(padded, start, start + reach, per_block, axis=-1)
+        total = jnp.maximum(total, part) if config.score_map == "max" else total + weight * part
     return total
 
 

@@ -127,14 +127,14 @@ def _files(source: str, config: TrainConfig) -> Iterable[tuple[str, Path]]:
     return kept
 
 
-def encode(documents: Iterable[Document], tokenizer: Tokenizer) -> np.ndarray:
-    """The stream of the documents' tokens, int32 [N], each document followed by end-of-text."""
+def encode(documents: Iterable[Document], tokenizer: Tokenizer, end: int = END_OF_TEXT_ID) -> np.ndarray:
+    """The stream of the documents' tokens, int32 [N], each document followed by the token ``end``."""
     documents = list(documents)
     tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a file is text, not an end
     pieces = []
     for i in range(0, len(documents), 256):  # in parallel inside a slice; slices bound the memory
         for encoding in tokenizer.encode_batch_fast([d.text for d in documents[i : i + 256]], add_special_tokens=False):
-            pieces.append(np.asarray([*encoding.ids, END_OF_TEXT_ID], np.int32))
+            pieces.append(np.asarray([*encoding.ids, end], np.int32))
     tokenizer.encode_special_tokens = False
     return np.concatenate(pieces)
 
@@ -147,12 +147,13 @@ class Tokens:
     held_out: np.ndarray
 
 
-def encode_cached(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> Tokens:
+def encode_cached(corpus: Corpus, tokenizer: Tokenizer, directory: Path, end: int = END_OF_TEXT_ID) -> Tokens:
     """Both streams, from ``directory/tokens-{hash of texts and tokenizer}.npz`` where it exists, else written there."""
-    key = hashlib.sha256((corpus.digest() + tokenizer.to_str()).encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{corpus.digest()}{tokenizer.to_str()}{end or ''}".encode()).hexdigest()[:16]
     file = directory / f"tokens-{key}.npz"
     if not file.exists():
-        streams = {name: encode(corpus.split(held), tokenizer) for name, held in (("train", False), ("held_out", True))}
+        sides = (("train", False), ("held_out", True))
+        streams = {name: encode(corpus.split(held), tokenizer, end) for name, held in sides}
         part = file.with_suffix(".part")
         with part.open("wb") as out:
             np.savez(out, **streams)  # type: ignore[arg-type]

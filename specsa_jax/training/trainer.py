@@ -38,7 +38,7 @@ from specsa_jax.checkpoints import store
 from specsa_jax.config import PRESETS, ConfigError, ModelConfig, preset
 from specsa_jax.training import data, report, step
 from specsa_jax.training.config import DivergedError, TrainConfig, TrainingError
-from specsa_jax.training.tokenizer import train_tokenizer
+from specsa_jax.training.tokenizer import END_OF_TEXT_ID, train_tokenizer
 
 # The host runs ahead of the device by this many steps before it reads a loss.
 _LAG = 8
@@ -107,7 +107,9 @@ class _Run:
             f" ({corpus.duplicates} duplicates and {corpus.undecodable} undecodable files left out)"
         )
         self.tokenizer = self._tokenizer(initial, resumed)
-        self.tokens = data.encode_cached(corpus, self.tokenizer, self.out)
+        self.end_tokens = initial.end_tokens if initial else None
+        end = self.end_tokens[0] if self.end_tokens else END_OF_TEXT_ID
+        self.tokens = data.encode_cached(corpus, self.tokenizer, self.out, end)
         self.bytes_per_token = sum(len(d.text.encode()) for d in self.documents[True]) / len(self.tokens.held_out)
         self._say(f"{len(self.tokens.train):,} training tokens, {len(self.tokens.held_out):,} held out")
         for stage in config.stages:
@@ -283,6 +285,7 @@ class _Run:
             "versions": {"python": platform.python_version(), "jax": jax.__version__,
                          "tokenizers": tokenizers.__version__},
             "device": jax.devices()[0].device_kind,
+            **({"end_tokens": list(self.end_tokens)} if self.end_tokens else {}),
         }  # fmt: skip
 
     # --- states -------------------------------------------------------------------------------------------------------
