@@ -139,13 +139,7 @@ def load(name_or_path: str | os.PathLike[str], *, verify: bool = True) -> Checkp
     do not fit the config (one error lists every missing, unexpected and mis-shaped tensor).
     """
     path = resolve(name_or_path)
-    top = _read_json(path / "config.json")
-    if top.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path / 'config.json'}: schema: got {top.get('schema')!r}, expected {SCHEMA}")
-    try:
-        config = ModelConfig.from_dict(top.get("model", {}))
-    except ConfigError as error:
-        raise CheckpointError(f"{path / 'config.json'}: model: {error}") from error
+    top, config = _read_config(path)
     _check_files(path, top.get("files"), verify)
     metadata = _read_json(path / "metadata.json")
     try:
@@ -159,6 +153,11 @@ def load(name_or_path: str | os.PathLike[str], *, verify: bool = True) -> Checkp
         )
     params = read_tree(path / "params", expected_params(config))
     return Checkpoint(params, config, tokenizer, metadata)
+
+
+def load_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
+    """The config alone of what :func:`load` reads. Raises CheckpointError."""
+    return _read_config(resolve(name_or_path))[1]
 
 
 def expected_params(config: ModelConfig) -> dict[str, Any]:
@@ -232,6 +231,16 @@ def _quiet() -> Iterator[None]:
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
+    top = _read_json(path / "config.json")
+    if top.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path / 'config.json'}: schema: got {top.get('schema')!r}, expected {SCHEMA}")
+    try:
+        return top, ModelConfig.from_dict(top.get("model", {}))
+    except ConfigError as error:
+        raise CheckpointError(f"{path / 'config.json'}: model: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
