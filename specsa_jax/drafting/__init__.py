@@ -1,6 +1,15 @@
 """Drafters: frozen rules that propose tokens inside the jitted loop, as trees within a template."""
 
-from specsa_jax.drafting.base import Context, Draft, Drafter, Seen, Target, depth_first, drafter_from_name
+from specsa_jax.drafting.base import (
+    Context,
+    Draft,
+    Drafter,
+    Seen,
+    Target,
+    depth_first,
+    drafter_from_name,
+    register_drafter,
+)
 from specsa_jax.drafting.combined import Combined
 from specsa_jax.drafting.draft_model import DraftModel, SelfDraft
 from specsa_jax.drafting.grow import Level, grow
@@ -9,5 +18,9 @@ from specsa_jax.drafting.tree import TreeTemplate, parse_tree
 
 __all__ = [
     "Combined", "Context", "Draft", "DraftModel", "Drafter", "Level", "PromptLookup", "Seen", "SelfDraft", "Target",
-    "TreeTemplate", "depth_first", "drafter_from_name", "grow", "parse_tree",
+    "TreeTemplate", "depth_first", "drafter_from_name", "grow", "parse_tree", "register_drafter",
 ]  # fmt: skip
+
+register_drafter("none", lambda: None)
+register_drafter("lookup", PromptLookup)
+register_drafter("self", SelfDraft)

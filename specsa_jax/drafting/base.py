@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -159,11 +161,49 @@ def depth_first(draft: Draft, depth: int) -> Draft:
     )
 
 
-def drafter_from_name(name: str) -> Drafter | None:
-    """The drafter called ``name`` with its default settings; None for "none". Raises ValueError listing the names."""
-    from specsa_jax.drafting.prompt_lookup import PromptLookup
+_REGISTERED: dict[str, Callable[[], Drafter | None]] = {}
 
-    known: dict[str, Drafter | None] = {"lookup": PromptLookup(), "none": None}
-    if name not in known:
-        raise ValueError(f"drafter: got {name!r}, expected one of {', '.join(known)}")
-    return known[name]
+
+def register_drafter(name: str, make: Callable[[], Drafter | None]) -> None:
+    """Lets ``make()`` be had by ``name`` from :func:`drafter_from_name`, and so from ``specsa generate --drafter``.
+
+    Raises ValueError for a name that is taken, or has a ``+`` or ``:`` in it.
+    """
+    if not name or name in _REGISTERED or set(name) & set("+:"):
+        raise ValueError(f"name: got {name!r}, expected a new name without + and :")
+    _REGISTERED[name] = make
+
+
+def drafter_from_name(name: str) -> Drafter | None:
+    """The drafter called ``name``, with its default settings; None for "none".
+
+    ``model:PATH`` drafts with a checkpoint; ``a+b`` takes a where it has a draft, else b; ``package.module:Name`` is
+    a drafter of one's own, or a function that makes one.
+
+    Raises ValueError listing the names, and what the drafter raises.
+    """
+    first, plus, second = name.partition("+")
+    if plus:
+        from specsa_jax.drafting.combined import Combined
+
+        left, right = drafter_from_name(first), drafter_from_name(second)
+        if left is None or right is None:
+            raise ValueError(f"drafter: got {name!r}, expected two drafters around the +")
+        return Combined(left, right)
+    if name in _REGISTERED:
+        return _REGISTERED[name]()
+    kind, colon, rest = name.partition(":")
+    if colon and kind == "model":
+        from specsa_jax.drafting.draft_model import DraftModel
+
+        return DraftModel(rest)
+    known = ", ".join([*_REGISTERED, "model:PATH", "a+b", "package.module:Name"])
+    if not colon:
+        raise ValueError(f"drafter: got {name!r}, expected one of {known}")
+    try:
+        made = getattr(importlib.import_module(kind), rest)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"drafter: got {name!r}, expected one of {known}: {error}") from error
+    if not isinstance(made, Drafter):
+        raise ValueError(f"drafter: {name} makes {made!r}, expected a Drafter")
+    return made
