@@ -1,9 +1,9 @@
 """Row-wise computation: together, or in blocks of one fixed size whose results cannot depend on anything else.
 
 What the strict class needs: the bits of a row are the same whoever is computed beside it, in whichever program. A
-compiler gives that for a loop with a body of fixed shapes: the body is compiled on its own (nothing outside is fused into
-it, nothing of it moved out), so that it is the same code in the program that decodes one token and in the one that
-verifies a tree. Its trip count must be unknown to the compiler, which unrolls or inlines short loops.
+compiler gives that for a loop with a body of fixed shapes: the body is compiled on its own (nothing outside is fused
+into it, nothing of it moved out), so that it is the same code in the program that decodes one token and in the one
+that verifies a tree. Its trip count must be unknown to the compiler, which unrolls or inlines short loops.
 """
 
 from __future__ import annotations
