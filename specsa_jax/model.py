@@ -187,22 +187,32 @@ def hidden_states(
     dtype: jnp.dtype = jnp.float32,
     remat: bool = True,
     query_chunk: int = 256,
-) -> jax.Array:
+    features: tuple[int, ...] = (),
+) -> Any:
     """Final-normed hidden states [B, S, H] of whole sequences int32 [B, S]; causal, differentiable.
 
     Attention works in chunks of ``query_chunk`` queries and never holds an S × S array; with ``remat`` a layer's
     activations are recomputed in the backward pass.
+
+    ``features`` are counts of layers, 1 … layers: with them the result is (hidden states, features [B, S, F, H]), the
+    residual stream behind so many layers, before any norm.
     """
     model = bind(config, params, dtype)
     # One traced layer, scanned: compile time does not grow with depth.
     graph, _ = nnx.split(model.layers[0])
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(layer) for layer in model.layers))
 
-    def run(x: jax.Array, state: Any) -> tuple[jax.Array, None]:
-        return nnx.merge(graph, state).sequence(x, query_chunk), None
+    x = model.embed(tokens)
+    wanted = jnp.arange(1, config.layers + 1)[:, None] == jnp.asarray(features, jnp.int32)  # [layers, F]
+    taken = jnp.zeros((*x.shape[:2], len(features), x.shape[2]), x.dtype)
 
-    x, _ = jax.lax.scan(jax.checkpoint(run) if remat else run, model.embed(tokens), stacked)
-    return model.norm(x)
+    def run(carry: tuple[jax.Array, jax.Array], xs: tuple[Any, jax.Array]) -> tuple[tuple[jax.Array, jax.Array], None]:
+        (x, taken), (state, here) = carry, xs
+        x = nnx.merge(graph, state).sequence(x, query_chunk)
+        return (x, jnp.where(here[:, None], x[:, :, None], taken)), None
+
+    (x, taken), _ = jax.lax.scan(jax.checkpoint(run) if remat else run, (x, taken), (stacked, wanted))
+    return (model.norm(x), taken) if features else model.norm(x)
 
 
 def head(config: ModelConfig, params: Params, hidden: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
@@ -219,14 +229,19 @@ def verify(
     *,
     dtype: jnp.dtype = jnp.float32,
     backend: Backend = Backend(),
-) -> tuple[jax.Array, list[LayerTail]]:
+    features: tuple[int, ...] = (),
+) -> Any:
     """Final-normed hidden states [B, T, H] of the tail's tokens int32 [B, T] against ``cache``; and each layer's tail.
 
-    The cache is only read: :func:`specsa_jax.cache.commit` writes the accepted path.
+    The cache is only read: :func:`specsa_jax.cache.commit` writes the accepted path. ``features``, as for
+    :func:`hidden_states`, adds a third result [B, T, F, H].
     """
     model = bind(config, params, dtype)
-    x, tails = model.embed(tokens), []
-    for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
+    x, tails, behind = model.embed(tokens), [], {}
+    for depth, (layer, layer_cache) in enumerate(zip(model.layers, cache.layers, strict=True), 1):
         x, layer_tail = layer.tail(x, cache, layer_cache, tail, backend)
         tails.append(layer_tail)
+        behind[depth] = x
+    if features:
+        return model.norm(x), tails, jnp.stack([behind[depth] for depth in features], axis=2)
     return model.norm(x), tails
