@@ -15,6 +15,7 @@ import typer
 from typer.exceptions import TyperException
 
 from specsa_jax.training.cli import train
+from specsa_jax.training.draft_cli import train_draft
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +35,7 @@ app = typer.Typer(
     help="SpecSA-JAX: speculative decoding for native sparse attention models.\n\nExample:  specsa generate --compare",
 )
 app.command()(train)
+app.command()(train_draft)
 
 
 @app.callback()

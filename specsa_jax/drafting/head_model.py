@@ -86,7 +86,7 @@ class HeadLayer(nnx.Module):
         self.config = config
         width = config.target.hidden
         kinds: dict[str, Any] = {"dtype": dtype, "param_dtype": jnp.float32, "rngs": rngs}
-        linear = functools.partial(nnx.Linear, use_bias=False, **kinds)
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
         norm = functools.partial(nnx.RMSNorm, width, epsilon=config.target.norm_eps, **kinds)
         self.token_norm, self.state_norm, self.mlp_norm = norm(), norm(), norm()
         self.q_proj = linear(2 * width, config.num_heads * config.head_dim)
