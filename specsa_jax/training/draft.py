@@ -167,22 +167,23 @@ class _Run:
         def write(prompts: np.ndarray, stream: np.ndarray, sampled: float, what: str) -> draft_data.Generated:
             begun = time.monotonic()
 
-            def say(done: int) -> None:
+            def say(done: int) -> bool:
                 spent = time.monotonic() - begun
                 self._say(f"the target has continued {done} of {len(prompts)} {what} ({spent:.0f} s)")
+                return not config.time_limit or time.monotonic() - self.started < config.time_limit / 3
 
             return draft_data.generate(engine, prompts, stream, config, sampled, say)
 
+        self.held_out = draft_data.cached(
+            self.out / f"eval-{len(held_out_prompts)}.npz",
+            lambda: write(held_out_prompts, self.tokens.held_out, 0.0, "held-out prompts"),
+        )
         self.generated = None
         if config.generated_rows():
             prompts = draft_data.training_prompts(self.tokens.train, config)
             self.generated = draft_data.cached(
                 self.out / "generated.npz", lambda: write(prompts, self.tokens.train, config.sampled, "prompts")
             )
-        self.held_out = draft_data.cached(
-            self.out / f"eval-{len(held_out_prompts)}.npz",
-            lambda: write(held_out_prompts, self.tokens.held_out, 0.0, "held-out prompts"),
-        )
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 

@@ -38,8 +38,8 @@ class DraftConfig(_Config):
       eval_every, eval_rows: steps between evaluations on held-out files (0: only at the end), and sequences for them.
       chain: drafted tokens a step in the predicted acceptance length.
       save_every, keep: steps between saved states (0: only at the end), and how many to keep.
-      time_limit: seconds for all but the last evaluation; the learning rate then falls by time as well as by steps,
-        so that it has fallen when the time is up. 0: none.
+      time_limit: seconds for all but the last evaluation, of which generating gets a third (it then stops after the
+        batch); the learning rate falls by time as well as by steps, so that it has fallen when the time is up. 0: none.
       resume: go on from the last saved state in ``output``.
       seed: of the initial weights, the order of the data, and the sampling.
     """

@@ -36,15 +36,15 @@ def generate(
     stream: np.ndarray,
     config: DraftConfig,
     sampled: float,
-    progress: Callable[[int], None],
+    progress: Callable[[int], bool],
 ) -> Generated:
     """Continues prompts int32 [N, context − new_tokens] out of ``stream``, the fraction ``sampled`` of them sampled.
 
-    ``progress`` is called with the number of rows done. The last batch is filled up with prompts from the start, so
-    that all batches share a compiled program.
+    ``progress`` is called with the number of rows done, and says whether to go on. A batch is filled up with prompts
+    from the start, so that all batches, of training and held-out text, share a compiled program.
     """
     count, width = prompts.shape
-    size = min(config.generation_batch, count)
+    size = min(config.generation_batch, max(config.generated, config.eval_rows))
     random = np.random.default_rng((config.seed, count, width))
     begins = np.flatnonzero(stream[:-1] == END_OF_TEXT_ID) + 1
     begins = begins if len(begins) else np.zeros(1, np.int64)
@@ -60,13 +60,15 @@ def generate(
         result = engine.generate(
             [prompts[index].tolist() for index in chosen], config.new_tokens, sampling=sampling, speculate=False
         )
-        for index, generation in zip(chosen, result, strict=True):
+        for index, generation in zip(chosen[: count - first], result[: count - first], strict=True):
             text = np.concatenate([prompts[index], generation.tokens])
             begin = int(random.choice(begins))
             filler = stream[(begin + np.arange(config.context - len(text))) % len(stream)]
             rows[index], ends[index] = np.concatenate([text, filler]), len(text)
-        progress(min(first + size, count))
-    return Generated(rows, ends)
+        done = min(first + size, count)
+        if not progress(done):
+            break
+    return Generated(rows[:done], ends[:done])
 
 
 def training_prompts(stream: np.ndarray, config: DraftConfig) -> np.ndarray:
