@@ -123,6 +123,20 @@ def chain(size: int, block: int) -> Topology:
     return topology([node - 1 for node in range(size)], block)
 
 
+def grown_topology(parents: jax.Array, depth: int, block: int) -> Topology:
+    """As :func:`topology` for trees known only on the device: ``parents`` int32 [B, T], at most ``depth`` deep."""
+    batch, size = parents.shape
+    node = jnp.arange(size, dtype=jnp.int32)
+    upward = jnp.pad(parents, ((0, 0), (0, 1)), constant_values=-1)  # the last: what −1 finds
+    steps = [jnp.broadcast_to(node, (batch, size))]
+    for _ in range(depth):
+        steps.append(jnp.take_along_axis(upward, steps[-1] % (size + 1), axis=1))
+    back = jnp.stack(steps, axis=-1)  # [B, T, depth + 1]
+    ancestor = (back[..., None] == node).any(axis=-2)
+    padded = jnp.pad(back, ((0, 0), (0, 0), (0, max(0, block - depth - 1))), constant_values=-1)
+    return Topology((back >= 0).sum(axis=-1, dtype=jnp.int32) - 1, ancestor, padded[..., :block])
+
+
 def make_tail(config: NSAConfig, tree: Topology, lengths: jax.Array, slots: int | None = None) -> Tail:
     """The tail that ``tree`` makes behind ``lengths`` committed tokens int32 [B].
 

@@ -24,7 +24,8 @@ from pallas_kernels import Implementation
 from specsa_jax import checkpoints
 from specsa_jax.cache import CacheBytes, CapacityError, cache_bytes, create_cache, pages_for
 from specsa_jax.config import ModelConfig
-from specsa_jax.decoding import AUTOREGRESSIVE, Decoder, State, Strategy
+from specsa_jax.decoding import AUTOREGRESSIVE, Counts, Decoder, State, Strategy
+from specsa_jax.drafting import Drafter, Target
 from specsa_jax.nsa import kernels
 from specsa_jax.sampling import SamplingParams, batch_sampling
 
@@ -68,10 +69,10 @@ class Stats:
       strategy: the strategy used, in words.
       prompt_tokens, new_tokens: sums over the batch.
       steps: target passes; ``sequence_steps``: the same, summed over the sequences that were still running.
-      drafted, accepted: drafted tokens, and those of them that stood.
+      drafted, accepted: drafted tokens (of a tree, all branches), and those of them that stood.
       accepted_histogram: sequence steps by the number of drafted tokens that stood, from 0.
-      acceptance_per_position: for the first drafted token, the second, …: of the steps that drafted one there, the
-        fraction in which it stood.
+      acceptance_per_position: for the first drafted token of a path, the second, …: of the steps that drafted one
+        there, the fraction in which one stood.
       prefill_seconds, decode_seconds, compile_seconds: wall time.
       cache: bytes that the cache takes.
     """
@@ -176,6 +177,7 @@ class Engine:
         self.implementation = kernels.choose(config.nsa, self.max_length, implementation)
         self.decoder = Decoder(config, self.dtype, self.end_tokens, self.implementation)
         self._compiled: dict[Any, Any] = {}
+        self._draft_params: dict[Drafter, Any] = {}
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> Engine:
@@ -258,9 +260,13 @@ class Engine:
         if not isinstance(strategy, Strategy | None):
             raise PromptError(f"strategy: got {strategy!r}, expected a Strategy")
         strategy = AUTOREGRESSIVE if not speculate else Strategy() if strategy is None else strategy
+        strategy.check(self.config)
+        draft_params = self._load_drafter(strategy.drafter)
         pages, size = self._plan_pages(rows, max_new_tokens)
         watched = bool(stop) or not _quiet
-        return Stream(self._run(rows, max_new_tokens, list(sampling), stop, strategy, pages, size, watched))
+        return Stream(
+            self._run(rows, max_new_tokens, list(sampling), stop, strategy, draft_params, pages, size, watched)
+        )
 
     def _run(
         self,
@@ -269,33 +275,43 @@ class Engine:
         sampling: list[SamplingParams],
         stop: tuple[str, ...],
         strategy: Strategy,
+        draft_params: Any,
         pages: np.ndarray,
         size: CacheBytes,
         watched: bool,
     ) -> Generator[Chunk, None, Result]:
         params = batch_sampling(sampling)
+        drafter = strategy.drafter
         state = self._initial_state(rows, pages, max_new_tokens)
+        if drafter is not None:
+            capacity = pages.shape[1] * self.config.nsa.select_block
+            state = state._replace(draft=drafter.init(self.config, len(rows), capacity, self.dtype))
         longest = max(len(row) for row in rows)
         chunk = min(self.prefill_chunk, max(16, 1 << (longest - 1).bit_length()))
         few = jnp.int32(max(1, 1024 // chunk))  # so that Ctrl-C is heard during a long prefill
-        prefill, compile_prefill = self._executable("prefill", chunk, self.params, state, few)
-        decode, compile_decode = self._executable("decode", strategy, self.params, state, params, jnp.int32(0))
+        shown = {} if drafter is None or not drafter.observes else {"draft_params": draft_params}
+        prefill, compile_prefill = self._executable(
+            "prefill", {"chunk": chunk, "drafter": drafter if shown else None}, self.params, state, few, **shown
+        )
+        decode, compile_decode = self._executable(
+            "decode", {"strategy": strategy}, self.params, state, params, jnp.int32(0), draft_params=draft_params
+        )
 
         begun = time.perf_counter()
         for _ in range(0, longest, int(few) * chunk):
-            state = jax.block_until_ready(prefill(self.params, state, few))
+            state = jax.block_until_ready(prefill(self.params, state, few, **shown))
         prefill_seconds = time.perf_counter() - begun
 
         outputs = [_Output(self.tokenizer, len(row), stop, self.end_tokens) for row in rows]
         per_call = jnp.int32(_STREAM_STEPS if watched else _QUIET_STEPS)
-        totals = [np.zeros((), np.int64), np.zeros(strategy.width, np.int64), np.zeros(strategy.width, np.int64)]
+        totals: Any = Counts(0, 0, 0, 0)
         decode_seconds, running = 0.0, True
         while running:
             begun = time.perf_counter()
-            state, counts = decode(self.params, state, params, per_call)
+            state, counts = decode(self.params, state, params, per_call, draft_params=draft_params)
             tokens, known, done = jax.device_get((state.tokens, state.known, state.done))
             decode_seconds += time.perf_counter() - begun
-            totals = [total + np.asarray(count, np.int64) for total, count in zip(totals, counts, strict=True)]
+            totals = jax.tree.map(lambda total, new: total + np.asarray(new, np.int64), totals, counts)
             for index, output in enumerate(outputs):
                 text = output.update(tokens[index, : known[index]], bool(done[index]))
                 if text and watched:
@@ -324,26 +340,33 @@ class Engine:
             part = row[start : start + chunk]
             padded = jnp.asarray(np.pad(part, (0, chunk - len(part)))[None], jnp.int32)
             arguments = (self.params, padded, cache, jnp.asarray([len(part)], jnp.int32))
-            score, _ = self._executable("score", None, *arguments)
+            score, _ = self._executable("score", {}, *arguments)
             logprobs, cache = score(*arguments)
             out[start : start + len(part)] = np.asarray(logprobs[0, : len(part)])
         return out
 
     # --- what both need -----------------------------------------------------------------------------------------------
 
-    def _executable(self, kind: str, static: Any, *arguments: Any) -> tuple[Callable[..., Any], float]:
+    def _executable(self, kind: str, static: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Callable, float]:
         """The compiled function for these shapes, and the seconds that compiling it took now (0 if it was there)."""
-        leaves, structure = jax.tree.flatten(arguments)
-        key = (kind, static, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        key = (kind, *static.values(), structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if key in self._compiled:
             return self._compiled[key], 0.0
         begun = time.perf_counter()
-        function = getattr(self.decoder, kind)
-        named = {"prefill": {"chunk": static}, "decode": {"strategy": static}, "score": {}}[kind]
         # float32 means float32: a GPU's default would round the factors to TF32.
         with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
-            self._compiled[key] = function.lower(*arguments, **named).compile()
+            self._compiled[key] = getattr(self.decoder, kind).lower(*args, **kwargs, **static).compile()
         return self._compiled[key], time.perf_counter() - begun
+
+    def _load_drafter(self, drafter: Drafter | None) -> Any:
+        """The drafter's weights, loaded once. Raises ValueError where it does not belong to this model."""
+        if drafter is None:
+            return ()
+        if drafter not in self._draft_params:
+            target = Target(self.config, self.params, self.tokenizer, self.dtype)
+            self._draft_params[drafter] = drafter.load(target)
+        return self._draft_params[drafter]
 
     def _initial_state(self, rows: list[np.ndarray], pages: np.ndarray, max_new_tokens: int) -> State:
         page = self.config.nsa.select_block
@@ -472,23 +495,23 @@ def _stats(
     strategy: Strategy,
     rows: list[np.ndarray],
     outputs: list[_Output],
-    totals: list[np.ndarray],
+    totals: Counts,
     prefill_seconds: float,
     decode_seconds: float,
     compile_seconds: float,
     size: CacheBytes,
 ) -> Stats:
-    steps, drafted, accepted = totals
-    places = np.arange(strategy.width)
+    drafted, accepted = totals.drafted, totals.accepted
+    places = np.arange(strategy.reach)
     reached = [int(accepted[place:].sum()) for place in places]
     tried = [int(drafted[place:].sum()) for place in places]
     return Stats(
         strategy=strategy.describe(),
         prompt_tokens=sum(len(row) for row in rows),
         new_tokens=sum(len(output.tokens) for output in outputs),
-        steps=int(steps),
+        steps=int(totals.steps),
         sequence_steps=int(accepted.sum()),
-        drafted=int(drafted @ places),
+        drafted=int(totals.nodes),
         accepted=int(accepted @ places),
         accepted_histogram=tuple(int(count) for count in accepted),
         acceptance_per_position=tuple(r / t if t else 0.0 for r, t in zip(reached[1:], tried[1:], strict=True)),
