@@ -68,14 +68,20 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
+def differences(theirs: ModelConfig, ours: ModelConfig) -> str:
+    """The fields in which two configs differ, in words."""
+    a, b = theirs.to_dict(), ours.to_dict()
+    return "; ".join(f"{name} {a[name]!r}, not {b[name]!r}" for name in a if a[name] != b[name])
+
+
 def check_target(head: DraftHead, config: ModelConfig, params: dict[str, Any], tokenizer: Tokenizer) -> None:
     """Raises CheckpointError unless ``head`` was trained on this very model with this vocabulary."""
     if head.tokenizer != tokenizer_digest(tokenizer):
         raise CheckpointError("draft head: was trained with another tokenizer than the target's")
     if head.config.target != config:
-        ours, theirs = config.to_dict(), head.config.target.to_dict()
-        differing = "; ".join(f"{n} {theirs[n]!r}, not {ours[n]!r}" for n in ours if ours[n] != theirs[n])
-        raise CheckpointError(f"draft head: belongs to a target of another config: {differing}")
+        raise CheckpointError(
+            f"draft head: belongs to a target of another config: {differences(head.config.target, config)}"
+        )
     if head.target != fingerprint(config, params):
         raise CheckpointError(
             "draft head: belongs to another target: the config is the same, the weights are not; "
@@ -100,17 +106,28 @@ def save(path: str | os.PathLike[str], head: DraftHead, *, overwrite: bool = Fal
     return path
 
 
+def _directory(path: str | os.PathLike[str]) -> Path:
+    """The directory of the head that ``path`` is or has. Raises CheckpointError."""
+    where = store.resolve(path)
+    if (where / DIRECTORY / "config.json").is_file():
+        return where / DIRECTORY
+    if "model" in store.read_json(where / "config.json"):
+        raise CheckpointError(f"{where}: has no draft head ({DIRECTORY}/); train one with specsa train-draft --install")
+    return where
+
+
+def read_config(path: str | os.PathLike[str]) -> HeadConfig:
+    """The config alone of the head that :func:`load` reads. Raises CheckpointError."""
+    return store.read_top(_directory(path), "head", HeadConfig)[1]
+
+
 def load(path: str | os.PathLike[str], *, verify: bool = True) -> DraftHead:
     """Reads a head's directory; ``path`` may also be a checkpoint that has one inside, or a packaged name.
 
     Raises CheckpointError: no such directory, a checkpoint without a head, unknown schema, missing or corrupt files,
     or weights that do not fit the config.
     """
-    where = store.resolve(path)
-    if (where / DIRECTORY / "config.json").is_file():
-        where = where / DIRECTORY
-    elif "model" in store.read_json(where / "config.json"):
-        raise CheckpointError(f"{where}: has no draft head ({DIRECTORY}/); train one with specsa train-draft --install")
+    where = _directory(path)
     top, config = store.read_top(where, "head", HeadConfig)
     store.check_files(where, top.get("files"), verify)
     metadata = store.read_json(where / "metadata.json")
