@@ -1,6 +1,7 @@
 """Training of a draft head: the run, its interruptions, what is refused; the head's checkpoint."""
 
 import dataclasses
+import functools
 import json
 import random
 import shutil
@@ -22,6 +23,8 @@ from specsa_jax.training import TrainingError, draft_cli, draft_data, draft_step
 from specsa_jax.training.draft import train_draft
 from specsa_jax.training.draft_config import DraftConfig
 from specsa_jax.training.tokenizer import train_tokenizer
+
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 
 TARGET = ModelConfig(
     vocab_size=300, hidden=16, layers=2, intermediate=16, max_length=128,
@@ -51,7 +54,7 @@ def target(tmp_path_factory):
 def config(target, tmp_path):
     return DraftConfig(
         target=str(target), output=str(tmp_path / "run"), context=40, new_tokens=24, generated=24, generation_batch=12,
-        batch=4, steps=8, warmup=1, unroll=3, chain=3, window=16, learning_rate=1e-2, dtype="f32", eval_every=0,
+        batch=4, steps=8, warmup=1, unroll=2, chain=2, window=16, learning_rate=1e-2, dtype="f32", eval_every=0,
         eval_rows=6, save_every=3,
     )  # fmt: skip
 
@@ -71,9 +74,9 @@ def test_run_learns_to_draft_and_leaves_what_it_documents(config, target):
     log = report.read_log(Path(config.output) / "log.jsonl")
     measured = [r for r in log if "acceptance_length" in r]
     assert [r["step"] for r in measured] == [20, 40, 60]
-    assert log[-1]["loss"] < log[0]["loss"] / 2 and len(log[-1]["matches"]) == 3
+    assert log[-1]["loss"] < log[0]["loss"] / 2 and len(log[-1]["matches"]) == 2
     assert measured[-1]["held_out_loss"] < measured[0]["held_out_loss"]
-    assert summary.evaluation.acceptance_length == measured[-1]["acceptance_length"] > 1.5
+    assert summary.evaluation.acceptance_length == measured[-1]["acceptance_length"] > 1.4
     assert summary.evaluation.matches[0] > 0.5 and summary.evaluation.steps > 6
     files = {p.name for p in Path(config.output).iterdir()}
     assert {"run.json", "generated.npz", "log.jsonl", "draft.png", "state", "draft"} <= files
@@ -112,15 +115,15 @@ def test_a_time_limit_ends_the_run_with_a_head_and_lowers_the_rate_on_the_way(co
 
 
 def test_generated_rows_are_prompts_out_of_the_files_and_what_the_target_makes_of_them(config):
-    train_draft(dataclasses.replace(config, steps=2, save_every=0, generated=5, generation_batch=4, sampled=0.0))
+    train_draft(dataclasses.replace(config, steps=2, save_every=0, generated=17, sampled=0.0))
     with np.load(Path(config.output) / "generated.npz") as saved:
         rows, ends = saved["rows"], saved["ends"]
-    assert rows.shape == (5, 40) and (ends > 16).all()
+    assert rows.shape == (17, 40) and (ends > 16).all()
     target = checkpoints.load(config.target)
-    for row, end in zip(rows, ends, strict=True):
-        hidden = model.hidden_states(TARGET, target.params, jnp.asarray(row[None]))
-        greedy = np.asarray(model.head(TARGET, target.params, hidden)).argmax(-1)[0]
-        np.testing.assert_array_equal(row[16:end], greedy[15 : end - 1])
+    hidden = jit(lambda p, t: model.hidden_states(TARGET, p, t))(target.params, rows)
+    greedy = np.asarray(model.head(TARGET, target.params, hidden)).argmax(-1)
+    for row, end, best in zip(rows, ends, greedy, strict=True):
+        np.testing.assert_array_equal(row[16:end], best[15 : end - 1])
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------
@@ -130,11 +133,13 @@ def test_laws_are_compared_at_every_depth_whatever_the_chunk(config):
     head_config = HeadConfig.of(TARGET, window=16)
     target, params = model.init_params(TARGET, 0), head_model.init_params(head_config, 1)
     rows = np.random.default_rng(0).integers(1, 300, (2, 20)).astype(np.int32)
-    whole = draft_step.compare(head_config, config, params, target, rows)
-    for a, b in zip(whole, draft_step.compare(head_config, config, params, target, rows, chunk=7), strict=True):
+    whole, parts = jit(lambda *args: [draft_step.compare(head_config, config, *args, chunk=n) for n in (0, 7)])(
+        params, target, rows
+    )
+    for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     divergence, match, overlap = map(np.asarray, whole)
-    assert divergence.shape == (3, 2, 19) and (divergence > 0).all() and (overlap > 0).all() and (overlap < 1).all()
+    assert divergence.shape == (2, 2, 19) and (divergence > 0).all() and (overlap > 0).all() and (overlap < 1).all()
     assert match.dtype == bool
 
 
@@ -163,7 +168,7 @@ def test_unusable_input_is_refused_before_any_work(config, changes, named):
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"chain": 4}, "chain"), ({"mix": 1.5}, "mix"), ({"new_tokens": 40}, "new_tokens"), ({"unroll": 0}, "unroll"),
+    [({"chain": 3}, "chain"), ({"mix": 1.5}, "mix"), ({"new_tokens": 40}, "new_tokens"), ({"unroll": 0}, "unroll"),
      ({"warmup": 8}, "warmup"), ({"temperature": 0.0}, "temperature"), ({"dtype": "f16"}, "dtype")],
 )  # fmt: skip
 def test_contradictory_options_are_refused(config, changes, named):
@@ -222,9 +227,9 @@ def test_the_command_installs_the_head_and_says_what_was_wrong(config, target, t
     app = typer.Typer()
     app.command()(draft_cli.train_draft)
     copy = shutil.copytree(target, tmp_path / "copy")
-    words = [str(copy), "-o", config.output, "--context", "40", "--new-tokens", "24", "--generated", "0", "--steps",
+    words = [str(copy), "-o", config.output, "--context", "40", "--new-tokens", "24", "--generated", "17", "--steps",
              "2", "--warmup", "1", "--unroll", "2", "--chain", "2", "--window", "16", "--dtype", "f32", "--batch", "4",
-             "--eval-rows", "4", "--features", "1,2"]  # fmt: skip
+             "--eval-rows", "6", "--features", "1,2", "--generation-batch", "12"]  # fmt: skip
     run = CliRunner().invoke(app, [*words, "--install", "--json"])
     assert run.exit_code == 0, run.output
     assert json.loads(run.stdout.splitlines()[-1])["head"] == str(Path(config.output) / "draft")
