@@ -22,13 +22,13 @@ class Accepted(NamedTuple):
     """What a step accepts of each tree.
 
     Attributes:
-      path: int32 [B, A]: node 0 and the accepted nodes below it, of which 1 + ``count`` count.
-      count: int32 [B]: accepted drafted tokens, 0 to A − 1.
-      tokens: int32 [B, A]: the 1 + ``count`` tokens that the step gives: the accepted drafts, and one more.
+      path: int32 [B, A]: node 0 and the accepted nodes below it, of which 1 + ``length`` count.
+      length: int32 [B]: accepted drafted tokens, 0 to A − 1.
+      tokens: int32 [B, A]: the 1 + ``length`` tokens that the step gives: the accepted drafts, and one more.
     """
 
     path: jax.Array
-    count: jax.Array
+    length: jax.Array
     tokens: jax.Array
 
 
@@ -45,8 +45,8 @@ def accept_coupled(tree: Tree, tokens: jax.Array, valid: jax.Array, targets: jax
     depth = jnp.broadcast_to(tree.topology.depth, tokens.shape)
     last = jnp.argmax(jnp.where(stands, depth, -1), axis=1).astype(jnp.int32)
     path = path_to(tree, last, width)
-    count = jnp.take_along_axis(depth, last[:, None], axis=1)[:, 0]
-    return Accepted(path, count, jnp.take_along_axis(targets, path, axis=1))
+    length = jnp.take_along_axis(depth, last[:, None], axis=1)[:, 0]
+    return Accepted(path, length, jnp.take_along_axis(targets, path, axis=1))
 
 
 def path_to(tree: Tree, last: jax.Array, width: int) -> jax.Array:

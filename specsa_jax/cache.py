@@ -17,7 +17,7 @@ Rings hold ``max_rollback`` tokens more than a query needs: so far, and no farth
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -305,6 +305,16 @@ def commit(
 
     layers = [write(layer, new) for layer, new in zip(cache.layers, tails, strict=True)]
     return cache._replace(layers=layers, lengths=cache.lengths + count)
+
+
+def reads_first(true: jax.Array, read: Callable[[], Any]) -> Any:
+    """``read()``, under a condition that always holds, which the compiler cannot know.
+
+    What a branch reads of the cache is read before the commit that follows. Without the branch nothing would order
+    the two, and XLA would copy the cache at every step, to write one copy and read the other.
+    """
+    nothing = jax.eval_shape(read)
+    return jax.lax.cond(true, read, lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nothing))
 
 
 def rollback(cache: Cache, lengths: jax.Array) -> Cache:

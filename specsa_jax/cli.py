@@ -61,7 +61,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample among the smallest set of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Sequence i samples with seed + i.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends a sequence; repeatable.")] = None,
-    drafter: Annotated[str, typer.Option(help="Who drafts: lookup, or none.")] = "lookup",
+    drafter: Annotated[str, typer.Option(help="Who drafts: lookup, head, head:PATH, or none.")] = "lookup",
     tree: Annotated[str, typer.Option(help="Shape of a draft: chain:K, K drafted tokens.")] = "chain:5",
     implementation: Annotated[
         str, typer.Option(help="Attention by 'pallas' (GPU kernels) or 'xla'; 'auto': pallas where it runs.")
@@ -83,7 +83,7 @@ def generate(
     notes = Console(stderr=True, highlight=False)
     with _clear_errors(notes):
         texts = _prompts(prompt_file or [])
-        strategy = _strategy(drafter, tree)
+        strategy = _strategy(drafter, tree, checkpoint)
         from specsa_jax.engine import Engine
         from specsa_jax.sampling import SamplingParams
 
@@ -158,11 +158,11 @@ def _clear_errors(notes: Console) -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
-def _strategy(drafter: str, tree: str) -> Strategy:
+def _strategy(drafter: str, tree: str, checkpoint: str) -> Strategy:
     from specsa_jax.decoding import Strategy
     from specsa_jax.drafting import drafter_from_name
 
-    return Strategy(drafter_from_name(drafter), tree)
+    return Strategy(drafter_from_name(drafter, checkpoint), tree)
 
 
 def _prompts(files: list[Path]) -> list[tuple[str, str]]:

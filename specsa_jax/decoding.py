@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +16,9 @@ import jax.numpy as jnp
 from pallas_kernels import Implementation
 from specsa_jax import model as transformer
 from specsa_jax.acceptance import Accepted, accept_coupled
-from specsa_jax.cache import Cache, LayerTail, Tail, chain_slots, commit, make_tail, topology
+from specsa_jax.cache import Cache, LayerTail, Tail, chain_slots, commit, make_tail, reads_first, topology
 from specsa_jax.config import ModelConfig
-from specsa_jax.drafting import Context, Drafter, PromptLookup, Seen
+from specsa_jax.drafting import Context, Drafter, PromptLookup, Seen, depth_first
 from specsa_jax.drafting.tree import Traversal, Tree, TreeTemplate, grown_tree, parse_tree, static_tree
 from specsa_jax.nsa.cached import Backend
 from specsa_jax.sampling import Sampling, sample
@@ -119,16 +118,6 @@ class _Verified(NamedTuple):
     features: jax.Array | None
 
 
-def _reads_first(true: jax.Array, read: Callable[[], Any]) -> Any:
-    """``read()``, under a condition that always holds, which the compiler cannot know.
-
-    What a branch reads of the cache is read before the commit that follows. Without the branch nothing would order
-    the two, and XLA would copy the cache at every step, to write one copy and read the other.
-    """
-    nothing = jax.eval_shape(read)
-    return jax.lax.cond(true, read, lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nothing))
-
-
 class Decoder:
     """The compiled functions of one model at one dtype.
 
@@ -210,13 +199,14 @@ class Decoder:
             at = jnp.minimum(cache.lengths[:, None] + step, buffer.shape[1] - 1)
             tokens = jnp.take_along_axis(buffer, at, axis=1)
             tail = self._tail(cache, tree)
-            _, tails, seen = _reads_first(
+            _, tails, seen = reads_first(
                 (cache.lengths < target).any(), lambda: self._forward(params, tokens, cache, tail, features)
             )
             count = jnp.minimum(target - cache.lengths, chunk)
             if drafter is not None:
                 following = jnp.take_along_axis(buffer, jnp.minimum(at + 1, buffer.shape[1] - 1), axis=1)
-                draft = drafter.observe(draft_params, draft, Seen(tokens, following, cache.lengths, count, seen))
+                shown = Seen(tokens, following, cache.lengths, count, seen, self.backend)
+                draft = drafter.observe(draft_params, draft, shown)
             path = jnp.broadcast_to(step, tokens.shape)
             return self._commit(cache, tails, tail, path, count), draft, chunks + 1
 
@@ -231,7 +221,7 @@ class Decoder:
     ) -> tuple[jax.Array, Cache]:
         """Log-probabilities float32 [B, T, V] after each of the tokens int32 [B, T]; commits ``count`` [B] of them."""
         tail = self._tail(cache, self._chain(tokens.shape[1]))
-        hidden, tails, _ = _reads_first((count > 0).any(), lambda: self._forward(params, tokens, cache, tail))
+        hidden, tails, _ = reads_first((count > 0).any(), lambda: self._forward(params, tokens, cache, tail))
         logits = transformer.head(self.config, params, hidden, self.dtype)
         path = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
         return jax.nn.log_softmax(logits, axis=-1), self._commit(cache, tails, tail, path, count)
@@ -302,9 +292,11 @@ class Decoder:
             slots = tail.slot.shape[1]
             verified = verify(pending, nothing, alone, None)
         else:
-            draft, draft_state = drafter.propose(
+            draft = drafter.propose(
                 draft_params, state.draft, self._context(params, state, sampling, template), template
             )
+            if template.traversal == "depth" and not template.is_static:
+                draft = depth_first(draft, template.depth)
             valid = jnp.pad(draft.valid & active[:, None], ((0, 0), (1, 0)))
             tokens = jnp.concatenate([pending, draft.tokens], axis=1)
             block = self.config.nsa.compress_block
@@ -338,9 +330,8 @@ class Decoder:
             seen = verified.features
             if seen is not None:
                 seen = jnp.take_along_axis(seen, path[..., None, None], axis=1)
-            draft_state = drafter.observe(
-                draft_params, draft_state, Seen(taken, targets, state.cache.lengths, emitted, seen)
-            )
+            shown = Seen(taken, targets, state.cache.lengths, emitted, seen, self.backend)
+            draft_state = drafter.observe(draft_params, draft_state, shown)
         return State(
             cache=self._commit(state.cache, verified.tails, tail, path, emitted),
             tokens=state.tokens.at[rows, at].set(targets, mode="drop"),
@@ -354,7 +345,10 @@ class Decoder:
         """What the drafter is given. It shares the target's randomness: a draft drawn with it is likely to stand."""
         at = state.known[:, None] + jnp.arange(template.depth, dtype=jnp.int32)
         noise = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(sampling.keys, at)
-        return Context(state.tokens, state.known, ~state.done, sampling, noise, state.cache, params)
+        return Context(
+            state.tokens, state.known, ~state.done, sampling, noise, state.cache, params, self.config,
+            self.backend,
+        )  # fmt: skip
 
     def _is_end(self, tokens: jax.Array) -> jax.Array:
         """bool, as tokens."""

@@ -304,14 +304,15 @@ class Engine:
 
         outputs = [_Output(self.tokenizer, len(row), stop, self.end_tokens) for row in rows]
         per_call = jnp.int32(_STREAM_STEPS if watched else _QUIET_STEPS)
-        totals: Any = Counts(0, 0, 0, 0)
+        totals = None
         decode_seconds, running = 0.0, True
         while running:
             begun = time.perf_counter()
             state, counts = decode(self.params, state, params, per_call, draft_params=draft_params)
             tokens, known, done = jax.device_get((state.tokens, state.known, state.done))
             decode_seconds += time.perf_counter() - begun
-            totals = jax.tree.map(lambda total, new: total + np.asarray(new, np.int64), totals, counts)
+            counts = jax.tree.map(lambda count: np.asarray(count, np.int64), counts)
+            totals = counts if totals is None else jax.tree.map(np.add, totals, counts)
             for index, output in enumerate(outputs):
                 text = output.update(tokens[index, : known[index]], bool(done[index]))
                 if text and watched:
@@ -320,6 +321,7 @@ class Engine:
             if (finished & ~done).any():  # a stop string, which only the host sees
                 state = state._replace(done=jnp.asarray(finished))
             running = not finished.all()
+        assert totals is not None
         stats = _stats(strategy, rows, outputs, totals, prefill_seconds, decode_seconds,
                        compile_prefill + compile_decode, size)  # fmt: skip
         return Result(tuple(output.generation() for output in outputs), stats)

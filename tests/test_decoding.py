@@ -212,9 +212,7 @@ def test_the_state_is_donated():
     assert run_in.is_deleted()
 
 
-@pytest.mark.parametrize(
-    "tree", ["chain:-1", "chain", "chain:7 ", "7", "", None, 7, "chain:x", "4--1", "best:", "4-2-"]
-)
+@pytest.mark.parametrize("tree", ["chain:-1", "chain", "chain:7 ", "7", "", None, 7, "chain:x", "4--1", "best:", "4-"])
 def test_strategies_with_a_tree_that_cannot_be_read_are_refused(tree):
     with pytest.raises(ValueError, match="^tree: got .*, expected chain:K"):
         Strategy(tree=tree)

@@ -14,10 +14,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from specsa_jax import checkpoints, model
+from specsa_jax import Engine, Strategy, checkpoints, model
 from specsa_jax.checkpoints import CheckpointError, draft_head
 from specsa_jax.config import ConfigError, ModelConfig, NSAConfig
-from specsa_jax.drafting import head_model
+from specsa_jax.drafting import TrainedHead, head_model, parse_tree
 from specsa_jax.drafting.head_model import HeadConfig
 from specsa_jax.training import TrainingError, draft_cli, draft_data, draft_step, report
 from specsa_jax.training.draft import train_draft
@@ -86,6 +86,44 @@ def test_run_learns_to_draft_and_leaves_what_it_documents(config, target):
     assert head.config == HeadConfig.of(TARGET, window=16) and head.metadata["recipe"] == config.command()
     assert {x.dtype for x in jax.tree.leaves(head.params)} == {jnp.dtype(jnp.bfloat16)}
     assert head.metadata["result"]["evaluation"]["acceptance_length"] == summary.evaluation.acceptance_length
+    decoding_accepts_what_was_predicted(config, head, whole)
+
+
+def decoding_accepts_what_was_predicted(config, head, target):
+    """Steps by accepted drafts, on the held-out prompts, one for one; and trees give the tokens of no drafts at all."""
+    with np.load(Path(config.output) / "eval-6.npz") as saved:
+        rows = saved["rows"][saved["ends"] == config.context]
+    assert len(rows) >= 4
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), head.params)
+    batch = np.resize(rows, (4, config.context))  # the shape that training has compiled
+    _, match, _ = draft_step.make_evaluate(head.config, config)(params, target.params, batch)
+    expected, new = np.zeros(3, int), 20
+    for matches in np.moveaxis(np.asarray(match), 1, 0):
+        known = 16
+        while known < 16 + new:
+            accepted = 0
+            while accepted < 2 and matches[accepted, known - 2 + accepted]:
+                accepted += 1
+            expected[accepted] += 1
+            known += accepted + 1
+    engine = Engine(TARGET, target.params, target.tokenizer, dtype=jnp.float32)
+    prompts, drafter = batch[:, :16].tolist(), TrainedHead(Path(config.output))
+    result = engine.generate(prompts, new, strategy=Strategy(drafter, "chain:2"))
+    assert result.stats.accepted_histogram == tuple(expected)
+    for row, generation in zip(batch, result, strict=True):
+        np.testing.assert_array_equal(generation.tokens, row[16 : 16 + new])
+    for tree in ("2-2-1", "best:6:3"):
+        grown = engine.generate(prompts, new, strategy=Strategy(drafter, tree))
+        assert [g.tokens.tolist() for g in grown] == [g.tokens.tolist() for g in result]
+        assert grown.stats.mean_acceptance_length >= result.stats.mean_acceptance_length
+
+    other = Engine(TARGET, model.init_params(TARGET, 1), target.tokenizer, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="other|weights"):
+        other.generate(prompts, new, strategy=Strategy(drafter, "chain:2"))
+    with pytest.raises(ValueError, match="window"):
+        drafter.check(TARGET, parse_tree("chain:16"))
+    with pytest.raises(ValueError, match="max_length 128, not 64"):
+        drafter.check(dataclasses.replace(TARGET, max_length=64), parse_tree("chain:2"))
 
 
 def test_killed_runs_resume_with_the_same_losses_and_other_runs_are_refused(config, tmp_path):

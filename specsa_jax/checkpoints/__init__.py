@@ -1,5 +1,5 @@
 """Checkpoint directories: one format on disk, read and written by :mod:`specsa_jax.checkpoints.store`."""
 
-from specsa_jax.checkpoints.store import Checkpoint, CheckpointError, load, resolve, save
+from specsa_jax.checkpoints.store import Checkpoint, CheckpointError, load, load_config, resolve, save
 
-__all__ = ["Checkpoint", "CheckpointError", "load", "resolve", "save"]
+__all__ = ["Checkpoint", "CheckpointError", "load", "load_config", "resolve", "save"]

@@ -176,6 +176,11 @@ def load(name_or_path: str | os.PathLike[str], *, verify: bool = True) -> Checkp
     return Checkpoint(params, config, tokenizer, metadata)
 
 
+def load_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
+    """The config alone of what :func:`load` reads. Raises CheckpointError."""
+    return read_top(resolve(name_or_path), "model", ModelConfig)[1]
+
+
 def expected_params(config: ModelConfig) -> dict[str, Any]:
     """The parameters' tree as ``jax.ShapeDtypeStruct`` leaves; nothing is allocated."""
     return jax.eval_shape(lambda: model.init_params(config, 0))

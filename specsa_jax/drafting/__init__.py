@@ -1,9 +1,14 @@
 """Drafters: frozen rules that propose tokens inside the jitted loop, as trees within a template."""
 
-from specsa_jax.drafting.base import Context, Draft, Drafter, Seen, Target, drafter_from_name
+from specsa_jax.drafting.base import Context, Draft, Drafter, Seen, Target, depth_first, drafter_from_name
+from specsa_jax.drafting.combined import Combined
+from specsa_jax.drafting.draft_model import DraftModel, SelfDraft
+from specsa_jax.drafting.grow import Level, grow
+from specsa_jax.drafting.head import TrainedHead
 from specsa_jax.drafting.prompt_lookup import PromptLookup
 from specsa_jax.drafting.tree import TreeTemplate, parse_tree
 
 __all__ = [
-    "Context", "Draft", "Drafter", "PromptLookup", "Seen", "Target", "TreeTemplate", "drafter_from_name", "parse_tree",
+    "Combined", "Context", "Draft", "DraftModel", "Drafter", "Level", "PromptLookup", "Seen", "SelfDraft", "Target",
+    "TrainedHead", "TreeTemplate", "depth_first", "drafter_from_name", "grow", "parse_tree",
 ]  # fmt: skip

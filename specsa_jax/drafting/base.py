@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
-from specsa_jax.cache import Cache
+from specsa_jax.cache import Cache, grown_topology
 from specsa_jax.config import ModelConfig
 from specsa_jax.drafting.tree import TreeTemplate
+from specsa_jax.nsa.cached import Backend
 from specsa_jax.sampling import Sampling
 
 
@@ -34,7 +35,9 @@ class Context(NamedTuple):
       sampling: the sequences' sampling parameters.
       noise: PRNG keys [B, D]; [:, δ − 1] is the randomness of the drafted tokens at depth δ, whatever their parent.
       cache: the target's, which holds all known tokens but the pending one. To be read only.
-      params: the target's.
+      params, config: the target's.
+      backend: how to compute attention.
+      keep_law: acceptance needs ``Draft.law``; only drafters that have one (``has_law``) are asked for it.
     """
 
     tokens: jax.Array
@@ -44,6 +47,9 @@ class Context(NamedTuple):
     noise: jax.Array
     cache: Cache
     params: Any
+    config: ModelConfig
+    backend: Backend = Backend()
+    keep_law: bool = False
 
 
 class Draft(NamedTuple):
@@ -69,17 +75,19 @@ class Seen(NamedTuple):
     """Tokens that have just been committed to the target's cache, of a prompt or of an accepted path.
 
     Attributes:
-      tokens: int32 [B, A], of which the first ``count`` int32 [B] count; the first stands at ``start`` int32 [B].
+      tokens: int32 [B, A], of which the first ``size`` int32 [B] count; the first stands at ``start`` int32 [B].
       following: int32 [B, A]: the token after each of them, known too. After the last: the pending token.
       features: [B, A, F, H] in the dtype of computation, the target's hidden states that the drafter asked for, or
         None.
+      backend: how to compute attention (static).
     """
 
     tokens: jax.Array
     following: jax.Array
     start: jax.Array
-    count: jax.Array
+    size: jax.Array
     features: jax.Array | None
+    backend: Backend = Backend()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +102,11 @@ class Drafter:
     def features(self) -> tuple[int, ...]:
         """Which hidden states of the target :meth:`observe` needs: behind so many layers each, 1 … layers."""
         return ()
+
+    @property
+    def has_law(self) -> bool:
+        """Whether its drafts can be drawn from a law that it gives; else they are a fixed function of the text."""
+        return False
 
     @property
     def observes(self) -> bool:
@@ -121,16 +134,43 @@ class Drafter:
         """The state after tokens were committed: prompt tokens in chunks, then the accepted path of each step."""
         return state
 
-    def propose(self, params: Any, state: Any, context: Context, template: TreeTemplate) -> tuple[Draft, Any]:
-        """Drafts in the template's form for all sequences, and the state."""
+    def propose(self, params: Any, state: Any, context: Context, template: TreeTemplate) -> Draft:
+        """Drafts in the template's form for all sequences. It changes no state: a step may do without."""
         raise NotImplementedError
 
 
-def drafter_from_name(name: str) -> Drafter | None:
-    """The drafter called ``name`` with its default settings; None for "none". Raises ValueError listing the names."""
+def depth_first(draft: Draft, depth: int) -> Draft:
+    """The same trees, at most ``depth`` deep and grown (with parents of their own), numbered depth-first."""
+    assert draft.parents is not None and draft.law is None
+    parents = jnp.pad(draft.parents, ((0, 0), (1, 0)), constant_values=-1)
+    tree = grown_topology(parents, depth, 1)
+    node = jnp.arange(parents.shape[1], dtype=jnp.int32)
+    # Before a node come its ancestors, and the subtrees of its and their elder siblings.
+    offspring = tree.ancestor.sum(axis=1, dtype=jnp.int32)  # [B, T], each node itself included
+    elder = (parents[:, :, None] == parents[:, None, :]) & (node[None, :] < node[:, None])
+    before = jnp.where(elder, offspring[:, None, :], 0).sum(axis=-1)
+    place = tree.depth + jnp.where(tree.ancestor, before[:, None, :], 0).sum(axis=-1)
+    order = jnp.argsort(place, axis=1)[:, 1:]  # old numbers by their new ones
+    above = jnp.take_along_axis(place, jnp.take_along_axis(parents, order, axis=1), axis=1)
+    return draft._replace(
+        tokens=jnp.take_along_axis(draft.tokens, order - 1, axis=1),
+        valid=jnp.take_along_axis(draft.valid, order - 1, axis=1),
+        parents=above.astype(jnp.int32),
+    )
+
+
+def drafter_from_name(name: str, checkpoint: str = "embedded") -> Drafter | None:
+    """The drafter called ``name`` with its default settings; None for "none". Raises ValueError listing the names.
+
+    "head" is the trained head of ``checkpoint``, "head:PATH" one from elsewhere.
+    """
+    from specsa_jax.drafting.head import TrainedHead
     from specsa_jax.drafting.prompt_lookup import PromptLookup
 
+    kind, _, where = name.partition(":")
+    if kind == "head":
+        return TrainedHead(where or checkpoint)
     known: dict[str, Drafter | None] = {"lookup": PromptLookup(), "none": None}
     if name not in known:
-        raise ValueError(f"drafter: got {name!r}, expected one of {', '.join(known)}")
+        raise ValueError(f"drafter: got {name!r}, expected one of {', '.join(known)}, head, head:PATH")
     return known[name]

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specsa_jax.checkpoints import draft_head
 from specsa_jax.config import ModelConfig
 from specsa_jax.drafting import head_model
 from specsa_jax.drafting.base import Context, Draft, Drafter, Seen, Target
@@ -34,8 +33,13 @@ class TrainedHead(Drafter):
     config: HeadConfig = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        from specsa_jax.checkpoints import draft_head
+
         object.__setattr__(self, "path", os.fspath(self.path))
         object.__setattr__(self, "config", draft_head.read_config(self.path))
+
+    def __str__(self) -> str:
+        return f"TrainedHead({self.path!r})"
 
     @property
     def features(self) -> tuple[int, ...]:
@@ -47,6 +51,8 @@ class TrainedHead(Drafter):
 
     def check(self, config: ModelConfig, template: TreeTemplate) -> None:
         if config != self.config.target:
+            from specsa_jax.checkpoints import draft_head
+
             raise ValueError(
                 f"drafter: the head {self.path} belongs to a target of another config: "
                 + draft_head.differences(self.config.target, config)
@@ -58,6 +64,8 @@ class TrainedHead(Drafter):
             )
 
     def load(self, target: Target) -> Any:
+        from specsa_jax.checkpoints import draft_head
+
         head = draft_head.load(self.path)
         draft_head.check_target(head, target.config, target.params, target.tokenizer)
         return {
@@ -72,12 +80,10 @@ class TrainedHead(Drafter):
         """A committed token's features and the token after it make a slot."""
         assert seen.features is not None
         return head_model.extend(
-            self.config, params["head"], params["target"], state, seen.following, seen.features, seen.count
+            self.config, params["head"], params["target"], state, seen.following, seen.features, seen.size
         )
 
-    def propose(
-        self, params: Any, state: HeadCache, context: Context, template: TreeTemplate
-    ) -> tuple[Draft, HeadCache]:
+    def propose(self, params: Any, state: HeadCache, context: Context, template: TreeTemplate) -> Draft:
         """Grown by the head's probabilities, depth by depth; drafted nodes never enter the state."""
         width, batch = template.width, context.tokens.shape[0]
 
@@ -95,4 +101,4 @@ class TrainedHead(Drafter):
 
         pending = jnp.broadcast_to(state.state[:, None], (batch, width, state.state.shape[1]))
         drafted = head_model.create_drafted(self.config, batch, expanded_nodes(template), state.state.dtype)
-        return grow(evaluate, (pending, drafted), context, template, law(state.state)), state
+        return grow(evaluate, (pending, drafted), context, template, law(state.state))

@@ -40,7 +40,7 @@ class PromptLookup(Drafter):
         if not 1 <= self.matches <= 64:
             raise ValueError(f"PromptLookup: got matches {self.matches}, expected 1 to 64")
 
-    def propose(self, params: Any, state: Any, context: Context, template: TreeTemplate) -> tuple[Draft, Any]:
+    def propose(self, params: Any, state: Any, context: Context, template: TreeTemplate) -> Draft:
         """The longest match wins, then the most recent; a match that overlaps the end continues periodically.
 
         Costs ``max_ngram`` comparisons over the buffer int32 [B, S].
@@ -48,9 +48,9 @@ class PromptLookup(Drafter):
         count = 1 if template.is_chain else self.matches
         tokens, length = self.continuations(context.tokens, context.known, count, template.depth)
         if template.is_chain:
-            return Draft(tokens[:, 0], jnp.broadcast_to(length > 0, tokens[:, 0].shape)), state
+            return Draft(tokens[:, 0], jnp.broadcast_to(length > 0, tokens[:, 0].shape))
         weight = jnp.where(length > 0, jnp.exp2(length.astype(jnp.float32)), 0.0)
-        return (_fill if template.is_static else _merge)(tokens, weight, template), state
+        return (_fill if template.is_static else _merge)(tokens, weight, template)
 
     def continuations(
         self, tokens: jax.Array, known: jax.Array, count: int, length: int
