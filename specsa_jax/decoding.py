@@ -8,20 +8,31 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Implementation
 from specsa_jax import model as transformer
-from specsa_jax.acceptance import Accepted, accept_coupled
+from specsa_jax.acceptance import (
+    Acceptance,
+    Accepted,
+    accept_block,
+    accept_by_rejection,
+    accept_coupled,
+    accept_typical,
+    draft_noise,
+    step_keys,
+)
 from specsa_jax.cache import Cache, LayerTail, Tail, chain_slots, commit, make_tail, reads_first, topology
 from specsa_jax.config import ModelConfig
-from specsa_jax.drafting import Context, Drafter, PromptLookup, Seen, depth_first
+from specsa_jax.drafting import Context, Draft, Drafter, PromptLookup, Seen, depth_first
 from specsa_jax.drafting.tree import Traversal, Tree, TreeTemplate, grown_tree, parse_tree, static_tree
 from specsa_jax.nsa.cached import Backend
-from specsa_jax.sampling import Sampling, sample
+from specsa_jax.sampling import Sampling, penalised_logits, sample
+
+Precision = Literal["exact", "strict", "approx"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +44,42 @@ class Strategy:
       tree: shape of the draft, as :func:`specsa_jax.drafting.parse_tree` reads it: ``chain:K`` for K drafted tokens
         in a row (a step then verifies K + 1), ``4-2-1-1``, ``best:64``.
       traversal: order of a tree's nodes, "breadth" or "depth" first.
+      acceptance: which drafts stand (:mod:`specsa_jax.acceptance`): "coupled", "rejection", "block" or "typical".
+      precision: "exact"; "strict": tokens are bit-identical to decoding one at a time in this class; "approx":
+        acceptance may be lossy.
 
-    Raises ValueError for a drafter that is none, and for a tree that cannot be read or is too large.
+    Raises ValueError for a drafter that is none, for a tree that cannot be read or is too large, and for options that
+    contradict each other.
     """
 
     drafter: Drafter | None = PromptLookup()
     tree: str = "chain:5"
     traversal: Traversal = "breadth"
+    acceptance: Acceptance = "coupled"
+    precision: Precision = "exact"
 
     def __post_init__(self) -> None:
         if not isinstance(self.drafter, Drafter | None):
             raise ValueError(f"drafter: got {self.drafter!r}, expected a Drafter, such as PromptLookup(), or None")
-        parse_tree(self.tree, self.traversal)
+        template = parse_tree(self.tree, self.traversal)
+        for name, choices in (("acceptance", get_args(Acceptance)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(map(repr, choices))}"
+                )
+        if self.acceptance == "typical" and self.precision != "approx":
+            raise ValueError(f"acceptance: got 'typical', which is lossy, in precision {self.precision!r}, expected "
+                             "precision 'approx'")  # fmt: skip
+        if self.acceptance in ("rejection", "block"):
+            if self.precision == "strict":
+                raise ValueError(f"acceptance: got {self.acceptance!r} in precision 'strict', whose tokens are those "
+                                 "of decoding one at a time, expected 'coupled'")  # fmt: skip
+            if self.drafter is None or not self.drafter.has_law:
+                raise ValueError(f"acceptance: got {self.acceptance!r} for drafter {self.drafter}, whose drafts are "
+                                 "not drawn from a law, expected 'coupled'")  # fmt: skip
+            if not template.is_static or (self.acceptance == "block" and not template.is_chain):
+                wanted = "a chain" if self.acceptance == "block" else "a chain or fixed branchings"
+                raise ValueError(f"acceptance: got {self.acceptance!r} for tree {self.tree}, expected {wanted}")
 
     @property
     def template(self) -> TreeTemplate:
@@ -69,7 +104,12 @@ class Strategy:
 
     def describe(self) -> str:
         """One line for people."""
-        return "autoregressive" if self.drafter is None else f"{self.drafter} {self.tree}"
+        words = ["autoregressive"] if self.drafter is None else [str(self.drafter), self.tree]
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("traversal", "acceptance", "precision"):
+            if (value := getattr(self, name)) != defaults[name]:
+                words.append(f"{value}-first" if name == "traversal" else value)
+        return " ".join(words)
 
 
 AUTOREGRESSIVE = Strategy(drafter=None)
@@ -84,6 +124,7 @@ class State(NamedTuple):
       limit: int32 [B]; a sequence is done when ``known`` reaches it, or at its end token.
       done: bool [B].
       draft: the drafter's state.
+      logprobs: float32 [B, S] of output tokens in the model's own law (temperature 1, nothing filtered or penalised).
     """
 
     cache: Cache
@@ -91,6 +132,7 @@ class State(NamedTuple):
     known: jax.Array
     limit: jax.Array
     done: jax.Array
+    logprobs: jax.Array
     draft: Any = ()
 
 
@@ -114,6 +156,7 @@ class _Verified(NamedTuple):
     """What a step's forward pass leaves: what it accepts, and what a commit and the drafter need."""
 
     accepted: Accepted
+    logprobs: jax.Array
     tails: list[LayerTail]
     features: jax.Array | None
 
@@ -262,7 +305,9 @@ class Decoder:
         active = ~state.done
         place = jnp.arange(reach, dtype=jnp.int32)[None]
 
-        def verify(tokens: jax.Array, valid: jax.Array, tree: Tree, template: TreeTemplate | None) -> _Verified:
+        def verify(
+            tokens: jax.Array, valid: jax.Array, tree: Tree, template: TreeTemplate | None, draft: Draft | None
+        ) -> _Verified:
             """Of a tree int32 [B, t] of 1 or T nodes, padded to T."""
             tail = self._tail(state.cache, tree, template)
             hidden, tails, seen = self._forward(
@@ -270,8 +315,20 @@ class Decoder:
             )
             logits = transformer.head(self.config, params, hidden, self.dtype)
             depth = jnp.broadcast_to(tree.topology.depth, tokens.shape)
-            targets = sample(logits, state.known[:, None] + depth, sampling)
-            accepted = accept_coupled(tree, tokens, valid, targets, reach)
+            law = penalised_logits(logits, sampling, state.tokens, state.known, tokens, tree.topology.ancestor)
+            targets = sample(law, state.known[:, None] + depth, sampling)
+            if draft is None or strategy.acceptance == "coupled":
+                accepted = accept_coupled(tree, tokens, valid, targets, reach)
+            elif strategy.acceptance == "typical":
+                accepted = accept_typical(tree, tokens, valid, law, targets, sampling, reach)
+            elif strategy.acceptance == "block":
+                accepted = accept_block(tokens, draft, law, sampling, keys)
+            else:
+                child = jnp.asarray(strategy.template.child)
+                accepted = accept_by_rejection(child, tokens, draft, law, sampling, keys, reach)
+            given = jnp.take_along_axis(logits, accepted.path[..., None], axis=1)  # [B, A, V]
+            chosen = jnp.take_along_axis(given, accepted.tokens[..., None], axis=2)[..., 0]
+            logprobs = chosen - jax.nn.logsumexp(given, axis=-1)
 
             def pad(leaf: jax.Array, size: int) -> jax.Array:
                 return jnp.pad(leaf, [(0, 0), (0, size - leaf.shape[1])] + [(0, 0)] * (leaf.ndim - 2))
@@ -283,21 +340,22 @@ class Decoder:
                     for tail in tails
                 ]
                 seen = None if seen is None else pad(seen, width)
-            return _Verified(accepted, tails, seen)
+            return _Verified(accepted, logprobs, tails, seen)
 
         alone, draft_state = self._chain(1), state.draft
         nothing = jnp.zeros((pending.shape[0], width), bool)
         if drafter is None:
             tree, valid, tail = alone, nothing, self._tail(state.cache, alone)
             slots = tail.slot.shape[1]
-            verified = verify(pending, nothing, alone, None)
+            verified = verify(pending, nothing, alone, None, None)
         else:
-            draft = drafter.propose(
-                draft_params, state.draft, self._context(params, state, sampling, template), template
-            )
+            keys = step_keys(sampling, state.known)
+            context = self._context(params, state, sampling, keys, strategy)
+            draft = drafter.propose(draft_params, state.draft, context, template)
             if template.traversal == "depth" and not template.is_static:
                 draft = depth_first(draft, template.depth)
-            valid = jnp.pad(draft.valid & active[:, None], ((0, 0), (1, 0)))
+            draft = draft._replace(valid=draft.valid & active[:, None])
+            valid = jnp.pad(draft.valid, ((0, 0), (1, 0)))
             tokens = jnp.concatenate([pending, draft.tokens], axis=1)
             block = self.config.nsa.compress_block
             tree = (
@@ -309,8 +367,8 @@ class Decoder:
             # A step in which nobody has a draft costs what decoding one token costs. The cache is only read in here:
             # a branch that wrote to it would copy it.
             verified = jax.lax.cond(
-                valid.any(), lambda: verify(tokens, valid, tree, template),
-                lambda: verify(pending, nothing[:, :1], alone, None),
+                valid.any(), lambda: verify(tokens, valid, tree, template, draft),
+                lambda: verify(pending, nothing[:, :1], alone, None, None),
             )  # fmt: skip
         path, accepted, targets = verified.accepted
         emitted = self._emitted(state, targets, accepted)
@@ -338,16 +396,24 @@ class Decoder:
             known=known,
             limit=state.limit,
             done=state.done | ended.any(axis=1) | (known >= state.limit),
+            logprobs=state.logprobs.at[rows, at].set(verified.logprobs, mode="drop"),
             draft=draft_state,
         ), counts
 
-    def _context(self, params: transformer.Params, state: State, sampling: Sampling, template: TreeTemplate) -> Context:
-        """What the drafter is given. It shares the target's randomness: a draft drawn with it is likely to stand."""
-        at = state.known[:, None] + jnp.arange(template.depth, dtype=jnp.int32)
-        noise = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(sampling.keys, at)
+    def _context(
+        self, params: transformer.Params, state: State, sampling: Sampling, keys: jax.Array, strategy: Strategy
+    ) -> Context:
+        """What the drafter is given, with the randomness that the rule of acceptance wants of it."""
+        depth, drawn = strategy.template.depth, strategy.acceptance in ("rejection", "block")
+        if drawn:
+            noise = draft_noise(keys, depth)
+        else:
+            # The target's own: a draft drawn with it is likely to be what the target draws.
+            at = state.known[:, None] + jnp.arange(depth, dtype=jnp.int32)
+            noise = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(sampling.keys, at)
         return Context(
-            state.tokens, state.known, ~state.done, sampling, noise, state.cache, params, self.config,
-            self.backend,
+            state.tokens, state.known, ~state.done, sampling, noise, state.cache, params, self.config, self.backend,
+            keep_law=drawn,
         )  # fmt: skip
 
     def _is_end(self, tokens: jax.Array) -> jax.Array:

@@ -380,7 +380,7 @@ class Engine:
         lengths = np.array([len(row) for row in rows], np.int32)
         return State(
             cache, jnp.asarray(buffer), jnp.asarray(lengths), jnp.asarray(lengths + max_new_tokens),
-            jnp.zeros(len(rows), bool),
+            jnp.zeros(len(rows), bool), jnp.zeros(buffer.shape, jnp.float32),
         )  # fmt: skip
 
     def _plan_pages(self, rows: list[np.ndarray], max_new_tokens: int) -> tuple[np.ndarray, CacheBytes]:

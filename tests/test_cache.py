@@ -449,7 +449,8 @@ def decoder_of_a_large_cache():
     cache = jax.eval_shape(lambda: create_cache(config, table, batch * columns, jnp.float32))
     row = jax.ShapeDtypeStruct((batch,), jnp.int32)
     tokens = jax.ShapeDtypeStruct((batch, columns * nsa.select_block + 1), jnp.int32)
-    state = State(cache, tokens, row, row, jax.ShapeDtypeStruct((batch,), bool))
+    state = State(cache, tokens, row, row, jax.ShapeDtypeStruct((batch,), bool),
+                  jax.ShapeDtypeStruct(tokens.shape, jnp.float32))  # fmt: skip
     return Decoder(config, jnp.float32), params, state, batch
 
 

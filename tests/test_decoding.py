@@ -55,8 +55,9 @@ def start(decoder, prompts, new):
         tokens[row, : len(prompt)] = prompt
     known = np.array([len(prompt) for prompt in prompts], np.int32)
     state = State(
-        cache, jnp.asarray(tokens), jnp.asarray(known), jnp.asarray(known + new, jnp.int32), jnp.asarray(new == 0)
-    )
+        cache, jnp.asarray(tokens), jnp.asarray(known), jnp.asarray(known + new, jnp.int32), jnp.asarray(new == 0),
+        jnp.zeros(tokens.shape, jnp.float32),
+    )  # fmt: skip
     return decoder.prefill(weights(config)[1], state, MANY, chunk=8)
 
 
