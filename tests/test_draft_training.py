@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 from specsa_jax import Engine, Strategy, checkpoints, model
 from specsa_jax.checkpoints import CheckpointError, draft_head
 from specsa_jax.config import ConfigError, ModelConfig, NSAConfig
-from specsa_jax.drafting import TrainedHead, head_model, parse_tree
+from specsa_jax.drafting import TrainedHead, drafter_from_name, head_model, parse_tree
 from specsa_jax.drafting.head_model import HeadConfig
 from specsa_jax.training import TrainingError, draft_cli, draft_data, draft_step, report
 from specsa_jax.training.draft import train_draft
 from specsa_jax.training.draft_config import DraftConfig
+from specsa_jax.training.draft_eval import acceptance_lengths
 from specsa_jax.training.tokenizer import train_tokenizer
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
@@ -186,7 +187,7 @@ def test_predicted_acceptance_walks_as_decoding_does():
     match = np.zeros((2, 1, 12), bool)
     match[0, 0, [2, 5, 8]] = True  # the first draft of the steps that begin with 4, 7 and 10 known tokens stands
     match[1, 0, 3] = True  # and the second of the first
-    gained = draft_step.acceptance_lengths(match, 4, np.array([10]), chain=2)
+    gained = acceptance_lengths(match, 4, np.array([10]), chain=2)
     assert gained.tolist() == [3, 2]  # 4 → 7 → 9; the last one's chain would pass the end
 
 
@@ -244,13 +245,16 @@ def test_a_head_belongs_to_its_target_alone(head, target):
 
 def test_a_head_is_read_from_its_directory_or_its_targets(head, target, tmp_path):
     with pytest.raises(CheckpointError, match="has no draft head"):
-        draft_head.load(target)
+        drafter_from_name("head", str(target))
+    with pytest.raises(CheckpointError, match="nowhere"):
+        drafter_from_name("head:nowhere")
     copy = shutil.copytree(target, tmp_path / "copy")
     draft_head.save(copy / "draft", head)
     for path in (copy, copy / "draft"):
         loaded = draft_head.load(path)
         assert loaded.config == head.config and loaded.metadata == head.metadata
         jax.tree.map(np.testing.assert_array_equal, loaded.params, head.params)
+        assert drafter_from_name(f"head:{path}") == TrainedHead(path)
     checkpoints.load(copy)
     with pytest.raises(CheckpointError, match="already exists"):
         draft_head.save(copy / "draft", head)

@@ -34,29 +34,9 @@ from specsa_jax.engine import Engine
 from specsa_jax.training import data, draft_data, draft_step, report
 from specsa_jax.training.config import DivergedError, TrainingError
 from specsa_jax.training.draft_config import DraftConfig
+from specsa_jax.training.draft_eval import Evaluation, judge, record_of
 from specsa_jax.training.run import LAG, Meter, States, check_writable, signals
 from specsa_jax.training.step import DTYPES
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """How a head does on held-out files that the target continues greedily.
-
-    Attributes:
-      loss: as in training, in nats.
-      matches: by depth, how often the head's most probable token is the target's.
-      overlap: by depth, Σ min(p, q): how often a draft sampled from the head's law would stand.
-      acceptance_length: tokens a step with a chain of ``chain`` drafts, the target's own included, from 1 to chain + 1.
-      chain: see there.
-      steps: steps that this is a mean of.
-    """
-
-    loss: float
-    matches: tuple[float, ...]
-    overlap: tuple[float, ...]
-    acceptance_length: float
-    chain: int
-    steps: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +200,7 @@ class _Run:
             first = False
             self._drain(LAG)
             if config.eval_every and self.step % config.eval_every == 0 and self.step < config.steps:
-                self._drain(0, **_record(self._evaluation(self.state["params"])))
+                self._drain(0, **record_of(self._evaluation(self.state["params"])))
             if config.save_every and self.step % config.save_every == 0 and self.step < config.steps:
                 self._drain(0)
                 self._save()
@@ -261,33 +241,7 @@ class _Run:
             self.meter.restart()
 
     def _evaluation(self, params: Any) -> Evaluation:
-        """On the held-out rows, in batches of the training's shape; the last is filled up from the start."""
-        config, rows = self.config, self.held_out.rows
-        parts = []
-        for first in range(0, len(rows), config.batch):
-            chosen = np.arange(first, first + config.batch) % len(rows)
-            kept = min(config.batch, len(rows) - first)
-            parts.append([np.asarray(x)[:, :kept] for x in self.evaluate(params, self.target, rows[chosen])])
-        divergence, match, overlap = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
-        # Only where the target writes: entry i speaks of position i + 2.
-        begin = config.context - config.new_tokens
-        place = np.arange(match.shape[2]) + 2
-        meant = (place >= begin) & (place < self.held_out.ends[:, None]) & np.ones(match.shape, bool)
-        meant &= draft_step.known_past(*match.shape[::2])
-
-        def by_depth(values: np.ndarray) -> np.ndarray:
-            return (values * meant).sum(axis=(1, 2)) / np.maximum(meant.sum(axis=(1, 2)), 1)
-
-        gained = draft_step.acceptance_lengths(match, begin, self.held_out.ends, config.chain)
-        weight = config.step_decay ** np.arange(config.unroll)
-        return Evaluation(
-            float(by_depth(divergence) @ weight / weight.sum()),
-            tuple(round(float(x), 4) for x in by_depth(match)),
-            tuple(round(float(x), 4) for x in by_depth(overlap)),
-            float(gained.mean()) if len(gained) else 1.0,
-            config.chain,
-            len(gained),
-        )
+        return judge(self.evaluate, params, self.target, self.held_out, self.config)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -299,7 +253,7 @@ class _Run:
         if not interrupted:
             exported = jax.tree.map(lambda x: x.astype(DTYPES[config.export_dtype]), self.state["params"])
             evaluation = self._evaluation(jax.tree.map(lambda x: x.astype(jnp.float32), exported))
-            self.log.amend(**_record(evaluation))
+            self.log.amend(**record_of(evaluation))
         summary = DraftSummary(
             steps=self.step,
             tokens=self.step * config.batch * config.context,
@@ -383,12 +337,3 @@ def _sources(config: DraftConfig, card: dict[str, Any]) -> _Sources:
     if not sources.data:
         raise ConfigError("data: got nothing, and the target's card names no files; expected directories or files")
     return sources
-
-
-def _record(evaluation: Evaluation) -> dict[str, Any]:
-    """An evaluation's fields in a log record."""
-    return {
-        "held_out_loss": evaluation.loss,
-        "held_out_matches": list(evaluation.matches),
-        "acceptance_length": evaluation.acceptance_length,
-    }

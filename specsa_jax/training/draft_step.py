@@ -118,23 +118,3 @@ def make_train_step(head_config: HeadConfig, config: DraftConfig) -> Any:
 def make_evaluate(head_config: HeadConfig, config: DraftConfig) -> Any:
     """The jitted ``(params, target, rows int32 [B, S + 1]) →`` what :func:`compare` gives."""
     return jax.jit(lambda params, target, rows: compare(head_config, config, params, target, rows))
-
-
-def acceptance_lengths(match: np.ndarray, begin: int, ends: np.ndarray, chain: int) -> np.ndarray:
-    """Tokens gained a step, int32 [steps of all rows], when each row is decoded with chains of ``chain`` drafts.
-
-    ``match`` bool [unroll, B, S], as :func:`compare` gives it on text that the target wrote greedily from position
-    ``begin`` on: there, a draft stands iff it is the target's most probable token, and the drafts after one that
-    stands are those of the next depth. Row b is decoded up to position ``ends[b]`` of it.
-    """
-    gained = []
-    for row, end in enumerate(ends):
-        known = begin  # tokens known so far; the last of them is in slot known − 1, at index known − 2
-        while known < end:
-            accepted = 0
-            while accepted < min(chain, end - known - 1) and match[accepted, row, known - 2 + accepted]:
-                accepted += 1
-            if known + chain < end:  # a step cut short by the end says nothing
-                gained.append(accepted + 1)
-            known += accepted + 1
-    return np.asarray(gained, np.int32)
