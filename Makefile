@@ -48,9 +48,9 @@ embedded: .venv/.stamp
 		--exclude pydoc_data/topics.py --exclude 'encodings/*'
 
 draft: .venv/.stamp
-	.venv/bin/specsa train-draft embedded --output draft-run --steps 3000 --learning-rate 2e-3 --intermediate 1536 \
+	.venv/bin/specsa train-draft embedded --output draft-run --steps 5000 --learning-rate 2e-3 --intermediate 1536 \
 		--unroll 6 --generated 4096 --generation-batch 512 --prefill-chunk 64 --eval-rows 128 --eval-every 200 \
-		--save-every 0
+		--save-every 0 --implementation xla
 
 clean:
 	rm -rf .venv .venv312 build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

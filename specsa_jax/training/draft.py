@@ -116,7 +116,7 @@ class _Run:
         (self.out / "run.json").write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8")
 
         self._generate(target, held_out_prompts)
-        dtype = DTYPES[config.dtype]
+        dtype = draft_step.compute_dtype(config)
         self.target = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), target.params)
 
         def first_state() -> dict[str, Any]:
@@ -139,7 +139,7 @@ class _Run:
         """Lets the target write, or reads what it wrote before the run was interrupted."""
         config = self.config
         engine = Engine(
-            target.config, target.params, target.tokenizer, dtype=DTYPES[config.dtype],
+            target.config, target.params, target.tokenizer, dtype=draft_step.compute_dtype(config),
             prefill_chunk=config.prefill_chunk or None,
             implementation=None if config.implementation == "auto" else config.implementation,
         )  # fmt: skip

@@ -61,7 +61,7 @@ def train_draft(
     clip: Annotated[float, typer.Option(help="Global norm of gradients.")] = _D["clip"],
     beta1: Annotated[float, typer.Option(help="Adam's first decay.")] = _D["beta1"],
     beta2: Annotated[float, typer.Option(help="Adam's second decay.")] = _D["beta2"],
-    dtype: Annotated[str, typer.Option(help="bf16 or f32, of the computation.")] = _D["dtype"],
+    dtype: Annotated[str, typer.Option(help="bf16 or f32, of the computation; auto: bf16 on GPUs.")] = _D["dtype"],
     export_dtype: Annotated[str, typer.Option(help="bf16 or f32, of the head.")] = _D["export_dtype"],
     query_chunk: Annotated[int, typer.Option(help="Queries that the target attends at a time.")] = _D["query_chunk"],
     prefill_chunk: Annotated[int, typer.Option(help="Prompt tokens a pass; 0: the engine's.")] = _D["prefill_chunk"],

@@ -31,7 +31,7 @@ class DraftConfig(_Config):
         (:class:`specsa_jax.drafting.head_model.HeadConfig`); 0 or empty: its defaults.
       learning_rate, warmup: peak; linear warm-up in steps, then a cosine to 0.
       weight_decay, clip, beta1, beta2: AdamW (decay on projections alone), global norm.
-      dtype, export_dtype: of the passes, and of the head that is written.
+      dtype, export_dtype: of the passes (``auto``: bf16 on GPUs, f32 elsewhere), and of the head that is written.
       query_chunk: queries that the target attends at a time.
       prefill_chunk: prompt tokens a pass while generating; 0: the engine's own.
       implementation: of the target's attention while generating: ``auto``, ``pallas`` or ``xla``.
@@ -75,7 +75,7 @@ class DraftConfig(_Config):
     clip: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.95
-    dtype: Literal["bf16", "f32"] = "bf16"
+    dtype: Literal["auto", "bf16", "f32"] = "auto"
     export_dtype: Literal["bf16", "f32"] = "bf16"
     query_chunk: int = 512
     prefill_chunk: int = 0

@@ -17,6 +17,11 @@ from specsa_jax.training.draft_unroll import unroll
 from specsa_jax.training.step import DTYPES
 
 
+def compute_dtype(config: DraftConfig) -> Any:
+    """The dtype of the passes."""
+    return DTYPES[{"gpu": "bf16"}.get(jax.default_backend(), "f32") if config.dtype == "auto" else config.dtype]
+
+
 def compare(
     head_config: HeadConfig, config: DraftConfig, params: Params, target: Params, rows: jax.Array, chunk: int = 0
 ) -> tuple[jax.Array, ...]:
@@ -26,7 +31,7 @@ def compare(
     same, bool; and Σ min(p, q) float32, the chance that a drafted sample stands. Entries at i < depth mean nothing.
     Logits exist for ``chunk`` slots at a time (0: 64 MB of float32 at each depth), in the backward pass too.
     """
-    dtype = DTYPES[config.dtype]
+    dtype = compute_dtype(config)
     hidden, features = model.hidden_states(
         head_config.target, target, rows, dtype=dtype, remat=False, query_chunk=config.query_chunk,
         features=head_config.features,
