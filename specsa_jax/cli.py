@@ -16,6 +16,7 @@ import typer
 from typer.exceptions import TyperException
 
 from specsa_jax.training.cli import train
+from specsa_jax.training.draft_cli import train_draft
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +36,7 @@ app = typer.Typer(
     help="SpecSA-JAX: speculative decoding for native sparse attention models.\n\nExample:  specsa generate --compare",
 )
 app.command()(train)
+app.command()(train_draft)
 
 
 @app.callback()
@@ -65,8 +67,8 @@ def generate(
     drafter: Annotated[
         str,
         typer.Option(
-            help="Who drafts: lookup, self (the model with fewer blocks), model:CHECKPOINT, none, your own as "
-            "package.module:Name; a+b: a where it has a draft, else b."
+            help="Who drafts: lookup; head or head:PATH, trained; self, the model with fewer blocks; model:CHECKPOINT; "
+            "none; your own as package.module:Name; a+b: a where it has a draft, else b."
         ),
     ] = "lookup",
     tree: Annotated[
@@ -101,7 +103,7 @@ def generate(
     notes = Console(stderr=True, highlight=False)
     with _clear_errors(notes):
         texts = _prompts(prompt_file or [])
-        strategy = _strategy(drafter, tree, acceptance, precision)
+        strategy = _strategy(drafter, tree, acceptance, precision, checkpoint)
         from specsa_jax.engine import Engine
         from specsa_jax.sampling import SamplingParams
 
@@ -176,11 +178,11 @@ def _clear_errors(notes: Console) -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
-def _strategy(drafter: str, tree: str, acceptance: Any, precision: Any) -> Strategy:
+def _strategy(drafter: str, tree: str, acceptance: Any, precision: Any, checkpoint: str) -> Strategy:
     from specsa_jax.decoding import Strategy
     from specsa_jax.drafting import drafter_from_name
 
-    return Strategy(drafter_from_name(drafter), tree, acceptance=acceptance, precision=precision)
+    return Strategy(drafter_from_name(drafter, checkpoint), tree, acceptance=acceptance, precision=precision)
 
 
 def _prompts(files: list[Path]) -> list[tuple[str, str]]:

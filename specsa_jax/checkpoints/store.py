@@ -98,11 +98,32 @@ def save(
     fit ``config``.
     """
     path = Path(path)
+    _check_free(path, overwrite)
+    fit(expected_params(config), named_leaves(params), where="params")
+    with written_beside(path, overwrite) as scratch:
+        write_tree(scratch / "params", params)
+        tokenizer.save(str(scratch / "tokenizer.json"))
+        (scratch / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+        if card is not None:
+            (scratch / "README.md").write_text(card, encoding="utf-8")
+        write_top(scratch, {"schema": SCHEMA, "model": config.to_dict()}, scratch / "tokenizer.json")
+    return path
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path}: already exists; choose another directory, or overwrite it")
     if path.exists() and not (path / "config.json").exists():
         raise CheckpointError(f"{path}: is no checkpoint, so it is not overwritten")
-    fit(expected_params(config), named_leaves(params), where="params")
+
+
+@contextlib.contextmanager
+def written_beside(path: Path, overwrite: bool) -> Iterator[Path]:
+    """A directory to fill, which then takes the place of ``path``; nothing is left of it when filling it fails.
+
+    Raises CheckpointError when ``path`` exists (without ``overwrite``), is no checkpoint, or cannot be written.
+    """
+    _check_free(path, overwrite)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -111,22 +132,20 @@ def save(
     retired = scratch.with_name(scratch.name + "-old")
     try:
         scratch.chmod(0o755)  # mkdtemp's 0700 would survive the rename
-        write_tree(scratch / "params", params)
-        tokenizer.save(str(scratch / "tokenizer.json"))
-        (scratch / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
-        if card is not None:
-            (scratch / "README.md").write_text(card, encoding="utf-8")
-        checked = [scratch / "tokenizer.json", *sorted(p for p in (scratch / "params").rglob("*") if p.is_file())]
-        files = {p.relative_to(scratch).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in checked}
-        top = {"schema": SCHEMA, "model": config.to_dict(), "files": files}
-        (scratch / "config.json").write_text(json.dumps(top, indent=2) + "\n", encoding="utf-8")
+        yield scratch
         if path.exists():
             path.rename(retired)
         scratch.rename(path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
-    return path
+
+
+def write_top(directory: Path, values: dict[str, Any], *others: Path) -> None:
+    """``config.json``: ``values``, with size and SHA-256 of the files of ``params/`` and of ``others``."""
+    checked = [*others, *sorted(p for p in (directory / "params").rglob("*") if p.is_file())]
+    files = {p.relative_to(directory).as_posix(): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in checked}
+    (directory / "config.json").write_text(json.dumps({**values, "files": files}, indent=2) + "\n", encoding="utf-8")
 
 
 def load(name_or_path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
@@ -139,9 +158,11 @@ def load(name_or_path: str | os.PathLike[str], *, verify: bool = True) -> Checkp
     do not fit the config (one error lists every missing, unexpected and mis-shaped tensor).
     """
     path = resolve(name_or_path)
-    top, config = _read_config(path)
-    _check_files(path, top.get("files"), verify)
-    metadata = _read_json(path / "metadata.json")
+    top, config = read_top(path, "model", ModelConfig)
+    check_files(path, top.get("files"), verify)
+    if "tokenizer.json" not in top["files"]:
+        raise CheckpointError(f"{path / 'config.json'}: files: expected tokenizer.json among them")
+    metadata = read_json(path / "metadata.json")
     try:
         tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     except Exception as error:  # the Rust library raises bare Exception
@@ -157,7 +178,7 @@ def load(name_or_path: str | os.PathLike[str], *, verify: bool = True) -> Checkp
 
 def load_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
     """The config alone of what :func:`load` reads. Raises CheckpointError."""
-    return _read_config(resolve(name_or_path))[1]
+    return read_top(resolve(name_or_path), "model", ModelConfig)[1]
 
 
 def expected_params(config: ModelConfig) -> dict[str, Any]:
@@ -233,17 +254,8 @@ def _quiet() -> Iterator[None]:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], ModelConfig]:
-    top = _read_json(path / "config.json")
-    if top.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path / 'config.json'}: schema: got {top.get('schema')!r}, expected {SCHEMA}")
-    try:
-        return top, ModelConfig.from_dict(top.get("model", {}))
-    except ConfigError as error:
-        raise CheckpointError(f"{path / 'config.json'}: model: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -255,11 +267,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_files(path: Path, files: Any, verify: bool) -> None:
-    if (
-        not isinstance(files, dict)
-        or "tokenizer.json" not in files
-        or not all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values())
+def read_top(path: Path, name: str, kind: Any) -> tuple[dict[str, Any], Any]:
+    """``config.json`` of the directory ``path``, and the config of class ``kind`` that it has under ``name``.
+
+    Raises CheckpointError.
+    """
+    top = read_json(path / "config.json")
+    if top.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path / 'config.json'}: schema: got {top.get('schema')!r}, expected {SCHEMA}")
+    try:
+        return top, kind.from_dict(top.get(name, {}))
+    except (ConfigError, TypeError) as error:  # TypeError: a list's elements, which configs do not check
+        raise CheckpointError(f"{path / 'config.json'}: {name}: {error}") from error
+
+
+def check_files(path: Path, files: Any, verify: bool) -> None:
+    """Compares the files of a checkpoint with what its config.json says of them. Raises CheckpointError."""
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values()
     ):
         raise CheckpointError(f"{path / 'config.json'}: files: expected the size and SHA-256 of every file")
     problems = []

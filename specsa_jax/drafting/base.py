@@ -161,24 +161,26 @@ def depth_first(draft: Draft, depth: int) -> Draft:
     )
 
 
-_REGISTERED: dict[str, Callable[[], Drafter | None]] = {}
+_REGISTERED: dict[str, Callable[[str, str], Drafter | None]] = {}
 
 
-def register_drafter(name: str, make: Callable[[], Drafter | None]) -> None:
-    """Lets ``make()`` be had by ``name`` from :func:`drafter_from_name`, and so from ``specsa generate --drafter``.
+def register_drafter(name: str, make: Callable[[str, str], Drafter | None]) -> None:
+    """Gives a drafter a name, for :func:`drafter_from_name` and ``specsa generate --drafter``.
 
-    Raises ValueError for a name that is taken, or has a ``+`` or ``:`` in it.
+    ``make(where, checkpoint)`` is given what stands behind a colon ("" without one) and the target's checkpoint.
+    Raises ValueError for a name that is taken, or has ``+``, ``:`` or ``.`` in it.
     """
-    if not name or name in _REGISTERED or set(name) & set("+:"):
-        raise ValueError(f"name: got {name!r}, expected a new name without + and :")
+    if not name or name in _REGISTERED or set(name) & set("+:."):
+        raise ValueError(f"name: got {name!r}, expected a new name without +, : and .")
     _REGISTERED[name] = make
 
 
-def drafter_from_name(name: str) -> Drafter | None:
-    """The drafter called ``name``, with its default settings; None for "none".
+def drafter_from_name(name: str, checkpoint: str = "embedded") -> Drafter | None:
+    """The drafter called ``name``, for the target ``checkpoint``, with its default settings; None for "none".
 
-    ``model:PATH`` drafts with a checkpoint; ``a+b`` takes a where it has a draft, else b; ``package.module:Name`` is
-    a drafter of one's own, or a function that makes one.
+    ``head`` is the target's trained head, ``head:PATH`` one from elsewhere; ``model:PATH`` drafts with a checkpoint;
+    ``a+b`` takes a where it has a draft, else b; ``package.module:Name`` is a class of one's own, or a function that
+    makes a drafter.
 
     Raises ValueError listing the names, and what the drafter raises.
     """
@@ -186,22 +188,18 @@ def drafter_from_name(name: str) -> Drafter | None:
     if plus:
         from specsa_jax.drafting.combined import Combined
 
-        left, right = drafter_from_name(first), drafter_from_name(second)
+        left, right = drafter_from_name(first, checkpoint), drafter_from_name(second, checkpoint)
         if left is None or right is None:
             raise ValueError(f"drafter: got {name!r}, expected two drafters around the +")
         return Combined(left, right)
-    if name in _REGISTERED:
-        return _REGISTERED[name]()
-    kind, colon, rest = name.partition(":")
-    if colon and kind == "model":
-        from specsa_jax.drafting.draft_model import DraftModel
-
-        return DraftModel(rest)
-    known = ", ".join([*_REGISTERED, "model:PATH", "a+b", "package.module:Name"])
+    kind, colon, where = name.partition(":")
+    if kind in _REGISTERED:
+        return _REGISTERED[kind](where, checkpoint)
+    known = ", ".join([*_REGISTERED, "a+b", "package.module:Name"])
     if not colon:
         raise ValueError(f"drafter: got {name!r}, expected one of {known}")
     try:
-        made = getattr(importlib.import_module(kind), rest)()
+        made = getattr(importlib.import_module(kind), where)()
     except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"drafter: got {name!r}, expected one of {known}: {error}") from error
     if not isinstance(made, Drafter):
