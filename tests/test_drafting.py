@@ -21,7 +21,7 @@ def proposer(rule, length):
 
     def propose(tokens, known):
         context = Context(tokens, known, known > 0, None, None, None, None, None)
-        return rule.propose((), (), context, template)[0]
+        return rule.propose((), (), context, template)
 
     return jax.jit(propose)
 
