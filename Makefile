@@ -7,13 +7,14 @@ TESTS312 = $(wildcard tests/test_kernels*.py tests/test_engine*.py tests/test_de
 # Workers start with adjacent tests, which share compiled programs, and steal from each other at the end.
 PYTEST = pytest -n 2 --dist worksteal
 
-.PHONY: help demo test test312 embedded clean
+.PHONY: help demo test test312 embedded draft clean
 
 help:
 	@echo 'make demo     generate with and without speculation from the embedded model, and compare'
 	@echo 'make test     lint, type-check and run the test suite'
 	@echo 'make test312  kernel and engine tests on Python 3.12 with the newest jax'
 	@echo 'make embedded train the embedded model again (two runs; a GPU and Python 3.12 to get the shipped one)'
+	@echo 'make draft    train the embedded model'"'"'s draft head again (a GPU and Python 3.12 to get the shipped one)'
 	@echo 'make clean    remove environments, caches and build products'
 
 demo: .venv/.stamp
@@ -45,6 +46,11 @@ embedded: .venv/.stamp
 	$(TRAIN) --output run1 --model embedded --stages 4096:16:850,8192:8:91 --learning-rate 2e-3
 	$(TRAIN) --output run2 --init run1/checkpoint --stages 4096:16:520,8192:8:200 --warmup 50 \
 		--exclude pydoc_data/topics.py --exclude 'encodings/*'
+
+draft: .venv/.stamp
+	.venv/bin/specsa train-draft embedded --output draft-run --steps 5000 --learning-rate 2e-3 --intermediate 1536 \
+		--unroll 6 --generated 4096 --generation-batch 512 --prefill-chunk 64 --eval-rows 128 --eval-every 200 \
+		--save-every 0 --implementation xla
 
 clean:
 	rm -rf .venv .venv312 build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

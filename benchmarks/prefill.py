@@ -40,7 +40,8 @@ def main() -> None:
     def state() -> State:
         cache = create_cache(config, np.arange(pages)[None], pages, dtype)
         known = jnp.array([args.tokens + 1], jnp.int32)
-        return State(cache, jnp.asarray(tokens, jnp.int32), known, known + 1, jnp.zeros(1, bool))
+        return State(cache, jnp.asarray(tokens, jnp.int32), known, known + 1, jnp.zeros(1, bool),
+                     jnp.zeros(tokens.shape, jnp.float32))  # fmt: skip
 
     implementation = kernels.choose(config.nsa, args.tokens, args.implementation)
     decoder = Decoder(config, dtype, implementation=implementation)

@@ -17,7 +17,7 @@ Rings hold ``max_rollback`` tokens more than a query needs: so far, and no farth
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -121,6 +121,20 @@ def topology(parents: Sequence[int], block: int) -> Topology:
 def chain(size: int, block: int) -> Topology:
     """The chain of ``size`` nodes."""
     return topology([node - 1 for node in range(size)], block)
+
+
+def grown_topology(parents: jax.Array, depth: int, block: int) -> Topology:
+    """As :func:`topology` for trees known only on the device: ``parents`` int32 [B, T], at most ``depth`` deep."""
+    batch, size = parents.shape
+    node = jnp.arange(size, dtype=jnp.int32)
+    upward = jnp.pad(parents, ((0, 0), (0, 1)), constant_values=-1)  # the last: what −1 finds
+    steps = [jnp.broadcast_to(node, (batch, size))]
+    for _ in range(depth):
+        steps.append(jnp.take_along_axis(upward, steps[-1] % (size + 1), axis=1))
+    back = jnp.stack(steps, axis=-1)  # [B, T, depth + 1]
+    ancestor = (back[..., None] == node).any(axis=-2)
+    padded = jnp.pad(back, ((0, 0), (0, 0), (0, max(0, block - depth - 1))), constant_values=-1)
+    return Topology((back >= 0).sum(axis=-1, dtype=jnp.int32) - 1, ancestor, padded[..., :block])
 
 
 def make_tail(config: NSAConfig, tree: Topology, lengths: jax.Array, slots: int | None = None) -> Tail:
@@ -291,6 +305,16 @@ def commit(
 
     layers = [write(layer, new) for layer, new in zip(cache.layers, tails, strict=True)]
     return cache._replace(layers=layers, lengths=cache.lengths + count)
+
+
+def reads_first(true: jax.Array, read: Callable[[], Any]) -> Any:
+    """``read()``, under a condition that always holds, which the compiler cannot know.
+
+    What a branch reads of the cache is read before the commit that follows. Without the branch nothing would order
+    the two, and XLA would copy the cache at every step, to write one copy and read the other.
+    """
+    nothing = jax.eval_shape(read)
+    return jax.lax.cond(true, read, lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nothing))
 
 
 def rollback(cache: Cache, lengths: jax.Array) -> Cache:

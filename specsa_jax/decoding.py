@@ -8,21 +8,31 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Implementation
 from specsa_jax import model as transformer
-from specsa_jax.acceptance import accept_chain
-from specsa_jax.cache import Cache, LayerTail, Tail, chain, chain_slots, commit, make_tail
+from specsa_jax.acceptance import (
+    Acceptance,
+    Accepted,
+    accept_block,
+    accept_by_rejection,
+    accept_coupled,
+    accept_typical,
+    draft_noise,
+    step_keys,
+)
+from specsa_jax.cache import Cache, LayerTail, Tail, chain_slots, commit, make_tail, reads_first, topology
 from specsa_jax.config import ModelConfig
-from specsa_jax.drafting import Drafter, PromptLookup
+from specsa_jax.drafting import Context, Draft, Drafter, PromptLookup, Seen, depth_first
+from specsa_jax.drafting.tree import Traversal, Tree, TreeTemplate, grown_tree, parse_tree, static_tree
 from specsa_jax.nsa.cached import Backend
-from specsa_jax.sampling import Sampling, sample
+from specsa_jax.sampling import Sampling, penalised_logits, sample
+
+Precision = Literal["exact", "strict", "approx"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,29 +41,75 @@ class Strategy:
 
     Attributes:
       drafter: proposes tokens; None decodes one token at a time.
-      tree: shape of the draft, ``chain:K`` for K drafted tokens (a step then verifies K + 1).
+      tree: shape of the draft, as :func:`specsa_jax.drafting.parse_tree` reads it: ``chain:K`` for K drafted tokens
+        in a row (a step then verifies K + 1), ``4-2-1-1``, ``best:64``.
+      traversal: order of a tree's nodes, "breadth" or "depth" first.
+      acceptance: which drafts stand (:mod:`specsa_jax.acceptance`): "coupled", "rejection", "block" or "typical".
+      precision: "exact"; "strict": tokens are bit-identical to decoding one at a time in this class; "approx":
+        acceptance may be lossy.
 
-    Raises ValueError for a drafter that is none, and for a tree that cannot be read or is too large.
+    Raises ValueError for a drafter that is none, for a tree that cannot be read or is too large, and for options that
+    contradict each other.
     """
 
     drafter: Drafter | None = PromptLookup()
     tree: str = "chain:5"
+    traversal: Traversal = "breadth"
+    acceptance: Acceptance = "coupled"
+    precision: Precision = "exact"
 
     def __post_init__(self) -> None:
-        if self.drafter is not None and not callable(getattr(self.drafter, "propose", None)):
+        if not isinstance(self.drafter, Drafter | None):
             raise ValueError(f"drafter: got {self.drafter!r}, expected a Drafter, such as PromptLookup(), or None")
-        match = re.fullmatch(r"chain:(\d+)", self.tree) if isinstance(self.tree, str) else None
-        if not match or not 1 <= int(match[1]) <= 127:
-            raise ValueError(f"tree: got {self.tree!r}, expected chain:K with K from 1 to 127")
+        template = parse_tree(self.tree, self.traversal)
+        for name, choices in (("acceptance", get_args(Acceptance)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(map(repr, choices))}"
+                )
+        if self.acceptance == "typical" and self.precision != "approx":
+            raise ValueError(f"acceptance: got 'typical', which is lossy, in precision {self.precision!r}, expected "
+                             "precision 'approx'")  # fmt: skip
+        if self.acceptance in ("rejection", "block"):
+            if self.precision == "strict":
+                raise ValueError(f"acceptance: got {self.acceptance!r} in precision 'strict', whose tokens are those "
+                                 "of decoding one at a time, expected 'coupled'")  # fmt: skip
+            if self.drafter is None or not self.drafter.has_law:
+                raise ValueError(f"acceptance: got {self.acceptance!r} for drafter {self.drafter}, whose drafts are "
+                                 "not drawn from a law, expected 'coupled'")  # fmt: skip
+            if not template.is_static or (self.acceptance == "block" and not template.is_chain):
+                wanted = "a chain" if self.acceptance == "block" else "a chain or fixed branchings"
+                raise ValueError(f"acceptance: got {self.acceptance!r} for tree {self.tree}, expected {wanted}")
+
+    @property
+    def template(self) -> TreeTemplate:
+        """The tree, read."""
+        return parse_tree(self.tree, self.traversal)
 
     @property
     def width(self) -> int:
         """T: tokens that a step verifies, the pending one included."""
-        return 1 if self.drafter is None else int(self.tree.split(":")[1]) + 1
+        return 1 if self.drafter is None else self.template.nodes + 1
+
+    @property
+    def reach(self) -> int:
+        """A: the most tokens that a step gives, and the nodes of the longest path."""
+        return 1 if self.drafter is None else self.template.depth + 1
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ValueError where tree, drafter and model do not go together."""
+        if self.drafter is not None:
+            self.template.check(config)
+            self.drafter.check(config, self.template)
 
     def describe(self) -> str:
         """One line for people."""
-        return "autoregressive" if self.drafter is None else f"{self.drafter} {self.tree}"
+        words = ["autoregressive"] if self.drafter is None else [str(self.drafter), self.tree]
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("traversal", "acceptance", "precision"):
+            if (value := getattr(self, name)) != defaults[name]:
+                words.append(f"{value}-first" if name == "traversal" else value)
+        return " ".join(words)
 
 
 AUTOREGRESSIVE = Strategy(drafter=None)
@@ -67,6 +123,8 @@ class State(NamedTuple):
       tokens: int32 [B, S] prompt and output; ``known`` int32 [B] of them are valid.
       limit: int32 [B]; a sequence is done when ``known`` reaches it, or at its end token.
       done: bool [B].
+      draft: the drafter's state.
+      logprobs: float32 [B, S] of output tokens in the model's own law (temperature 1, nothing filtered or penalised).
     """
 
     cache: Cache
@@ -74,31 +132,40 @@ class State(NamedTuple):
     known: jax.Array
     limit: jax.Array
     done: jax.Array
+    logprobs: jax.Array
+    draft: Any = ()
 
 
 class Counts(NamedTuple):
-    """What happened in a call: steps int32 []; sequences' steps by drafted and by accepted tokens, int32 [T] each."""
+    """What happened in a call, in active sequences' steps.
+
+    Attributes:
+      steps: int32 [].
+      drafted: int32 [A]: sequences' steps by the depth of the draft.
+      accepted: int32 [A]: sequences' steps by accepted tokens.
+      nodes: int32 []: drafted tokens, all branches.
+    """
 
     steps: jax.Array
     drafted: jax.Array
     accepted: jax.Array
+    nodes: jax.Array
 
 
-def _reads_first(true: jax.Array, read: Callable[[], Any]) -> Any:
-    """``read()``, under a condition that always holds, which the compiler cannot know.
+class _Verified(NamedTuple):
+    """What a step's forward pass leaves: what it accepts, and what a commit and the drafter need."""
 
-    What a branch reads of the cache is read before the commit that follows. Without the branch nothing would order
-    the two, and XLA would copy the cache at every step, to write one copy and read the other.
-    """
-    nothing = jax.eval_shape(read)
-    return jax.lax.cond(true, read, lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nothing))
+    accepted: Accepted
+    logprobs: jax.Array
+    tails: list[LayerTail]
+    features: jax.Array | None
 
 
 class Decoder:
     """The compiled functions of one model at one dtype.
 
-    ``Strategy`` is the only static argument of :meth:`decode` (``chunk`` that of :meth:`prefill`); shapes do the rest.
-    ``traces`` counts how often each was traced.
+    ``Strategy`` is the only static argument of :meth:`decode` (``chunk``, and a drafter that observes, those of
+    :meth:`prefill`); shapes do the rest. ``traces`` counts how often each was traced.
     """
 
     def __init__(
@@ -109,132 +176,261 @@ class Decoder:
         implementation: Implementation = "xla",
         interpret: bool = False,
     ):
-        # Every tail of these loops is a chain.
-        self.backend = Backend(implementation, is_chain=True, interpret=interpret)
+        self.backend = Backend(implementation, interpret=interpret)
         self.config, self.dtype, self.end_tokens = config, jnp.dtype(dtype), end_tokens
         self.traces: collections.Counter[Strategy | int] = collections.Counter()
         self.decode = jax.jit(self._decode, static_argnames="strategy", donate_argnames="state")
-        self.prefill = jax.jit(self._prefill, static_argnames="chunk", donate_argnames="state")
-        self.score = jax.jit(self._score, donate_argnames="cache")
+        self.prefill = jax.jit(
+            self._prefill, static_argnames=("chunk", "drafter", "precision"), donate_argnames="state"
+        )
+        self.score = jax.jit(self._score, static_argnames="precision", donate_argnames="cache")
 
-    def _tail(self, cache: Cache, width: int) -> Tail:
-        """The chain of ``width`` tokens behind the cache."""
+    def check(self, strategy: Strategy) -> None:
+        """Raises ValueError where strategy and model do not go together, UnsupportedError for kernels in "strict"."""
+        strategy.check(self.config)
+        self._backend(strategy.precision)
+
+    def _backend(self, precision: Precision, is_chain: bool = True) -> Backend:
+        return dataclasses.replace(self.backend, is_chain=is_chain, deterministic=precision == "strict")
+
+    def _tail(self, cache: Cache, tree: Tree, template: TreeTemplate | None = None) -> Tail:
+        """``tree`` behind the cache; None: a chain."""
         nsa = self.config.nsa
-        return make_tail(nsa, chain(width, nsa.compress_block), cache.lengths, chain_slots(nsa, width))
+        slots = chain_slots(nsa, tree.parents.shape[-1]) if template is None else template.slots(nsa.compress_stride)
+        return make_tail(nsa, tree.topology, cache.lengths, slots)
+
+    def _chain(self, size: int) -> Tree:
+        """The chain of ``size`` tokens."""
+        nodes = [node - 1 for node in range(size)]
+        return Tree(jnp.asarray(nodes, jnp.int32), topology(nodes, self.config.nsa.compress_block))
 
     def _forward(
-        self, params: transformer.Params, tokens: jax.Array, cache: Cache
-    ) -> tuple[jax.Array, list[LayerTail]]:
-        """The chain ``tokens`` int32 [B, T] against the cache: hidden states [B, T, H], and what a commit needs."""
-        tail = self._tail(cache, tokens.shape[1])
-        return transformer.verify(self.config, params, tokens, cache, tail, dtype=self.dtype, backend=self.backend)
+        self,
+        params: transformer.Params,
+        tokens: jax.Array,
+        cache: Cache,
+        tail: Tail,
+        backend: Backend,
+        features: tuple[int, ...] = (),
+    ) -> tuple[jax.Array, list[LayerTail], jax.Array | None]:
+        """``tokens`` int32 [B, T] against the cache: hidden states [B, T, H], what a commit needs, and the features."""
+        found = transformer.verify(
+            self.config, params, tokens, cache, tail, dtype=self.dtype, features=features, backend=backend
+        )  # fmt: skip
+        return found if features else (*found, None)
 
-    def _commit(self, cache: Cache, tails: list[LayerTail], count: jax.Array) -> Cache:
-        """The cache with the first ``count`` int32 [B] tokens of the chain."""
-        batch, width = tails[0].key.shape[:2]
-        path = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), (batch, width))
+    def _commit(self, cache: Cache, tails: list[LayerTail], tail: Tail, path: jax.Array, count: jax.Array) -> Cache:
+        """The cache with the first ``count`` int32 [B] nodes of ``path`` int32 [B, A]."""
         return commit(
-            self.config.nsa, cache, tails, self._tail(cache, width), path, count,
+            self.config.nsa, cache, tails, tail, path, count,
             implementation=self.backend.implementation, interpret=self.backend.interpret,
         )  # fmt: skip
 
-    def _prefill(self, params: transformer.Params, state: State, max_chunks: jax.Array, chunk: int) -> State:
-        """Commits known tokens but the last, ``chunk`` at a time, at most ``max_chunks`` int32 [] of them."""
+    def _prefill(
+        self,
+        params: transformer.Params,
+        state: State,
+        max_chunks: jax.Array,
+        chunk: int,
+        drafter: Drafter | None = None,
+        precision: Precision = "exact",
+        draft_params: Any = (),
+    ) -> State:
+        """Commits known tokens but the last, ``chunk`` at a time, at most ``max_chunks`` int32 [] of them.
+
+        A ``drafter`` is shown them; to be given only if it observes.
+        """
         self.traces[chunk] += 1
         buffer, target = state.tokens, jnp.maximum(state.known - 1, 0)
+        features = () if drafter is None else drafter.features
+        tree, backend = self._chain(chunk), self._backend(precision)
+        step = jnp.arange(chunk, dtype=jnp.int32)
 
-        def body(carry: tuple[Cache, jax.Array]) -> tuple[Cache, jax.Array]:
-            cache, chunks = carry
-            at = cache.lengths[:, None] + jnp.arange(chunk, dtype=jnp.int32)
-            tokens = jnp.take_along_axis(buffer, jnp.minimum(at, buffer.shape[1] - 1), axis=1)
-            tails = _reads_first((cache.lengths < target).any(), lambda: self._forward(params, tokens, cache)[1])
-            return self._commit(cache, tails, jnp.minimum(target - cache.lengths, chunk)), chunks + 1
+        def body(carry: tuple[Cache, Any, jax.Array]) -> tuple[Cache, Any, jax.Array]:
+            cache, draft, chunks = carry
+            at = jnp.minimum(cache.lengths[:, None] + step, buffer.shape[1] - 1)
+            tokens = jnp.take_along_axis(buffer, at, axis=1)
+            tail = self._tail(cache, tree)
+            _, tails, seen = reads_first(
+                (cache.lengths < target).any(), lambda: self._forward(params, tokens, cache, tail, backend, features)
+            )
+            count = jnp.minimum(target - cache.lengths, chunk)
+            if drafter is not None:
+                following = jnp.take_along_axis(buffer, jnp.minimum(at + 1, buffer.shape[1] - 1), axis=1)
+                shown = Seen(tokens, following, cache.lengths, count, seen, self.backend)
+                draft = drafter.observe(draft_params, draft, shown)
+            path = jnp.broadcast_to(step, tokens.shape)
+            return self._commit(cache, tails, tail, path, count), draft, chunks + 1
 
-        def unfinished(carry: tuple[Cache, jax.Array]) -> jax.Array:
-            return (carry[0].lengths < target).any() & (carry[1] < max_chunks)
+        def unfinished(carry: tuple[Cache, Any, jax.Array]) -> jax.Array:
+            return (carry[0].lengths < target).any() & (carry[2] < max_chunks)
 
-        cache, _ = jax.lax.while_loop(unfinished, body, (state.cache, jnp.int32(0)))
-        return state._replace(cache=cache)
+        cache, draft, _ = jax.lax.while_loop(unfinished, body, (state.cache, state.draft, jnp.int32(0)))
+        return state._replace(cache=cache, draft=draft)
 
     def _score(
-        self, params: transformer.Params, tokens: jax.Array, cache: Cache, count: jax.Array
+        self,
+        params: transformer.Params,
+        tokens: jax.Array,
+        cache: Cache,
+        count: jax.Array,
+        precision: Precision = "exact",
     ) -> tuple[jax.Array, Cache]:
         """Log-probabilities float32 [B, T, V] after each of the tokens int32 [B, T]; commits ``count`` [B] of them."""
-        hidden, tails = _reads_first((count > 0).any(), lambda: self._forward(params, tokens, cache))
-        logits = transformer.head(self.config, params, hidden, self.dtype)
-        return jax.nn.log_softmax(logits, axis=-1), self._commit(cache, tails, count)
+        tail = self._tail(cache, self._chain(tokens.shape[1]))
+        backend = self._backend(precision)
+        hidden, tails, _ = reads_first((count > 0).any(), lambda: self._forward(params, tokens, cache, tail, backend))
+        rows = backend.rows(cache)
+        logprobs = rows(jax.nn.log_softmax, transformer.head(self.config, params, hidden, self.dtype, rows))
+        path = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        return logprobs, self._commit(cache, tails, tail, path, count)
 
     def _decode(
-        self, params: transformer.Params, state: State, sampling: Sampling, max_steps: jax.Array, strategy: Strategy
+        self,
+        params: transformer.Params,
+        state: State,
+        sampling: Sampling,
+        max_steps: jax.Array,
+        strategy: Strategy,
+        draft_params: Any = (),
     ) -> tuple[State, Counts]:
         """Steps until all sequences are done, at most ``max_steps`` int32 []. Prefill must be complete."""
         self.traces[strategy] += 1
-        zeros = jnp.zeros(strategy.width, jnp.int32)
+        zeros = jnp.zeros(strategy.reach, jnp.int32)
 
         def body(carry: tuple[State, Counts]) -> tuple[State, Counts]:
-            return self._step(params, carry[0], sampling, carry[1], strategy)
+            return self._step(params, draft_params, carry[0], sampling, carry[1], strategy)
 
         def unfinished(carry: tuple[State, Counts]) -> jax.Array:
             return ~carry[0].done.all() & (carry[1].steps < max_steps)
 
-        return jax.lax.while_loop(unfinished, body, (state, Counts(jnp.int32(0), zeros, zeros)))
+        return jax.lax.while_loop(unfinished, body, (state, Counts(jnp.int32(0), zeros, zeros, jnp.int32(0))))
 
     def _step(
-        self, params: transformer.Params, state: State, sampling: Sampling, counts: Counts, strategy: Strategy
+        self,
+        params: transformer.Params,
+        draft_params: Any,
+        state: State,
+        sampling: Sampling,
+        counts: Counts,
+        strategy: Strategy,
     ) -> tuple[State, Counts]:
-        width = strategy.width
+        drafter, template, width, reach = strategy.drafter, strategy.template, strategy.width, strategy.reach
+        features = () if drafter is None or not drafter.observes else drafter.features
         pending = jnp.take_along_axis(state.tokens, state.known[:, None] - 1, axis=1)
-        place = jnp.arange(width, dtype=jnp.int32)[None]
+        active = ~state.done
+        place = jnp.arange(reach, dtype=jnp.int32)[None]
 
-        def verify(tokens: jax.Array) -> tuple[jax.Array, list[LayerTail]]:
-            """Targets int32 and layer tails of a chain int32 [B, T], padded to the strategy's width."""
-            hidden, tails = self._forward(params, tokens, state.cache)
-            logits = transformer.head(self.config, params, hidden, self.dtype)
-            targets = sample(logits, state.known[:, None] + place[:, : tokens.shape[1]], sampling)
-            missing = width - tokens.shape[1]
-            slots = chain_slots(self.config.nsa, width)
+        def verify(
+            tokens: jax.Array, valid: jax.Array, tree: Tree, template: TreeTemplate | None, draft: Draft | None
+        ) -> _Verified:
+            """Of a tree int32 [B, t] of 1 or T nodes, padded to T."""
+            tail = self._tail(state.cache, tree, template)
+            backend = self._backend(strategy.precision, template is None or template.is_chain)
+            rows = backend.rows(state.cache)
+            hidden, tails, seen = self._forward(params, tokens, state.cache, tail, backend, features)
+            logits = transformer.head(self.config, params, hidden, self.dtype, rows)
+            depth = jnp.broadcast_to(tree.topology.depth, tokens.shape)
+            law = penalised_logits(logits, sampling, state.tokens, state.known, tokens, tree.topology.ancestor, rows)
+            targets = sample(law, state.known[:, None] + depth, sampling, rows)
+            if draft is None or strategy.acceptance == "coupled":
+                accepted = accept_coupled(tree, tokens, valid, targets, reach)
+            elif strategy.acceptance == "typical":
+                accepted = accept_typical(tree, tokens, valid, law, targets, sampling, reach)
+            elif strategy.acceptance == "block":
+                accepted = accept_block(tokens, draft, law, sampling, keys)
+            else:
+                child = jnp.asarray(strategy.template.child)
+                accepted = accept_by_rejection(child, tokens, draft, law, sampling, keys, reach)
+            given = jnp.take_along_axis(logits, accepted.path[..., None], axis=1)  # [B, A, V]
+            chosen = jnp.take_along_axis(given, accepted.tokens[..., None], axis=2)[..., 0]
+            logprobs = rows(lambda chosen, given: chosen - jax.nn.logsumexp(given, axis=-1), chosen, given)
 
             def pad(leaf: jax.Array, size: int) -> jax.Array:
                 return jnp.pad(leaf, [(0, 0), (0, size - leaf.shape[1])] + [(0, 0)] * (leaf.ndim - 2))
 
-            if missing:
-                targets = pad(targets, width)
+            if tokens.shape[1] < width:
                 sizes = {name: slots if name.startswith("compressed") else width for name in LayerTail._fields}
                 tails = [
                     tail._replace(**{n: pad(leaf, sizes[n]) for n, leaf in tail._asdict().items() if leaf is not None})
                     for tail in tails
                 ]
-            return targets, tails
+                seen = None if seen is None else pad(seen, width)
+            return _Verified(accepted, logprobs, tails, seen)
 
-        tokens, drafted = pending, jnp.zeros_like(state.known)
-        if strategy.drafter is None:
-            targets, tails = verify(pending)
+        alone, draft_state = self._chain(1), state.draft
+        nothing = jnp.zeros((pending.shape[0], width), bool)
+        if drafter is None:
+            tree, valid, tail = alone, nothing, self._tail(state.cache, alone)
+            slots = tail.slot.shape[1]
+            verified = verify(pending, nothing, alone, None, None)
         else:
-            draft = strategy.drafter.propose(state.tokens, state.known, width - 1)
-            drafted = jnp.where(state.done, 0, draft.size)
+            keys = step_keys(sampling, state.known)
+            context = self._context(params, state, sampling, keys, strategy)
+            draft = drafter.propose(draft_params, state.draft, context, template)
+            if template.traversal == "depth" and not template.is_static:
+                draft = depth_first(draft, template.depth)
+            draft = draft._replace(valid=draft.valid & active[:, None])
+            valid = jnp.pad(draft.valid, ((0, 0), (1, 0)))
             tokens = jnp.concatenate([pending, draft.tokens], axis=1)
+            block = self.config.nsa.compress_block
+            tree = (
+                static_tree(template, block) if draft.parents is None
+                else grown_tree(draft.parents, template.depth, block)
+            )  # fmt: skip
+            tail = self._tail(state.cache, tree, template)
+            slots = tail.slot.shape[1]
             # A step in which nobody has a draft costs what decoding one token costs. The cache is only read in here:
             # a branch that wrote to it would copy it.
-            targets, tails = jax.lax.cond((drafted > 0).any(), lambda: verify(tokens), lambda: verify(pending))
-        accepted = accept_chain(tokens, drafted, targets)
+            verified = jax.lax.cond(
+                valid.any(), lambda: verify(tokens, valid, tree, template, draft),
+                lambda: verify(pending, nothing[:, :1], alone, None, None),
+            )  # fmt: skip
+        path, accepted, targets = verified.accepted
         emitted = self._emitted(state, targets, accepted)
-        active = ~state.done
         ended = self._is_end(targets) & (place < emitted[:, None])
         at = jnp.where(place < emitted[:, None], state.known[:, None] + place, state.tokens.shape[1])
         rows = jnp.arange(at.shape[0], dtype=jnp.int32)[:, None]
         known = state.known + emitted
+        drafted = jnp.where(valid, tree.topology.depth, 0).max(axis=1)
         counts = Counts(
             counts.steps + 1,
             counts.drafted.at[drafted].add(active.astype(jnp.int32)),
             counts.accepted.at[accepted].add(active.astype(jnp.int32)),
+            counts.nodes + valid.sum(dtype=jnp.int32),
         )
+        if drafter is not None and drafter.observes:
+            taken = jnp.concatenate([pending, targets[:, :-1]], axis=1)
+            seen = verified.features
+            if seen is not None:
+                seen = jnp.take_along_axis(seen, path[..., None, None], axis=1)
+            shown = Seen(taken, targets, state.cache.lengths, emitted, seen, self.backend)
+            draft_state = drafter.observe(draft_params, draft_state, shown)
         return State(
-            cache=self._commit(state.cache, tails, emitted),
+            cache=self._commit(state.cache, verified.tails, tail, path, emitted),
             tokens=state.tokens.at[rows, at].set(targets, mode="drop"),
             known=known,
             limit=state.limit,
             done=state.done | ended.any(axis=1) | (known >= state.limit),
+            logprobs=state.logprobs.at[rows, at].set(verified.logprobs, mode="drop"),
+            draft=draft_state,
         ), counts
+
+    def _context(
+        self, params: transformer.Params, state: State, sampling: Sampling, keys: jax.Array, strategy: Strategy
+    ) -> Context:
+        """What the drafter is given, with the randomness that the rule of acceptance wants of it."""
+        depth, drawn = strategy.template.depth, strategy.acceptance in ("rejection", "block")
+        if drawn:
+            noise = draft_noise(keys, depth)
+        else:
+            # The target's own: a draft drawn with it is likely to be what the target draws.
+            at = state.known[:, None] + jnp.arange(depth, dtype=jnp.int32)
+            noise = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(sampling.keys, at)
+        return Context(
+            state.tokens, state.known, ~state.done, sampling, noise, state.cache, params, self.config, self.backend,
+            keep_law=drawn,
+        )  # fmt: skip
 
     def _is_end(self, tokens: jax.Array) -> jax.Array:
         """bool, as tokens."""
@@ -243,7 +439,7 @@ class Decoder:
         )
 
     def _emitted(self, state: State, targets: jax.Array, accepted: jax.Array) -> jax.Array:
-        """How many of ``targets`` [B, width] a sequence takes: accepted + 1, cut at its budget and an end token."""
+        """How many of ``targets`` [B, A] a sequence takes: accepted + 1, cut at its budget and an end token."""
         width = targets.shape[1]
         place = jnp.arange(width, dtype=jnp.int32)[None]
         first_end = jnp.min(jnp.where(self._is_end(targets), place, width), axis=1)

@@ -24,7 +24,8 @@ from pallas_kernels import Implementation
 from specsa_jax import checkpoints
 from specsa_jax.cache import CacheBytes, CapacityError, cache_bytes, create_cache, pages_for
 from specsa_jax.config import ModelConfig
-from specsa_jax.decoding import AUTOREGRESSIVE, Decoder, State, Strategy
+from specsa_jax.decoding import Counts, Decoder, Precision, State, Strategy
+from specsa_jax.drafting import Drafter, Target
 from specsa_jax.nsa import kernels
 from specsa_jax.sampling import SamplingParams, batch_sampling
 
@@ -53,11 +54,14 @@ class Generation:
       text: without the prompt, the end token, and a stop string and what follows it.
       tokens: int32 [new tokens]; the end token is included, as are those that complete a stop string.
       finish: ``"end"`` (end token), ``"stop"`` (stop string) or ``"length"`` (token budget).
+      logprobs: float32 [new tokens], of the tokens in the model's own law (as :meth:`Engine.score` gives it:
+        temperature 1, nothing filtered or penalised).
     """
 
     text: str
     tokens: np.ndarray
     finish: str
+    logprobs: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +72,10 @@ class Stats:
       strategy: the strategy used, in words.
       prompt_tokens, new_tokens: sums over the batch.
       steps: target passes; ``sequence_steps``: the same, summed over the sequences that were still running.
-      drafted, accepted: drafted tokens, and those of them that stood.
+      drafted, accepted: drafted tokens (of a tree, all branches), and those of them that stood.
       accepted_histogram: sequence steps by the number of drafted tokens that stood, from 0.
-      acceptance_per_position: for the first drafted token, the second, …: of the steps that drafted one there, the
-        fraction in which it stood.
+      acceptance_per_position: for the first drafted token of a path, the second, …: of the steps that drafted one
+        there, the fraction in which one stood.
       prefill_seconds, decode_seconds, compile_seconds: wall time.
       cache: bytes that the cache takes.
     """
@@ -146,6 +150,7 @@ class Engine:
       max_cache_bytes: refuse calls whose cache would be larger; None: nine tenths of the memory that is free.
       prefill_chunk: prompt tokens per forward pass of the prefill; None: 512 on GPUs, 64 elsewhere (where a chunk
         that stays in the CPU's caches is faster).
+      precision: of strategies that are not given: "exact", "strict" or "approx" (:class:`Strategy`); and of scoring.
       implementation: of attention: "pallas" (the GPU kernels), "xla", or None: "pallas" where device and model allow
         it. UnsupportedError where "pallas" is named and does not run, with the reason.
     """
@@ -160,6 +165,7 @@ class Engine:
         max_length: int | None = None,
         max_cache_bytes: int | None = None,
         prefill_chunk: int | None = None,
+        precision: Precision = "exact",
         implementation: Implementation | None = None,
         end_tokens: Sequence[int] | None = None,
     ):
@@ -170,7 +176,8 @@ class Engine:
             prefill_chunk = 512 if on_gpu else 64
         self.config, self.tokenizer, self.dtype = config, tokenizer, jnp.dtype(dtype)
         self.max_length = _whole("max_length", config.max_length if max_length is None else max_length)
-        self.max_cache_bytes = max_cache_bytes
+        self.max_cache_bytes, self.precision = max_cache_bytes, precision
+        Strategy(precision=precision)  # refused here rather than in each call
         self.prefill_chunk = _whole("prefill_chunk", prefill_chunk)
         self.params = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
         end = tokenizer.token_to_id("<|endoftext|>")
@@ -178,6 +185,7 @@ class Engine:
         self.implementation = kernels.choose(config.nsa, self.max_length, implementation)
         self.decoder = Decoder(config, self.dtype, self.end_tokens, self.implementation)
         self._compiled: dict[Any, Any] = {}
+        self._draft_params: dict[Drafter, Any] = {}
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> Engine:
@@ -217,8 +225,8 @@ class Engine:
             gets seed ``seed`` + i.
           sampling: one SamplingParams per prompt, in place of the four above.
           stop: texts that end a sequence; they are cut off.
-          speculate: False decodes one token at a time, by the same loop.
-          strategy: how to speculate; None: the default Strategy().
+          speculate: False decodes one token at a time, by the same loop and in the strategy's precision.
+          strategy: how to speculate; None: the default Strategy() in the engine's precision.
           on_chunk: called with each piece of text as it becomes known.
 
         Raises PromptError or ValueError for bad arguments and CapacityError for requests that do not fit, both before
@@ -262,10 +270,16 @@ class Engine:
             raise PromptError(f"sampling: got {len(sampling)} parameter sets, expected one per prompt ({len(rows)})")
         if not isinstance(strategy, Strategy | None):
             raise PromptError(f"strategy: got {strategy!r}, expected a Strategy")
-        strategy = AUTOREGRESSIVE if not speculate else Strategy() if strategy is None else strategy
-        pages, size = self._plan_pages(rows, max_new_tokens)
+        strategy = Strategy(precision=self.precision) if strategy is None else strategy
+        if not speculate:
+            strategy = Strategy(None, precision=strategy.precision)
+        self.decoder.check(strategy)
+        draft_params = self._load_drafter(strategy.drafter)
+        pages, size = self._plan_pages(rows, max_new_tokens, strategy)
         watched = bool(stop) or not _quiet
-        return Stream(self._run(rows, max_new_tokens, list(sampling), stop, strategy, pages, size, watched))
+        return Stream(
+            self._run(rows, max_new_tokens, list(sampling), stop, strategy, draft_params, pages, size, watched)
+        )
 
     def _run(
         self,
@@ -274,33 +288,43 @@ class Engine:
         sampling: list[SamplingParams],
         stop: tuple[str, ...],
         strategy: Strategy,
+        draft_params: Any,
         pages: np.ndarray,
         size: CacheBytes,
         watched: bool,
     ) -> Generator[Chunk, None, Result]:
         params = batch_sampling(sampling)
+        drafter = strategy.drafter
         state = self._initial_state(rows, pages, max_new_tokens)
+        state = state._replace(draft=self._draft_state(drafter, len(rows), pages.shape[1]))
         longest = max(len(row) for row in rows)
         chunk = min(self.prefill_chunk, max(16, 1 << (longest - 1).bit_length()))
         few = jnp.int32(max(1, 1024 // chunk))  # so that Ctrl-C is heard during a long prefill
-        prefill, compile_prefill = self._executable("prefill", chunk, self.params, state, few)
-        decode, compile_decode = self._executable("decode", strategy, self.params, state, params, jnp.int32(0))
+        shown = {} if drafter is None or not drafter.observes else {"draft_params": draft_params}
+        prefill, compile_prefill = self._executable(
+            "prefill", {"chunk": chunk, "drafter": drafter if shown else None, "precision": strategy.precision},
+            self.params, state, few, **shown,
+        )  # fmt: skip
+        decode, compile_decode = self._executable(
+            "decode", {"strategy": strategy}, self.params, state, params, jnp.int32(0), draft_params=draft_params
+        )
 
         begun = time.perf_counter()
         for _ in range(0, longest, int(few) * chunk):
-            state = jax.block_until_ready(prefill(self.params, state, few))
+            state = jax.block_until_ready(prefill(self.params, state, few, **shown))
         prefill_seconds = time.perf_counter() - begun
 
         outputs = [_Output(self.tokenizer, len(row), stop, self.end_tokens) for row in rows]
         per_call = jnp.int32(_STREAM_STEPS if watched else _QUIET_STEPS)
-        totals = [np.zeros((), np.int64), np.zeros(strategy.width, np.int64), np.zeros(strategy.width, np.int64)]
+        totals = None
         decode_seconds, running = 0.0, True
         while running:
             begun = time.perf_counter()
-            state, counts = decode(self.params, state, params, per_call)
-            tokens, known, done = jax.device_get((state.tokens, state.known, state.done))
+            state, counts = decode(self.params, state, params, per_call, draft_params=draft_params)
+            tokens, logprobs, known, done = jax.device_get((state.tokens, state.logprobs, state.known, state.done))
             decode_seconds += time.perf_counter() - begun
-            totals = [total + np.asarray(count, np.int64) for total, count in zip(totals, counts, strict=True)]
+            counts = jax.tree.map(lambda count: np.asarray(count, np.int64), counts)
+            totals = counts if totals is None else jax.tree.map(np.add, totals, counts)
             for index, output in enumerate(outputs):
                 text = output.update(tokens[index, : known[index]], bool(done[index]))
                 if text and watched:
@@ -309,9 +333,11 @@ class Engine:
             if (finished & ~done).any():  # a stop string, which only the host sees
                 state = state._replace(done=jnp.asarray(finished))
             running = not finished.all()
+        assert totals is not None
         stats = _stats(strategy, rows, outputs, totals, prefill_seconds, decode_seconds,
                        compile_prefill + compile_decode, size)  # fmt: skip
-        return Result(tuple(output.generation() for output in outputs), stats)
+        generations = (output.generation(logprobs[index]) for index, output in enumerate(outputs))
+        return Result(tuple(generations), stats)
 
     # --- scoring ------------------------------------------------------------------------------------------------------
 
@@ -321,7 +347,7 @@ class Engine:
         Raises PromptError or CapacityError, before any work.
         """
         row = self._row("tokens", tokens)
-        pages, _ = self._plan_pages([row], 0)
+        pages, _ = self._plan_pages([row], 0, Strategy(None, precision=self.precision))
         chunk = min(self.prefill_chunk, max(16, 1 << (len(row) - 1).bit_length()))
         cache = self._initial_state([row], pages, 0).cache
         out = np.empty((len(row), self.config.vocab_size), np.float32)
@@ -329,26 +355,44 @@ class Engine:
             part = row[start : start + chunk]
             padded = jnp.asarray(np.pad(part, (0, chunk - len(part)))[None], jnp.int32)
             arguments = (self.params, padded, cache, jnp.asarray([len(part)], jnp.int32))
-            score, _ = self._executable("score", None, *arguments)
+            score, _ = self._executable("score", {"precision": self.precision}, *arguments)
             logprobs, cache = score(*arguments)
             out[start : start + len(part)] = np.asarray(logprobs[0, : len(part)])
         return out
 
     # --- what both need -----------------------------------------------------------------------------------------------
 
-    def _executable(self, kind: str, static: Any, *arguments: Any) -> tuple[Callable[..., Any], float]:
+    def _executable(self, kind: str, static: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Callable, float]:
         """The compiled function for these shapes, and the seconds that compiling it took now (0 if it was there)."""
-        leaves, structure = jax.tree.flatten(arguments)
-        key = (kind, static, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        key = (kind, *static.values(), structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if key in self._compiled:
             return self._compiled[key], 0.0
         begun = time.perf_counter()
-        function = getattr(self.decoder, kind)
-        named = {"prefill": {"chunk": static}, "decode": {"strategy": static}, "score": {}}[kind]
         # float32 means float32: a GPU's default would round the factors to TF32.
         with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
-            self._compiled[key] = function.lower(*arguments, **named).compile()
+            self._compiled[key] = getattr(self.decoder, kind).lower(*args, **kwargs, **static).compile()
         return self._compiled[key], time.perf_counter() - begun
+
+    def _load_drafter(self, drafter: Drafter | None) -> Any:
+        """The drafter's weights, loaded once. Raises ValueError where it does not belong to this model."""
+        if drafter is None:
+            return ()
+        if drafter not in self._draft_params:
+            target = Target(self.config, self.params, self.tokenizer, self.dtype)
+            self._draft_params[drafter] = drafter.load(target)
+        return self._draft_params[drafter]
+
+    def _draft_state(self, drafter: Drafter | None, batch: int, columns: int, abstract: bool = False) -> Any:
+        """The drafter's state before any token, beside a page table of so many columns; ``abstract``: its shapes."""
+        if drafter is None:
+            return ()
+        capacity = columns * self.config.nsa.select_block
+
+        def init() -> Any:
+            return drafter.init(self.config, batch, capacity, self.dtype)
+
+        return jax.eval_shape(init) if abstract else init()
 
     def _initial_state(self, rows: list[np.ndarray], pages: np.ndarray, max_new_tokens: int) -> State:
         page = self.config.nsa.select_block
@@ -360,11 +404,16 @@ class Engine:
         lengths = np.array([len(row) for row in rows], np.int32)
         return State(
             cache, jnp.asarray(buffer), jnp.asarray(lengths), jnp.asarray(lengths + max_new_tokens),
-            jnp.zeros(len(rows), bool),
+            jnp.zeros(len(rows), bool), jnp.zeros(buffer.shape, jnp.float32),
         )  # fmt: skip
 
-    def _plan_pages(self, rows: list[np.ndarray], max_new_tokens: int) -> tuple[np.ndarray, CacheBytes]:
-        """Page table with −1 where there is no page, its width a bucket; and the cache's size. Raises CapacityError."""
+    def _plan_pages(
+        self, rows: list[np.ndarray], max_new_tokens: int, strategy: Strategy
+    ) -> tuple[np.ndarray, CacheBytes]:
+        """Page table with −1 where there is no page, and the cache's size. Raises CapacityError.
+
+        The table's width is a bucket; in the strict class, whose programs it shapes, always that of ``max_length``.
+        """
         for index, row in enumerate(rows):
             if len(row) + max_new_tokens > self.max_length:
                 raise CapacityError(
@@ -372,14 +421,18 @@ class Engine:
                     f"{len(row) + max_new_tokens}, expected at most {self.max_length} (max_length)"
                 )
         counts = [pages_for(self.config.nsa, len(row) + max_new_tokens) for row in rows]
+        longest = pages_for(self.config.nsa, self.max_length) if strategy.precision == "strict" else max(counts)
+        width = _bucket(longest)
         size = cache_bytes(self.config, _bucket(sum(counts)), len(rows), self.dtype)
+        drafts = self._draft_state(strategy.drafter, len(rows), width, abstract=True)
+        needed = size.total + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(drafts))
         limit = _free_memory() * 9 // 10 if self.max_cache_bytes is None else self.max_cache_bytes
-        if size.total > limit:
+        if needed > limit:
             raise CapacityError(
-                f"prompts: {len(rows)} sequences need a cache of {size.total:,} bytes ({sum(counts)} pages of "
-                f"{self.config.nsa.select_block} tokens), expected at most {limit:,}"
+                f"prompts: {len(rows)} sequences need a cache of {needed:,} bytes ({sum(counts)} pages of "
+                f"{self.config.nsa.select_block} tokens, and the drafter's), expected at most {limit:,}"
             )
-        table = np.full((len(rows), _bucket(max(counts))), -1)
+        table = np.full((len(rows), width), -1)
         first = 0
         for row, count in zip(table, counts, strict=True):
             row[:count] = np.arange(first, first + count)
@@ -469,32 +522,33 @@ class _Output:
     def _decode(self, tokens: np.ndarray) -> str:
         return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
-    def generation(self) -> Generation:
+    def generation(self, logprobs: np.ndarray) -> Generation:
         assert self.finish is not None
-        return Generation(self.text, self.tokens, self.finish)
+        own = logprobs[self.prompt_length : self.prompt_length + len(self.tokens)]
+        return Generation(self.text, self.tokens, self.finish, own)
 
 
 def _stats(
     strategy: Strategy,
     rows: list[np.ndarray],
     outputs: list[_Output],
-    totals: list[np.ndarray],
+    totals: Counts,
     prefill_seconds: float,
     decode_seconds: float,
     compile_seconds: float,
     size: CacheBytes,
 ) -> Stats:
-    steps, drafted, accepted = totals
-    places = np.arange(strategy.width)
+    drafted, accepted = totals.drafted, totals.accepted
+    places = np.arange(strategy.reach)
     reached = [int(accepted[place:].sum()) for place in places]
     tried = [int(drafted[place:].sum()) for place in places]
     return Stats(
         strategy=strategy.describe(),
         prompt_tokens=sum(len(row) for row in rows),
         new_tokens=sum(len(output.tokens) for output in outputs),
-        steps=int(steps),
+        steps=int(totals.steps),
         sequence_steps=int(accepted.sum()),
-        drafted=int(drafted @ places),
+        drafted=int(totals.nodes),
         accepted=int(accepted @ places),
         accepted_histogram=tuple(int(count) for count in accepted),
         acceptance_per_position=tuple(r / t if t else 0.0 for r, t in zip(reached[1:], tried[1:], strict=True)),

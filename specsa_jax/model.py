@@ -19,6 +19,7 @@ from specsa_jax.cache import Cache, LayerCache, LayerTail, Tail
 from specsa_jax.config import ModelConfig
 from specsa_jax.nsa.cached import Backend, attend_cached
 from specsa_jax.nsa.compression import Compress
+from specsa_jax.nsa.rows import Rows, together
 from specsa_jax.nsa.sequence import Projected, attend_sequence
 from specsa_jax.rope import rotate_query
 
@@ -84,15 +85,13 @@ class Attention(nnx.Module):
         )
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
-    def tail(
-        self, x: jax.Array, cache: Cache, layer: LayerCache, tail: Tail, backend: Backend
+    def attend(
+        self, projected: Projected, cache: Cache, layer: LayerCache, tail: Tail, backend: Backend
     ) -> tuple[jax.Array, LayerTail]:
-        """[B, T, H] → [B, T, H] for the tail's tokens against the cache, and what a commit of them needs."""
-        projected = self.project(x, tail.positions)
-        out, layer_tail = attend_cached(
+        """Attention's output [B, T, Hq, D] for the tail's tokens against the cache, and what a commit needs."""
+        return attend_cached(
             self.config.nsa, self.config.rope, self.compress_k, self._phi_value, projected, cache, layer, tail, backend
         )
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), layer_tail
 
 
 class MLP(nnx.Module):
@@ -132,9 +131,16 @@ class Layer(nnx.Module):
     def tail(
         self, x: jax.Array, cache: Cache, layer: LayerCache, tail: Tail, backend: Backend
     ) -> tuple[jax.Array, LayerTail]:
-        out, layer_tail = self.attn.tail(self.attn_norm(x), cache, layer, tail, backend)
-        x = x + self._scaled(out)
-        return x + self._scaled(self.mlp(self.mlp_norm(x))), layer_tail
+        """[B, T, H] → [B, T, H] for the tail's tokens against the cache, and what a commit of them needs."""
+        rows = backend.rows(cache)
+        projected = rows(lambda x, at: self.attn.project(self.attn_norm(x), at), x, tail.positions)
+        out, layer_tail = self.attn.attend(projected, cache, layer, tail, backend)
+
+        def finish(x: jax.Array, out: jax.Array) -> jax.Array:
+            x = x + self._scaled(self.attn.o_proj(out.reshape(*x.shape[:2], -1)))
+            return x + self._scaled(self.mlp(self.mlp_norm(x)))
+
+        return rows(finish, x, out), layer_tail
 
 
 class Transformer(nnx.Module):
@@ -211,27 +217,39 @@ def hidden_states(
     dtype: jnp.dtype = jnp.float32,
     remat: bool = True,
     query_chunk: int = 256,
-) -> jax.Array:
+    features: tuple[int, ...] = (),
+) -> Any:
     """Final-normed hidden states [B, S, H] of whole sequences int32 [B, S]; causal, differentiable.
 
     Attention works in chunks of ``query_chunk`` queries and never holds an S × S array; with ``remat`` a layer's
     activations are recomputed in the backward pass.
+
+    ``features`` are counts of layers, 1 … layers: with them the result is (hidden states, features [B, S, F, H]), the
+    residual stream behind so many layers, before any norm.
     """
     model = bind(config, params, dtype)
     # One traced layer, scanned: compile time does not grow with depth.
     graph, _ = nnx.split(model.layers[0])
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(layer) for layer in model.layers))
 
-    def run(x: jax.Array, state: Any) -> tuple[jax.Array, None]:
-        return nnx.merge(graph, state).sequence(x, query_chunk), None
+    x = model.embedded(tokens)
+    wanted = jnp.arange(1, config.layers + 1)[:, None] == jnp.asarray(features, jnp.int32)  # [layers, F]
+    taken = jnp.zeros((*x.shape[:2], len(features), x.shape[2]), x.dtype)
 
-    x, _ = jax.lax.scan(jax.checkpoint(run) if remat else run, model.embedded(tokens), stacked)
-    return model.norm(x)
+    def run(carry: tuple[jax.Array, jax.Array], xs: tuple[Any, jax.Array]) -> tuple[tuple[jax.Array, jax.Array], None]:
+        (x, taken), (state, here) = carry, xs
+        x = nnx.merge(graph, state).sequence(x, query_chunk)
+        return (x, jnp.where(here[:, None], x[:, :, None], taken)), None
+
+    (x, taken), _ = jax.lax.scan(jax.checkpoint(run) if remat else run, (x, taken), (stacked, wanted))
+    return (model.norm(x), taken) if features else model.norm(x)
 
 
-def head(config: ModelConfig, params: Params, hidden: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """Logits float32 [..., V] of final-normed hidden states [..., H]."""
-    return bind(config, params, dtype).logits(hidden)
+def head(
+    config: ModelConfig, params: Params, hidden: jax.Array, dtype: jnp.dtype = jnp.float32, rows: Rows = together
+) -> jax.Array:
+    """Logits float32 [..., V] of final-normed hidden states [..., H]; [B, T, H] by ``rows``."""
+    return rows(bind(config, params, dtype).logits, hidden)
 
 
 def verify(
@@ -243,14 +261,19 @@ def verify(
     *,
     dtype: jnp.dtype = jnp.float32,
     backend: Backend = Backend(),
-) -> tuple[jax.Array, list[LayerTail]]:
+    features: tuple[int, ...] = (),
+) -> Any:
     """Final-normed hidden states [B, T, H] of the tail's tokens int32 [B, T] against ``cache``; and each layer's tail.
 
-    The cache is only read: :func:`specsa_jax.cache.commit` writes the accepted path.
+    The cache is only read: :func:`specsa_jax.cache.commit` writes the accepted path. ``features``, as for
+    :func:`hidden_states`, adds a third result [B, T, F, H].
     """
     model = bind(config, params, dtype)
-    x, tails = model.embedded(tokens), []
-    for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
+    x, tails, behind = model.embedded(tokens), [], {}
+    for depth, (layer, layer_cache) in enumerate(zip(model.layers, cache.layers, strict=True), 1):
         x, layer_tail = layer.tail(x, cache, layer_cache, tail, backend)
         tails.append(layer_tail)
-    return model.norm(x), tails
+        behind[depth] = x
+    if features:
+        return backend.rows(cache)(model.norm, x), tails, jnp.stack([behind[depth] for depth in features], axis=2)
+    return backend.rows(cache)(model.norm, x), tails

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from specsa_jax.drafting import PromptLookup, drafter_from_name
+from specsa_jax.drafting import Context, PromptLookup, drafter_from_name, parse_tree
 
 ROWS, SIZE = 4, 24
 RULES = [PromptLookup(max_ngram=3, min_ngram=1), PromptLookup(), PromptLookup(max_ngram=2, min_ngram=2)]
@@ -17,7 +17,13 @@ RULES = [PromptLookup(max_ngram=3, min_ngram=1), PromptLookup(), PromptLookup(ma
 
 @functools.lru_cache
 def proposer(rule, length):
-    return jax.jit(lambda tokens, known: rule.propose(tokens, known, length))
+    template = parse_tree(f"chain:{length}")
+
+    def propose(tokens, known):
+        context = Context(tokens, known, known > 0, None, None, None, None, None)
+        return rule.propose((), (), context, template)
+
+    return jax.jit(propose)
 
 
 def propose(rule, texts, length, size=SIZE, filler=0):
@@ -28,7 +34,7 @@ def propose(rule, texts, length, size=SIZE, filler=0):
     known = jnp.asarray([len(text) for text in texts], jnp.int32)
     draft = proposer(rule, length)(jnp.asarray(tokens), known)
     assert draft.tokens.shape == (len(texts), length) and draft.tokens.dtype == jnp.int32
-    return [list(map(int, row[:count])) for row, count in zip(draft.tokens, draft.size, strict=True)]
+    return [row[valid].tolist() for row, valid in zip(np.asarray(draft.tokens), np.asarray(draft.valid), strict=True)]
 
 
 def expected_draft(rule, text, length):
@@ -96,7 +102,7 @@ def test_prompt_lookup_refuses_ngrams_out_of_order_or_range(min_ngram, max_ngram
 def test_drafters_have_names():
     assert drafter_from_name("lookup") == PromptLookup()
     assert drafter_from_name("none") is None
-    with pytest.raises(ValueError, match="drafter: got 'medusa', expected one of lookup, none"):
+    with pytest.raises(ValueError, match="drafter: got 'medusa', expected one of lookup, head"):
         drafter_from_name("medusa")
 
 

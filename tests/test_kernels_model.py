@@ -30,7 +30,7 @@ def generate(config, params, decoder, prompt, new_tokens, strategy):
     buffer[0, : len(prompt)] = prompt
     known = jnp.array([len(prompt)], jnp.int32)
     state = State(create_cache(config, np.arange(pages)[None], pages, jnp.float32), jnp.asarray(buffer), known,
-                  known + new_tokens, jnp.zeros(1, bool))  # fmt: skip
+                  known + new_tokens, jnp.zeros(1, bool), jnp.zeros(buffer.shape, jnp.float32))  # fmt: skip
     state = decoder.prefill(params, state, jnp.int32(100), chunk=16)
     state, _ = decoder.decode(params, state, batch_sampling([SamplingParams()]), jnp.int32(100), strategy=strategy)
     assert bool(state.done[0])

@@ -1,6 +1,7 @@
 """Sampling parameters, the law they define, and draws from it."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from specsa_jax.sampling import SamplingParams, batch_sampling, filtered_logits, sample
+from specsa_jax.cache import topology
+from specsa_jax.sampling import SamplingParams, batch_sampling, filtered_logits, penalised_logits, sample
 
 # Seeds are fixed, so a test passes or fails for good; this is how likely a right implementation was to fail at all.
 ERROR_RATE = 1e-6
@@ -29,6 +31,7 @@ def numpy_law(logits, params):
     kept = 1
     while kept < len(order) and weights[:kept].sum() < params.top_p:
         kept += 1
+    kept = min(kept, max(1, int((weights >= params.min_p * weights[0]).sum())))
     law = np.zeros(len(scaled))
     law[order[:kept]] = weights[:kept] / weights[:kept].sum()
     return law
@@ -41,6 +44,8 @@ def numpy_law(logits, params):
         ("temperature", True), ("temperature", "1"), ("temperature", None), ("temperature", 1j),
         ("top_p", 0.0), ("top_p", 0), ("top_p", -0.5), ("top_p", 1.0001), ("top_p", math.nan), ("top_p", math.inf),
         ("top_p", True), ("top_p", "0.9"),
+        ("min_p", -0.1), ("min_p", 1.1), ("min_p", math.nan), ("min_p", None),
+        ("repetition_penalty", 0.0), ("repetition_penalty", math.inf), ("repetition_penalty", "1"),
         ("top_k", -1), ("top_k", 2**31), ("top_k", 1.0), ("top_k", True), ("top_k", None),
         ("seed", -1), ("seed", 2**32), ("seed", 0.0), ("seed", False), ("seed", "7"),
     ],
@@ -68,10 +73,11 @@ def test_parameters_at_the_ends_of_their_ranges_work(values):
 def test_filtered_logits_are_the_law_by_its_definition(ties):
     """Temperature, top-k and top-p in every combination, in one batch; ties go to the lower id."""
     cases = [
-        SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+        SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         for temperature in (0.3, 1.0, 2.5)
         for top_k in (0, 1, 4, 11, 12, 50)
         for top_p in (1e-6, 0.37, 0.83, 0.999, 1.0)
+        for min_p in (0.0, 0.043, 1.0)
     ]
     random = np.random.default_rng(0)
     logits = random.standard_normal((len(cases), 3, 12)) * 2
@@ -85,6 +91,25 @@ def test_filtered_logits_are_the_law_by_its_definition(ties):
             law = numpy_law(logits[row, place], params)
             np.testing.assert_array_equal(actual[row, place] > 0, law > 0, err_msg=f"{params}")
             np.testing.assert_allclose(actual[row, place], law, atol=1e-6, err_msg=f"{params}")
+
+
+def test_the_repetition_penalty_of_a_node_counts_the_text_and_its_own_path():
+    """Of a ragged batch of trees; what lies behind a text and on other branches is not penalised, greedy rows are."""
+    random = np.random.default_rng(7)
+    logits = random.standard_normal((3, 5, 12)).astype(np.float32)
+    tokens = random.integers(12, size=(3, 9)).astype(np.int32)
+    known, nodes = np.array([1, 4, 9]), random.integers(12, size=(3, 5)).astype(np.int32)
+    parents = [-1, 0, 0, 1, 2]
+    ancestor = np.asarray(topology(parents, 4).ancestor)
+    rules = ((1.3, 0), (1, 1), (0.7, 1))
+    params = [SamplingParams(repetition_penalty=penalty, temperature=hot) for penalty, hot in rules]
+    actual = jax.jit(penalised_logits)(logits, batch_sampling(params), tokens, known, nodes, ancestor[None])
+    for row, node in itertools.product(range(3), range(5)):
+        expected = logits[row, node].copy()
+        for token in {*tokens[row, : known[row]], *nodes[row][ancestor[node]]}:
+            penalty = params[row].repetition_penalty
+            expected[token] = expected[token] / penalty if expected[token] > 0 else expected[token] * penalty
+        np.testing.assert_allclose(actual[row, node], expected, rtol=1e-6)
 
 
 def test_greedy_rows_keep_their_logits_beside_filtered_rows():

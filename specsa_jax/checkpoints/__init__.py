@@ -4,7 +4,7 @@
 """
 
 from specsa_jax.checkpoints.conversion import Report, convert, load
-from specsa_jax.checkpoints.store import Checkpoint, resolve, save
+from specsa_jax.checkpoints.store import Checkpoint, load_config, resolve, save
 from specsa_jax.checkpoints.trees import CheckpointError
 
-__all__ = ["Checkpoint", "CheckpointError", "Report", "convert", "load", "resolve", "save"]
+__all__ = ["Checkpoint", "CheckpointError", "Report", "convert", "load", "load_config", "resolve", "save"]

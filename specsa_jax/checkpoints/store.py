@@ -177,13 +177,7 @@ def load(name_or_path: str | os.PathLike[str], *, verify: bool = True, mesh: Mes
 
 def read_header(path: Path, *, verify: bool) -> tuple[ModelConfig, dict[str, Any]]:
     """A checkpoint's config and metadata, once its files are there and (``verify``) whole. Raises CheckpointError."""
-    top = read_json(path / "config.json")
-    if top.get("schema") != SCHEMA:
-        raise CheckpointError(f"{path / 'config.json'}: schema: got {top.get('schema')!r}, expected {SCHEMA}")
-    try:
-        config = ModelConfig.from_dict(top.get("model", {}))
-    except ConfigError as error:
-        raise CheckpointError(f"{path / 'config.json'}: model: {error}") from error
+    top, config = read_top(path, "model", ModelConfig)
     files = top.get("files")
     if not isinstance(files, dict) or "tokenizer.json" not in files:
         raise CheckpointError(f"{path / 'config.json'}: files: expected the size and SHA-256 of every file")
@@ -214,6 +208,11 @@ def end_tokens_of(metadata: Mapping[str, Any]) -> tuple[int, ...] | None:
     return tuple(ids)
 
 
+def load_config(name_or_path: str | os.PathLike[str]) -> ModelConfig:
+    """The config alone of what :func:`load` reads. Raises CheckpointError."""
+    return read_top(resolve(name_or_path), "model", ModelConfig)[1]
+
+
 def expected_params(config: ModelConfig) -> dict[str, Any]:
     """The parameters' tree as ``jax.ShapeDtypeStruct`` leaves; nothing is allocated."""
     return jax.eval_shape(lambda: model.init_params(config, 0))
@@ -235,14 +234,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_top(path: Path, name: str, kind: Any) -> tuple[dict[str, Any], Any]:
+    """``config.json`` of the directory ``path``, and the config of class ``kind`` that it has under ``name``.
+
+    Raises CheckpointError.
+    """
+    top = read_json(path / "config.json")
+    if top.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path / 'config.json'}: schema: got {top.get('schema')!r}, expected {SCHEMA}")
+    try:
+        return top, kind.from_dict(top.get(name, {}))
+    except (ConfigError, TypeError) as error:  # TypeError: a list's elements, which configs do not check
+        raise CheckpointError(f"{path / 'config.json'}: {name}: {error}") from error
+
+
 def checksums(directory: Path, files: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of ``files``, by their path in ``directory``."""
     return {p.relative_to(directory).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
 
 
-def check_files(path: Path, files: Mapping[str, Any], verify: bool) -> None:
+def check_files(path: Path, files: Any, verify: bool) -> None:
     """Compares sizes, and contents too (``verify``), with :func:`checksums`. Raises CheckpointError with all of it."""
-    if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values()):
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values()
+    ):
         raise CheckpointError(f"{path}: files: expected the size and SHA-256 of every file")
     problems = []
     for name, entry in files.items():

@@ -1,27 +1,35 @@
-"""Prompt lookup: the continuation of the longest n-gram that ended the text before and ends it now.
+"""Prompt lookup: the continuations of the longest n-grams that ended the text before and end it now.
 
-After Saxena's prompt lookup decoding and arXiv 2304.04487; over prompt and output, on the device.
+After Saxena's prompt lookup decoding and arXiv 2304.04487; over prompt and output, on the device. A chain continues
+the best match; a tree merges the continuations of several.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from specsa_jax.drafting.base import Draft
+from specsa_jax.drafting.base import Context, Draft, Drafter
+from specsa_jax.drafting.tree import TreeTemplate
+
+# Of a token's weight, this much stays per step down: a continuation is less sure the longer it goes on.
+_DECAY = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptLookup:
+class PromptLookup(Drafter):
     """Attributes:
     max_ngram: longest suffix that is compared; longer matches count as this long.
     min_ngram: shortest match that gives a draft.
+    matches: at most so many matches are merged into a tree.
     """
 
     max_ngram: int = 8
     min_ngram: int = 2
+    matches: int = 8
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_ngram <= self.max_ngram <= 64:
@@ -29,25 +37,105 @@ class PromptLookup:
                 f"PromptLookup: got min_ngram {self.min_ngram} and max_ngram {self.max_ngram}, "
                 "expected 1 <= min_ngram <= max_ngram <= 64"
             )
+        if not 1 <= self.matches <= 64:
+            raise ValueError(f"PromptLookup: got matches {self.matches}, expected 1 to 64")
 
-    def propose(self, tokens: jax.Array, known: jax.Array, length: int) -> Draft:
+    def propose(self, params: Any, state: Any, context: Context, template: TreeTemplate) -> Draft:
         """The longest match wins, then the most recent; a match that overlaps the end continues periodically.
 
         Costs ``max_ngram`` comparisons over the buffer int32 [B, S].
         """
+        count = 1 if template.is_chain else self.matches
+        tokens, length = self.continuations(context.tokens, context.known, count, template.depth)
+        if template.is_chain:
+            return Draft(tokens[:, 0], jnp.broadcast_to(length > 0, tokens[:, 0].shape))
+        weight = jnp.where(length > 0, jnp.exp2(length.astype(jnp.float32)), 0.0)
+        return (_fill if template.is_static else _merge)(tokens, weight, template)
+
+    def continuations(
+        self, tokens: jax.Array, known: jax.Array, count: int, length: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Continuations int32 [B, count, length] of the best matches, best first, and the lengths of these, int32
+        [B, count]; 0 where there is no match of at least ``min_ngram`` tokens."""
         batch, size = tokens.shape
         end = jnp.arange(size, dtype=jnp.int32)[None]  # a candidate: the n-gram that ends just before ``end``
-        alive = (end >= 1) & (end < known[:, None])
-        match = jnp.zeros((batch, size), jnp.int32)
+        inside = (end >= 1) & (end < known[:, None])
+        alive, match = inside, jnp.zeros((batch, size), jnp.int32)
         for back in range(1, self.max_ngram + 1):
             suffix = jnp.take_along_axis(tokens, jnp.maximum(known[:, None] - back, 0), axis=1)
             shifted = jnp.pad(tokens, ((0, 0), (back, 0)))[:, :size]
             alive &= (shifted == suffix) & (end >= back)
             match += alive
-        best = jnp.max(match, axis=1)
-        latest = jnp.max(jnp.where((match == best[:, None]) & (end < known[:, None]), end, 0), axis=1)
-        found = best >= self.min_ngram
-        period = jnp.maximum(known - latest, 1)
-        source = latest[:, None] + jnp.arange(length, dtype=jnp.int32)[None] % period[:, None]
-        draft = jnp.take_along_axis(tokens, jnp.clip(source, 0, size - 1), axis=1)
-        return Draft(draft, jnp.where(found, length, 0).astype(jnp.int32))
+        found, ends = [], []
+        left = jnp.where(inside, match, -1)
+        for _ in range(count):
+            best = jnp.max(left, axis=1)
+            latest = jnp.max(jnp.where((left == best[:, None]) & inside, end, 0), axis=1)
+            found.append(jnp.where(best >= self.min_ngram, best, 0))
+            ends.append(latest)
+            left = jnp.where(end == latest[:, None], -1, left)
+        latest = jnp.stack(ends, axis=1)
+        period = jnp.maximum(known[:, None] - latest, 1)
+        source = latest[..., None] + jnp.arange(length, dtype=jnp.int32) % period[..., None]
+        taken = jnp.take_along_axis(tokens[:, None], jnp.clip(source, 0, size - 1), axis=2)
+        return taken, jnp.stack(found, axis=1)
+
+
+def _same_prefix(tokens: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which continuations [B, M, D] begin alike, bool [B, D, M, M]; and at which a node is new, bool [B, D, M]."""
+    step = jnp.moveaxis(tokens, 2, 1)
+    same = jnp.cumprod(step[..., :, None] == step[..., None, :], axis=1, dtype=jnp.int32) > 0
+    same &= (weight > 0)[:, None, None, :] & (weight > 0)[:, None, :, None]
+    order = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    earlier = (same & (order[None, :] < order[:, None])).any(axis=-1)
+    return same, ~earlier & (weight > 0)[:, None, :]
+
+
+def _merge(tokens: jax.Array, weight: jax.Array, template: TreeTemplate) -> Draft:
+    """The K heaviest nodes of the trie of continuations int32 [B, M, D] with ``weight`` float32 [B, M].
+
+    A node weighs what the continuations through it weigh, less the deeper it lies: never more than its parent.
+    """
+    batch, count, depth = tokens.shape
+    same, new = _same_prefix(tokens, weight)
+    decay = _DECAY ** jnp.arange(depth, dtype=jnp.float32)
+    mass = jnp.einsum("bdmn,bn->bdm", same.astype(jnp.float32), weight) * decay[:, None]
+    mass = jnp.where(new, mass, 0.0).reshape(batch, -1)  # by depth, then continuation: parents first
+    room = max(0, template.nodes - mass.shape[1])
+    mass = jnp.pad(mass, ((0, 0), (0, room)))
+    top, chosen = jax.lax.top_k(mass, template.nodes)
+    chosen = jnp.sort(jnp.where(top > 0, chosen.astype(jnp.int32), mass.shape[1]), axis=1)
+    valid = chosen < mass.shape[1]
+    taken = jnp.minimum(chosen, depth * count - 1)
+    flat = jnp.moveaxis(tokens, 2, 1).reshape(batch, -1)
+    # The parent: the node of the first continuation that began alike, one step up.
+    first = jnp.argmax(same, axis=-1).astype(jnp.int32)  # [B, D, M]
+    above = jnp.pad(first[:, :-1] + jnp.arange(depth - 1, dtype=jnp.int32)[:, None] * count, ((0, 0), (1, 0), (0, 0)),
+                    constant_values=-1).reshape(batch, -1)  # fmt: skip
+    parent_key = jnp.take_along_axis(above, taken, axis=1)
+    parents = 1 + jnp.argmax(chosen[:, None, :] == parent_key[..., None], axis=-1).astype(jnp.int32)
+    parents = jnp.where((parent_key >= 0) & valid, parents, 0)
+    return Draft(jnp.take_along_axis(flat, taken, axis=1), valid, parents)
+
+
+def _fill(tokens: jax.Array, weight: jax.Array, template: TreeTemplate) -> Draft:
+    """Continuations int32 [B, M, D] in a template's places: of the children of a node the first found come first."""
+    batch, count, depth = tokens.shape
+    same, new = _same_prefix(tokens, weight)
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    room = template.nodes + 1
+    child = jnp.pad(jnp.asarray(template.child), ((0, 1), (0, 0)), constant_values=room)
+    place = jnp.where(weight > 0, 0, room)  # the node in the template at which each continuation has arrived, [B, M]
+    draft, valid = jnp.zeros((batch, room), jnp.int32), jnp.zeros((batch, room), bool)
+    order = jnp.arange(count, dtype=jnp.int32)
+    for step in range(depth):
+        # A new node's number among its siblings: the new ones before it at the same parent.
+        siblings = (place[:, :, None] == place[:, None, :]) & new[:, step, None, :] & (order[None, :] < order[:, None])
+        rank = siblings.sum(axis=-1, dtype=jnp.int32)
+        first = jnp.argmax(same[:, step], axis=-1)  # the continuation whose node this one shares
+        rank = jnp.take_along_axis(rank, first, axis=1)
+        fits = (place < room) & (rank < child.shape[1])
+        place = jnp.where(fits, child[jnp.minimum(place, room), jnp.minimum(rank, child.shape[1] - 1)], room)
+        draft = draft.at[rows, place].set(tokens[:, :, step], mode="drop")
+        valid = valid.at[rows, place].set(True, mode="drop")
+    return Draft(draft[:, 1:], valid[:, 1:])

@@ -12,15 +12,31 @@ import hashlib
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from specsa_jax.training.config import TrainConfig, TrainingError
+from specsa_jax.training.config import TrainingError
 from specsa_jax.training.tokenizer import END_OF_TEXT_ID
 
 # What shares the standard library's directory but is no part of it.
 _NOT_STDLIB = ("*site-packages/*", "*dist-packages/*")
+
+
+class Sources(Protocol):
+    """Which files a run reads; TrainConfig explains the fields."""
+
+    @property
+    def data(self) -> tuple[str, ...]: ...
+    @property
+    def glob(self) -> str: ...
+    @property
+    def exclude(self) -> tuple[str, ...]: ...
+    @property
+    def skip_undecodable(self) -> bool: ...
+    @property
+    def holdout(self) -> float: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +83,7 @@ def is_held_out(relative_path: str, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def read_corpus(config: TrainConfig) -> Corpus:
+def read_corpus(config: Sources) -> Corpus:
     """Reads the files that ``config`` names.
 
     Raises TrainingError: no such path, no file that matches, a file that is not UTF-8 (naming the byte), or nothing
@@ -106,7 +122,7 @@ def read_corpus(config: TrainConfig) -> Corpus:
     return corpus
 
 
-def _files(source: str, config: TrainConfig) -> Iterable[tuple[str, Path]]:
+def _files(source: str, config: Sources) -> Iterable[tuple[str, Path]]:
     """(relative path, file) of one data argument, sorted by relative path."""
     root = Path(sysconfig.get_path("stdlib") if source == "stdlib" else source)
     exclude = config.exclude + (_NOT_STDLIB if source == "stdlib" else ())

@@ -73,6 +73,25 @@ def plot(records: list[Record], file: Path, title: str) -> None:
     figure.savefig(file, dpi=120)
 
 
+def plot_draft(records: list[Record], file: Path, title: str, chain: int) -> None:
+    """A draft head's losses, and the acceptance length that its matches predict, over steps, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    held = [r for r in records if "acceptance_length" in r]
+    steps, at = [r["step"] for r in records], [r["step"] for r in held]
+    above.plot(steps, [r["loss"] for r in records], lw=0.7, alpha=0.7, label="training")
+    above.plot(at, [r["held_out_loss"] for r in held], lw=2, marker=".", label="held out, the target's own text")
+    above.set(ylabel="KL (nats / token)", title=title)
+    below.plot(at, [r["acceptance_length"] for r in held], lw=2, marker=".", color="tab:green")
+    below.set(xlabel="step", ylabel=f"tokens a step, chain:{chain}")
+    above.legend()
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+
+
 class Display:
     """A rich progress bar that listens to a run. Use as a context manager; call with each record."""
 
@@ -98,10 +117,14 @@ class Display:
             return
         if "held_out_loss" in record:
             self._held_out = f"  held-out {record['held_out_loss']:.3f}"
+            accepted = ""
+            if "acceptance_length" in record:
+                self._held_out += f"  accepted {record['acceptance_length']:.2f}"
+                accepted = f"acceptance length {record['acceptance_length']:.3f}, "
             if not self.console.is_terminal:  # no live bar in a pipe or a log: a line at each evaluation
                 self.console.print(
                     f"step {record['step']}: loss {record['loss']:.4f}, held-out loss {record['held_out_loss']:.4f}, "
-                    f"{record['tokens_per_second']:,.0f} tokens/s", highlight=False,
+                    f"{accepted}{record['tokens_per_second']:,.0f} tokens/s", highlight=False,
                 )  # fmt: skip
         text = f"loss {record['loss']:.3f}{self._held_out}  {record['tokens_per_second']:,.0f} tokens/s"
         self._progress.update(self._task, completed=record["step"], text=text)

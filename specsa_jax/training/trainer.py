@@ -13,16 +13,10 @@ The run's directory::
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import platform
-import shutil
-import signal
-import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,10 +32,8 @@ from specsa_jax.checkpoints import store
 from specsa_jax.config import PRESETS, ConfigError, ModelConfig, preset
 from specsa_jax.training import data, report, step
 from specsa_jax.training.config import DivergedError, TrainConfig, TrainingError
+from specsa_jax.training.run import LAG, Meter, States, check_writable, signals
 from specsa_jax.training.tokenizer import END_OF_TEXT_ID, train_tokenizer
-
-# The host runs ahead of the device by this many steps before it reads a loss.
-_LAG = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +85,9 @@ class _Run:
         self.started = time.monotonic()
         self.out = Path(config.output)
         self.model_config, initial = _starting_point(config)
-        _check_writable(self.out)
-        resumed = self._resumed_step()
+        check_writable(self.out)
+        self.states = States(self.out, config.keep)
+        resumed = self.states.resumed(config.resume, self.out / "checkpoint")
 
         corpus = data.read_corpus(config)
         self.documents = {held: corpus.split(held) for held in (False, True)}
@@ -128,7 +121,7 @@ class _Run:
 
         if resumed:
             like = jax.eval_shape(lambda: first_state(first_params()))
-            self.state = store.read_tree(self._state_path(resumed), like)
+            self.state = store.read_tree(self.states.path(resumed), like)
             self._say(f"resumed after step {resumed}")
         else:
             self.state = jax.jit(first_state)(first_params())
@@ -143,9 +136,9 @@ class _Run:
     def go(self) -> Summary:
         self.log = report.Log(self.out / "log.jsonl", self.step)
         self.in_flight: collections.deque[tuple[int, int, jax.Array]] = collections.deque()
-        self.meter = _Meter()
+        self.meter = Meter()
         try:
-            with _signals() as received:
+            with signals() as received:
                 stopped = self._loop(received)
                 if self.saved != self.step:
                     self._save()
@@ -172,7 +165,7 @@ class _Run:
                 self._say(f"context {stage.context}, batch {stage.batch}: first step {time.monotonic() - begun:.1f} s")
             self.step += 1
             self.in_flight.append((self.step, 0 if new_shape else stage.batch * stage.context, loss))
-            self._drain(_LAG)
+            self._drain(LAG)
             if new_shape:
                 self.meter.restart()
             if config.eval_every and self.step % config.eval_every == 0 and self.step < config.steps:
@@ -290,31 +283,10 @@ class _Run:
 
     # --- states -------------------------------------------------------------------------------------------------------
 
-    def _state_path(self, number: int) -> Path:
-        return self.out / "state" / str(number)
-
-    def _saved_steps(self) -> list[int]:
-        """Steps of the whole saved states; Orbax writes under another name and renames."""
-        return sorted(int(p.name) for p in (self.out / "state").glob("*") if p.name.isdecimal())
-
     def _save(self) -> None:
-        store.write_tree(self._state_path(self.step), self.state)
+        self.states.save(self.step, self.state)
         self.saved = self.step
-        kept = {self._state_path(number) for number in self._saved_steps()[-self.config.keep :]}
-        for old in set((self.out / "state").iterdir()) - kept:  # older states, and what a kill left half written
-            shutil.rmtree(old)
         self.meter.restart()
-
-    def _resumed_step(self) -> int:
-        """The step to go on after; 0 for a fresh run. Raises TrainingError."""
-        saved = self._saved_steps()
-        if self.config.resume:
-            if not saved:
-                raise TrainingError(f"resume: {self.out} holds no saved state to go on from")
-            return saved[-1]
-        if saved or (self.out / "checkpoint").exists():
-            raise TrainingError(f"output: {self.out} holds a run; go on with --resume, or choose another directory")
-        return 0
 
     def _check_identity(self, identity: dict[str, Any], resumed: int) -> None:
         if not resumed:
@@ -331,55 +303,6 @@ class _Run:
 
     def _say(self, text: str) -> None:
         self.progress({"message": text})
-
-
-class _Meter:
-    """Tokens a second, with pauses (compilation, evaluation, saving) left out."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.seconds = 0.0
-        self._mark = time.monotonic()
-        self._recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=20)
-
-    def restart(self) -> None:
-        """What came before does not count."""
-        self._mark = time.monotonic()
-
-    def add(self, tokens: int) -> float:
-        """Counts a step that has just been seen to end; the rate over the last steps, 0.0 before the first."""
-        now = time.monotonic()
-        if tokens:
-            self.tokens, self.seconds = self.tokens + tokens, self.seconds + now - self._mark
-            self._recent.append((tokens, now - self._mark))
-        self._mark = now
-        seconds = sum(s for _, s in self._recent)
-        return round(sum(t for t, _ in self._recent) / seconds, 1) if seconds else 0.0
-
-    def overall(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[str]]:
-    """Yields a list that gets the name of a SIGINT or SIGTERM; a second one acts as usual."""
-    received: list[str] = []
-    if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread handle signals
-        yield received
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: Any) -> None:
-        received.append(signal.Signals(number).name)
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _starting_point(config: TrainConfig) -> tuple[ModelConfig, checkpoints.Checkpoint | None]:
@@ -409,12 +332,3 @@ def _starting_point(config: TrainConfig) -> tuple[ModelConfig, checkpoints.Check
             f"stages: got a context of {longest}, expected at most {model_config.max_length} (max_length)"
         )
     return model_config, initial
-
-
-def _check_writable(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError as error:
-        raise TrainingError(f"output: {directory}: cannot be written: {os.strerror(error.errno or 0)}") from error
