@@ -12,7 +12,7 @@ PYTEST = pytest -n 2 --dist worksteal
 help:
 	@echo 'make demo     generate with and without speculation from the embedded model, and compare'
 	@echo 'make test     lint, type-check and run the test suite'
-	@echo 'make test312  kernel and engine tests on Python 3.12 with the newest jax'
+	@echo 'make test312  kernel and engine tests, but the slow ones, on Python 3.12 with the newest jax'
 	@echo 'make embedded train the embedded model again (two runs; a GPU and Python 3.12 to get the shipped one)'
 	@echo 'make draft    train the embedded model'"'"'s draft head again (a GPU and Python 3.12 to get the shipped one)'
 	@echo 'make clean    remove environments, caches and build products'
@@ -29,7 +29,7 @@ test: .venv/.stamp
 # Without paths pytest would run everything.
 test312: .venv312/.stamp
 	$(if $(TESTS312),,$(error test312: no test file matches))
-	.venv312/bin/$(PYTEST) $(TESTS312)
+	.venv312/bin/$(PYTEST) -m 'not slow' $(TESTS312)
 
 # Not PYTHON itself: `make PYTHON=...` would override this too.
 .venv312/.stamp: BASE = $(or $(PYTHON312),$(error test312 needs Python 3.12; set PYTHON312=/path/to/python3.12))
