@@ -19,19 +19,23 @@ from specsa_jax import Engine, Strategy
 from specsa_jax.training import is_held_out
 
 
-def held_out_prompts(engine: Engine, count: int, tokens: int) -> list[tuple[str, list[int]]]:
-    """(path, token ids) of the ``count`` first held-out files, outside the test suite, that are long enough."""
+def held_out_files(engine: Engine, smallest: int = 0) -> list[tuple[str, list[int]]]:
+    """(path, token ids) of the held-out files, outside the test suite, of at least ``smallest`` bytes."""
     root = Path(sysconfig.get_path("stdlib"))
-    prompts = []
+    files = []
     for file in sorted(root.rglob("*.py")):
         path = file.relative_to(root).as_posix()
         if "-packages/" in path or "test" in path or path.startswith(("encodings/", "pydoc_data/")):
             continue
-        if is_held_out(path, 0.05) and file.stat().st_size > 8 * tokens:
-            ids = engine.tokenizer.encode(file.read_text(encoding="utf-8")).ids
-            if len(ids) // 2 >= tokens:
-                prompts.append((path, ids[: len(ids) // 2][-tokens:]))
-    return prompts[:count]
+        if is_held_out(path, 0.05) and file.stat().st_size > smallest:
+            files.append((path, engine.tokenizer.encode(file.read_text(encoding="utf-8")).ids))
+    return files
+
+
+def held_out_prompts(engine: Engine, count: int, tokens: int) -> list[tuple[str, list[int]]]:
+    """(path, token ids) of the ``count`` first held-out files that are long enough."""
+    files = held_out_files(engine, 8 * tokens)
+    return [(path, ids[: len(ids) // 2][-tokens:]) for path, ids in files if len(ids) // 2 >= tokens][:count]
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ import json
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,8 +62,27 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Sample among the smallest set of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Sequence i samples with seed + i.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends a sequence; repeatable.")] = None,
-    drafter: Annotated[str, typer.Option(help="Who drafts: lookup, head, head:PATH, or none.")] = "lookup",
-    tree: Annotated[str, typer.Option(help="Shape of a draft: chain:K, K drafted tokens.")] = "chain:5",
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the most probable one's.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens there already are less likely.")] = 1.0,
+    drafter: Annotated[
+        str,
+        typer.Option(
+            help="Who drafts: lookup; head or head:PATH, trained; self, the model with fewer blocks; model:CHECKPOINT; "
+            "none; your own as package.module:Name; a+b: a where it has a draft, else b."
+        ),
+    ] = "lookup",
+    tree: Annotated[
+        str,
+        typer.Option(
+            help="Shape of a draft: chain:K, K tokens in a row; 4-2-1, branchings; best:K, the K likeliest nodes."
+        ),
+    ] = "chain:5",
+    acceptance: Annotated[
+        str, typer.Option(help="Which drafts stand: coupled, rejection, block, or (lossy) typical.")
+    ] = "coupled",
+    precision: Annotated[
+        str, typer.Option(help="exact; strict: the bits of decoding one at a time, slower; approx: may be lossy.")
+    ] = "exact",
     implementation: Annotated[
         str, typer.Option(help="Attention by 'pallas' (GPU kernels) or 'xla'; 'auto': pallas where it runs.")
     ] = "auto",
@@ -83,18 +103,18 @@ def generate(
     notes = Console(stderr=True, highlight=False)
     with _clear_errors(notes):
         texts = _prompts(prompt_file or [])
-        strategy = _strategy(drafter, tree, checkpoint)
+        strategy = _strategy(drafter, tree, acceptance, precision, checkpoint)
         from specsa_jax.engine import Engine
         from specsa_jax.sampling import SamplingParams
 
-        SamplingParams(temperature, top_k, top_p, seed)  # refused before the model is loaded
+        first = SamplingParams(temperature, top_k, top_p, seed, min_p, repetition_penalty)
         with notes.status("loading the model"):
             engine = Engine.from_pretrained(
                 checkpoint, implementation=None if implementation == "auto" else implementation
             )
         arguments: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-            "seed": seed, "stop": stop or (),
+            "max_new_tokens": max_new_tokens, "stop": stop or (),
+            "sampling": [replace(first, seed=(first.seed + index) % 2**32) for index in range(len(texts))],
         }  # fmt: skip
         shown = _stream(engine, texts, {**arguments, "strategy": strategy}, notes)
         report = _report(shown, engine)
@@ -158,11 +178,11 @@ def _clear_errors(notes: Console) -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
-def _strategy(drafter: str, tree: str, checkpoint: str) -> Strategy:
+def _strategy(drafter: str, tree: str, acceptance: Any, precision: Any, checkpoint: str) -> Strategy:
     from specsa_jax.decoding import Strategy
     from specsa_jax.drafting import drafter_from_name
 
-    return Strategy(drafter_from_name(drafter, checkpoint), tree)
+    return Strategy(drafter_from_name(drafter, checkpoint), tree, acceptance=acceptance, precision=precision)
 
 
 def _prompts(files: list[Path]) -> list[tuple[str, str]]:
@@ -254,6 +274,12 @@ def _compare(
     }
 
 
+def _histogram(counts: Sequence[int]) -> str:
+    """A line with a bar for each number of accepted tokens."""
+    most = max(counts, default=0) or 1
+    return "\n".join(f"{n:3} {count:6,} {'█' * round(24 * count / most)}" for n, count in enumerate(counts))
+
+
 def _table(report: dict[str, Any], notes: Console) -> None:
     from rich.table import Table
 
@@ -273,7 +299,7 @@ def _table(report: dict[str, Any], notes: Console) -> None:
     row("mean acceptance length", f"{report['mean_acceptance_length']:.2f} tokens a step, the target's own included")
     if report["acceptance_per_position"]:
         row("acceptance per position", "  ".join(f"{rate:.2f}" for rate in report["acceptance_per_position"]))
-        row("steps by drafts accepted", "  ".join(f"{n}: {c}" for n, c in enumerate(report["accepted_histogram"])))
+        row("steps by drafts accepted", _histogram(report["accepted_histogram"]))
     row("drafted, accepted", f"{report['drafted']:,}, {report['accepted']:,} in {report['steps']:,} steps")
     row("seconds", f"prefill {report['prefill_seconds']:.2f}, decode {report['decode_seconds']:.2f}, "
                    f"compile {report['compile_seconds']:.1f}")  # fmt: skip

@@ -180,8 +180,18 @@ class Decoder:
         self.config, self.dtype, self.end_tokens = config, jnp.dtype(dtype), end_tokens
         self.traces: collections.Counter[Strategy | int] = collections.Counter()
         self.decode = jax.jit(self._decode, static_argnames="strategy", donate_argnames="state")
-        self.prefill = jax.jit(self._prefill, static_argnames=("chunk", "drafter"), donate_argnames="state")
-        self.score = jax.jit(self._score, donate_argnames="cache")
+        self.prefill = jax.jit(
+            self._prefill, static_argnames=("chunk", "drafter", "precision"), donate_argnames="state"
+        )
+        self.score = jax.jit(self._score, static_argnames="precision", donate_argnames="cache")
+
+    def check(self, strategy: Strategy) -> None:
+        """Raises ValueError where strategy and model do not go together, UnsupportedError for kernels in "strict"."""
+        strategy.check(self.config)
+        self._backend(strategy.precision)
+
+    def _backend(self, precision: Precision, is_chain: bool = True) -> Backend:
+        return dataclasses.replace(self.backend, is_chain=is_chain, deterministic=precision == "strict")
 
     def _tail(self, cache: Cache, tree: Tree, template: TreeTemplate | None = None) -> Tail:
         """``tree`` behind the cache; None: a chain."""
@@ -201,13 +211,12 @@ class Decoder:
         tokens: jax.Array,
         cache: Cache,
         tail: Tail,
+        backend: Backend,
         features: tuple[int, ...] = (),
-        is_chain: bool = True,
     ) -> tuple[jax.Array, list[LayerTail], jax.Array | None]:
         """``tokens`` int32 [B, T] against the cache: hidden states [B, T, H], what a commit needs, and the features."""
         found = transformer.verify(
-            self.config, params, tokens, cache, tail, dtype=self.dtype, features=features,
-            backend=dataclasses.replace(self.backend, is_chain=is_chain),
+            self.config, params, tokens, cache, tail, dtype=self.dtype, features=features, backend=backend
         )  # fmt: skip
         return found if features else (*found, None)
 
@@ -225,6 +234,7 @@ class Decoder:
         max_chunks: jax.Array,
         chunk: int,
         drafter: Drafter | None = None,
+        precision: Precision = "exact",
         draft_params: Any = (),
     ) -> State:
         """Commits known tokens but the last, ``chunk`` at a time, at most ``max_chunks`` int32 [] of them.
@@ -234,7 +244,7 @@ class Decoder:
         self.traces[chunk] += 1
         buffer, target = state.tokens, jnp.maximum(state.known - 1, 0)
         features = () if drafter is None else drafter.features
-        tree = self._chain(chunk)
+        tree, backend = self._chain(chunk), self._backend(precision)
         step = jnp.arange(chunk, dtype=jnp.int32)
 
         def body(carry: tuple[Cache, Any, jax.Array]) -> tuple[Cache, Any, jax.Array]:
@@ -243,7 +253,7 @@ class Decoder:
             tokens = jnp.take_along_axis(buffer, at, axis=1)
             tail = self._tail(cache, tree)
             _, tails, seen = reads_first(
-                (cache.lengths < target).any(), lambda: self._forward(params, tokens, cache, tail, features)
+                (cache.lengths < target).any(), lambda: self._forward(params, tokens, cache, tail, backend, features)
             )
             count = jnp.minimum(target - cache.lengths, chunk)
             if drafter is not None:
@@ -260,14 +270,21 @@ class Decoder:
         return state._replace(cache=cache, draft=draft)
 
     def _score(
-        self, params: transformer.Params, tokens: jax.Array, cache: Cache, count: jax.Array
+        self,
+        params: transformer.Params,
+        tokens: jax.Array,
+        cache: Cache,
+        count: jax.Array,
+        precision: Precision = "exact",
     ) -> tuple[jax.Array, Cache]:
         """Log-probabilities float32 [B, T, V] after each of the tokens int32 [B, T]; commits ``count`` [B] of them."""
         tail = self._tail(cache, self._chain(tokens.shape[1]))
-        hidden, tails, _ = reads_first((count > 0).any(), lambda: self._forward(params, tokens, cache, tail))
-        logits = transformer.head(self.config, params, hidden, self.dtype)
+        backend = self._backend(precision)
+        hidden, tails, _ = reads_first((count > 0).any(), lambda: self._forward(params, tokens, cache, tail, backend))
+        rows = backend.rows(cache)
+        logprobs = rows(jax.nn.log_softmax, transformer.head(self.config, params, hidden, self.dtype, rows))
         path = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        return jax.nn.log_softmax(logits, axis=-1), self._commit(cache, tails, tail, path, count)
+        return logprobs, self._commit(cache, tails, tail, path, count)
 
     def _decode(
         self,
@@ -310,13 +327,13 @@ class Decoder:
         ) -> _Verified:
             """Of a tree int32 [B, t] of 1 or T nodes, padded to T."""
             tail = self._tail(state.cache, tree, template)
-            hidden, tails, seen = self._forward(
-                params, tokens, state.cache, tail, features, template is None or template.is_chain
-            )
-            logits = transformer.head(self.config, params, hidden, self.dtype)
+            backend = self._backend(strategy.precision, template is None or template.is_chain)
+            rows = backend.rows(state.cache)
+            hidden, tails, seen = self._forward(params, tokens, state.cache, tail, backend, features)
+            logits = transformer.head(self.config, params, hidden, self.dtype, rows)
             depth = jnp.broadcast_to(tree.topology.depth, tokens.shape)
-            law = penalised_logits(logits, sampling, state.tokens, state.known, tokens, tree.topology.ancestor)
-            targets = sample(law, state.known[:, None] + depth, sampling)
+            law = penalised_logits(logits, sampling, state.tokens, state.known, tokens, tree.topology.ancestor, rows)
+            targets = sample(law, state.known[:, None] + depth, sampling, rows)
             if draft is None or strategy.acceptance == "coupled":
                 accepted = accept_coupled(tree, tokens, valid, targets, reach)
             elif strategy.acceptance == "typical":
@@ -328,7 +345,7 @@ class Decoder:
                 accepted = accept_by_rejection(child, tokens, draft, law, sampling, keys, reach)
             given = jnp.take_along_axis(logits, accepted.path[..., None], axis=1)  # [B, A, V]
             chosen = jnp.take_along_axis(given, accepted.tokens[..., None], axis=2)[..., 0]
-            logprobs = chosen - jax.nn.logsumexp(given, axis=-1)
+            logprobs = rows(lambda chosen, given: chosen - jax.nn.logsumexp(given, axis=-1), chosen, given)
 
             def pad(leaf: jax.Array, size: int) -> jax.Array:
                 return jnp.pad(leaf, [(0, 0), (0, size - leaf.shape[1])] + [(0, 0)] * (leaf.ndim - 2))

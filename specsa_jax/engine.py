@@ -24,7 +24,7 @@ from pallas_kernels import Implementation
 from specsa_jax import checkpoints
 from specsa_jax.cache import CacheBytes, CapacityError, cache_bytes, create_cache, pages_for
 from specsa_jax.config import ModelConfig
-from specsa_jax.decoding import AUTOREGRESSIVE, Counts, Decoder, State, Strategy
+from specsa_jax.decoding import Counts, Decoder, Precision, State, Strategy
 from specsa_jax.drafting import Drafter, Target
 from specsa_jax.nsa import kernels
 from specsa_jax.sampling import SamplingParams, batch_sampling
@@ -54,11 +54,14 @@ class Generation:
       text: without the prompt, the end token, and a stop string and what follows it.
       tokens: int32 [new tokens]; the end token is included, as are those that complete a stop string.
       finish: ``"end"`` (end token), ``"stop"`` (stop string) or ``"length"`` (token budget).
+      logprobs: float32 [new tokens], of the tokens in the model's own law (as :meth:`Engine.score` gives it:
+        temperature 1, nothing filtered or penalised).
     """
 
     text: str
     tokens: np.ndarray
     finish: str
+    logprobs: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +149,7 @@ class Engine:
       max_cache_bytes: refuse calls whose cache would be larger; None: nine tenths of the memory that is free.
       prefill_chunk: prompt tokens per forward pass of the prefill; None: 512 on GPUs, 64 elsewhere (where a chunk
         that stays in the CPU's caches is faster).
+      precision: of strategies that are not given: "exact", "strict" or "approx" (:class:`Strategy`); and of scoring.
       implementation: of attention: "pallas" (the GPU kernels), "xla", or None: "pallas" where device and model allow
         it. UnsupportedError where "pallas" is named and does not run, with the reason.
     """
@@ -160,6 +164,7 @@ class Engine:
         max_length: int | None = None,
         max_cache_bytes: int | None = None,
         prefill_chunk: int | None = None,
+        precision: Precision = "exact",
         implementation: Implementation | None = None,
     ):
         on_gpu = jax.default_backend() == "gpu"
@@ -169,7 +174,8 @@ class Engine:
             prefill_chunk = 512 if on_gpu else 64
         self.config, self.tokenizer, self.dtype = config, tokenizer, jnp.dtype(dtype)
         self.max_length = _whole("max_length", config.max_length if max_length is None else max_length)
-        self.max_cache_bytes = max_cache_bytes
+        self.max_cache_bytes, self.precision = max_cache_bytes, precision
+        Strategy(precision=precision)  # refused here rather than in each call
         self.prefill_chunk = _whole("prefill_chunk", prefill_chunk)
         self.params = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
         end = tokenizer.token_to_id("<|endoftext|>")
@@ -214,8 +220,8 @@ class Engine:
             gets seed ``seed`` + i.
           sampling: one SamplingParams per prompt, in place of the four above.
           stop: texts that end a sequence; they are cut off.
-          speculate: False decodes one token at a time, by the same loop.
-          strategy: how to speculate; None: the default Strategy().
+          speculate: False decodes one token at a time, by the same loop and in the strategy's precision.
+          strategy: how to speculate; None: the default Strategy() in the engine's precision.
           on_chunk: called with each piece of text as it becomes known.
 
         Raises PromptError or ValueError for bad arguments and CapacityError for requests that do not fit, both before
@@ -259,10 +265,12 @@ class Engine:
             raise PromptError(f"sampling: got {len(sampling)} parameter sets, expected one per prompt ({len(rows)})")
         if not isinstance(strategy, Strategy | None):
             raise PromptError(f"strategy: got {strategy!r}, expected a Strategy")
-        strategy = AUTOREGRESSIVE if not speculate else Strategy() if strategy is None else strategy
-        strategy.check(self.config)
+        strategy = Strategy(precision=self.precision) if strategy is None else strategy
+        if not speculate:
+            strategy = Strategy(None, precision=strategy.precision)
+        self.decoder.check(strategy)
         draft_params = self._load_drafter(strategy.drafter)
-        pages, size = self._plan_pages(rows, max_new_tokens)
+        pages, size = self._plan_pages(rows, max_new_tokens, strategy.precision)
         watched = bool(stop) or not _quiet
         return Stream(
             self._run(rows, max_new_tokens, list(sampling), stop, strategy, draft_params, pages, size, watched)
@@ -291,8 +299,9 @@ class Engine:
         few = jnp.int32(max(1, 1024 // chunk))  # so that Ctrl-C is heard during a long prefill
         shown = {} if drafter is None or not drafter.observes else {"draft_params": draft_params}
         prefill, compile_prefill = self._executable(
-            "prefill", {"chunk": chunk, "drafter": drafter if shown else None}, self.params, state, few, **shown
-        )
+            "prefill", {"chunk": chunk, "drafter": drafter if shown else None, "precision": strategy.precision},
+            self.params, state, few, **shown,
+        )  # fmt: skip
         decode, compile_decode = self._executable(
             "decode", {"strategy": strategy}, self.params, state, params, jnp.int32(0), draft_params=draft_params
         )
@@ -309,7 +318,7 @@ class Engine:
         while running:
             begun = time.perf_counter()
             state, counts = decode(self.params, state, params, per_call, draft_params=draft_params)
-            tokens, known, done = jax.device_get((state.tokens, state.known, state.done))
+            tokens, logprobs, known, done = jax.device_get((state.tokens, state.logprobs, state.known, state.done))
             decode_seconds += time.perf_counter() - begun
             counts = jax.tree.map(lambda count: np.asarray(count, np.int64), counts)
             totals = counts if totals is None else jax.tree.map(np.add, totals, counts)
@@ -324,7 +333,8 @@ class Engine:
         assert totals is not None
         stats = _stats(strategy, rows, outputs, totals, prefill_seconds, decode_seconds,
                        compile_prefill + compile_decode, size)  # fmt: skip
-        return Result(tuple(output.generation() for output in outputs), stats)
+        generations = (output.generation(logprobs[index]) for index, output in enumerate(outputs))
+        return Result(tuple(generations), stats)
 
     # --- scoring ------------------------------------------------------------------------------------------------------
 
@@ -334,7 +344,7 @@ class Engine:
         Raises PromptError or CapacityError, before any work.
         """
         row = self._row("tokens", tokens)
-        pages, _ = self._plan_pages([row], 0)
+        pages, _ = self._plan_pages([row], 0, self.precision)
         chunk = min(self.prefill_chunk, max(16, 1 << (len(row) - 1).bit_length()))
         cache = self._initial_state([row], pages, 0).cache
         out = np.empty((len(row), self.config.vocab_size), np.float32)
@@ -342,7 +352,7 @@ class Engine:
             part = row[start : start + chunk]
             padded = jnp.asarray(np.pad(part, (0, chunk - len(part)))[None], jnp.int32)
             arguments = (self.params, padded, cache, jnp.asarray([len(part)], jnp.int32))
-            score, _ = self._executable("score", {}, *arguments)
+            score, _ = self._executable("score", {"precision": self.precision}, *arguments)
             logprobs, cache = score(*arguments)
             out[start : start + len(part)] = np.asarray(logprobs[0, : len(part)])
         return out
@@ -383,8 +393,13 @@ class Engine:
             jnp.zeros(len(rows), bool), jnp.zeros(buffer.shape, jnp.float32),
         )  # fmt: skip
 
-    def _plan_pages(self, rows: list[np.ndarray], max_new_tokens: int) -> tuple[np.ndarray, CacheBytes]:
-        """Page table with −1 where there is no page, its width a bucket; and the cache's size. Raises CapacityError."""
+    def _plan_pages(
+        self, rows: list[np.ndarray], max_new_tokens: int, precision: Precision
+    ) -> tuple[np.ndarray, CacheBytes]:
+        """Page table with −1 where there is no page, and the cache's size. Raises CapacityError.
+
+        The table's width is a bucket; in the strict class, whose programs it shapes, always that of ``max_length``.
+        """
         for index, row in enumerate(rows):
             if len(row) + max_new_tokens > self.max_length:
                 raise CapacityError(
@@ -399,7 +414,8 @@ class Engine:
                 f"prompts: {len(rows)} sequences need a cache of {size.total:,} bytes ({sum(counts)} pages of "
                 f"{self.config.nsa.select_block} tokens), expected at most {limit:,}"
             )
-        table = np.full((len(rows), _bucket(max(counts))), -1)
+        longest = pages_for(self.config.nsa, self.max_length) if precision == "strict" else max(counts)
+        table = np.full((len(rows), _bucket(longest)), -1)
         first = 0
         for row, count in zip(table, counts, strict=True):
             row[:count] = np.arange(first, first + count)
@@ -488,9 +504,10 @@ class _Output:
     def _decode(self, tokens: np.ndarray) -> str:
         return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
-    def generation(self) -> Generation:
+    def generation(self, logprobs: np.ndarray) -> Generation:
         assert self.finish is not None
-        return Generation(self.text, self.tokens, self.finish)
+        own = logprobs[self.prompt_length : self.prompt_length + len(self.tokens)]
+        return Generation(self.text, self.tokens, self.finish, own)
 
 
 def _stats(

@@ -19,6 +19,7 @@ from specsa_jax.cache import Cache, LayerCache, LayerTail, Tail
 from specsa_jax.config import ModelConfig
 from specsa_jax.nsa.cached import Backend, attend_cached
 from specsa_jax.nsa.compression import Compress
+from specsa_jax.nsa.rows import Rows, together
 from specsa_jax.nsa.sequence import Projected, attend_sequence
 from specsa_jax.rope import rotate
 
@@ -73,15 +74,13 @@ class Attention(nnx.Module):
         )
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
-    def tail(
-        self, x: jax.Array, cache: Cache, layer: LayerCache, tail: Tail, backend: Backend
+    def attend(
+        self, projected: Projected, cache: Cache, layer: LayerCache, tail: Tail, backend: Backend
     ) -> tuple[jax.Array, LayerTail]:
-        """[B, T, H] → [B, T, H] for the tail's tokens against the cache, and what a commit of them needs."""
-        projected = self.project(x, tail.positions)
-        out, layer_tail = attend_cached(
+        """Attention's output [B, T, Hq, D] for the tail's tokens against the cache, and what a commit needs."""
+        return attend_cached(
             self.config.nsa, self.config.rope, self.compress_k, self._phi_value, projected, cache, layer, tail, backend
         )
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), layer_tail
 
 
 class MLP(nnx.Module):
@@ -114,9 +113,16 @@ class Layer(nnx.Module):
     def tail(
         self, x: jax.Array, cache: Cache, layer: LayerCache, tail: Tail, backend: Backend
     ) -> tuple[jax.Array, LayerTail]:
-        out, layer_tail = self.attn.tail(self.attn_norm(x), cache, layer, tail, backend)
-        x = x + out
-        return x + self.mlp(self.mlp_norm(x)), layer_tail
+        """[B, T, H] → [B, T, H] for the tail's tokens against the cache, and what a commit of them needs."""
+        rows = backend.rows(cache)
+        projected = rows(lambda x, at: self.attn.project(self.attn_norm(x), at), x, tail.positions)
+        out, layer_tail = self.attn.attend(projected, cache, layer, tail, backend)
+
+        def finish(x: jax.Array, out: jax.Array) -> jax.Array:
+            x = x + self.attn.o_proj(out.reshape(*x.shape[:2], -1))
+            return x + self.mlp(self.mlp_norm(x))
+
+        return rows(finish, x, out), layer_tail
 
 
 class Transformer(nnx.Module):
@@ -215,9 +221,11 @@ def hidden_states(
     return (model.norm(x), taken) if features else model.norm(x)
 
 
-def head(config: ModelConfig, params: Params, hidden: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """Logits float32 [..., V] of final-normed hidden states [..., H]."""
-    return bind(config, params, dtype).logits(hidden)
+def head(
+    config: ModelConfig, params: Params, hidden: jax.Array, dtype: jnp.dtype = jnp.float32, rows: Rows = together
+) -> jax.Array:
+    """Logits float32 [..., V] of final-normed hidden states [..., H]; [B, T, H] by ``rows``."""
+    return rows(bind(config, params, dtype).logits, hidden)
 
 
 def verify(
@@ -243,5 +251,5 @@ def verify(
         tails.append(layer_tail)
         behind[depth] = x
     if features:
-        return model.norm(x), tails, jnp.stack([behind[depth] for depth in features], axis=2)
-    return model.norm(x), tails
+        return backend.rows(cache)(model.norm, x), tails, jnp.stack([behind[depth] for depth in features], axis=2)
+    return backend.rows(cache)(model.norm, x), tails

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specsa_jax.nsa.rows import Rows, together
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
@@ -91,7 +93,13 @@ def batch_sampling(params: Sequence[SamplingParams]) -> Sampling:
 
 
 def penalised_logits(
-    logits: jax.Array, sampling: Sampling, tokens: jax.Array, known: jax.Array, nodes: jax.Array, ancestor: jax.Array
+    logits: jax.Array,
+    sampling: Sampling,
+    tokens: jax.Array,
+    known: jax.Array,
+    nodes: jax.Array,
+    ancestor: jax.Array,
+    rows: Rows = together,
 ) -> jax.Array:
     """Logits float32 [B, T, V] with the repetition penalty of each node.
 
@@ -101,14 +109,18 @@ def penalised_logits(
 
     def penalise(logits: jax.Array) -> jax.Array:
         batch, width, vocabulary = logits.shape
-        rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        own = jnp.arange(batch, dtype=jnp.int32)[:, None]
         counted = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < known[:, None]
-        text = jnp.zeros((batch, vocabulary), bool).at[rows, tokens].max(counted)
+        text = jnp.zeros((batch, vocabulary), bool).at[own, tokens].max(counted)
         node = jnp.arange(width, dtype=jnp.int32)[None, :, None]
         seen = jnp.broadcast_to(text[:, None], logits.shape)
-        seen = seen.at[rows[..., None], node, nodes[:, None, :]].max(jnp.broadcast_to(ancestor, (batch, width, width)))
-        penalty = sampling.repetition_penalty[:, None, None]
-        return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+        seen = seen.at[own[..., None], node, nodes[:, None, :]].max(jnp.broadcast_to(ancestor, (batch, width, width)))
+
+        def apply(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+            return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+        penalty = jnp.broadcast_to(sampling.repetition_penalty[:, None, None], (batch, width, 1))
+        return rows(apply, logits, seen, penalty)
 
     return jax.lax.cond((sampling.repetition_penalty != 1).any(), penalise, lambda logits: logits, logits)
 
@@ -146,12 +158,21 @@ def filtered_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return jax.lax.cond(needed, cut, lambda scaled: scaled, scaled)
 
 
-def sample(logits: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.Array:
+def sample(logits: jax.Array, positions: jax.Array, sampling: Sampling, rows: Rows = together) -> jax.Array:
     """A token int32 [B, T] per row of logits float32 [B, T, V], for ``positions`` int32 [B, T] in the sequences.
 
     Greedy rows: the most probable token, ties to the lower id. Others: a draw from :func:`filtered_logits` with the
-    randomness of (seed, position).
+    randomness of (seed, position). ``rows`` says how to compute row by row.
     """
+    if rows is not together:
+        own = jnp.broadcast_to(jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None], positions.shape)
+
+        def one(logits: jax.Array, positions: jax.Array, own: jax.Array) -> jax.Array:
+            """Rows of any sequences [1, R, …], each as a batch entry of its own."""
+            each = jax.tree.map(lambda values: values[own[0]], sampling)
+            return sample(logits[0, :, None], positions[0, :, None], each)[None, :, 0]
+
+        return rows(one, logits, positions, own)
 
     def draw(logits: jax.Array) -> jax.Array:
         law = filtered_logits(logits, sampling)

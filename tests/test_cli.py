@@ -73,7 +73,7 @@ def refusal(monkeypatch, capsys):
         (["--prompt-file", "{tmp}/long"], "tokens and max_new_tokens = 256 make"),
         (["--prompt-file", "-"], "prompt_file: -: is empty"),
         (["--prompt-file", "-", "--prompt-file", "-"], "prompt_file: got '-' twice"),
-        (["--drafter", "oracle"], "drafter: got 'oracle', expected one of lookup, none"),
+        (["--drafter", "oracle"], "drafter: got 'oracle', expected one of lookup, head"),
         (["--tree", "bush"], "tree: got 'bush', expected chain:K"),
         (["--temperature", "-1"], "temperature: got -1.0"),
         (["--temperature", "nan"], "temperature: got nan"),

@@ -12,11 +12,12 @@ from reference_params import random_params, random_tokens, tiny_model
 from scipy import stats
 
 import specsa_jax.decoding
+from pallas_kernels import UnsupportedError
 from specsa_jax import reference
 from specsa_jax.acceptance import accept_coupled
 from specsa_jax.cache import create_cache, pages_for
 from specsa_jax.decoding import AUTOREGRESSIVE, Decoder, State, Strategy
-from specsa_jax.drafting import PromptLookup
+from specsa_jax.drafting import Combined, DraftModel, PromptLookup, SelfDraft
 from specsa_jax.sampling import SamplingParams, batch_sampling
 
 # Seeds are fixed, so a test passes or fails for good; this is how likely a right implementation was to fail at all.
@@ -43,11 +44,11 @@ def decoder(config, end_tokens=()):
     return Decoder(config, jnp.float32, end_tokens)
 
 
-def start(decoder, prompts, new):
+def start(decoder, prompts, new, strategy=AUTOREGRESSIVE, draft_params=(), columns=None):
     """A prefilled state; ``new`` tokens each, or one number per prompt."""
     config = decoder.config
     new = np.broadcast_to(new, len(prompts))
-    columns = pages_for(config.nsa, max(map(len, prompts)) + NEW)
+    columns = columns or pages_for(config.nsa, max(map(len, prompts)) + NEW)
     pool = len(prompts) * columns
     cache = create_cache(config, np.arange(pool)[::-1].reshape(len(prompts), columns), pool, jnp.float32)
     tokens = np.zeros((len(prompts), columns * config.nsa.select_block + 1), np.int32)
@@ -58,7 +59,11 @@ def start(decoder, prompts, new):
         cache, jnp.asarray(tokens), jnp.asarray(known), jnp.asarray(known + new, jnp.int32), jnp.asarray(new == 0),
         jnp.zeros(tokens.shape, jnp.float32),
     )  # fmt: skip
-    return decoder.prefill(weights(config)[1], state, MANY, chunk=8)
+    drafter, shown = strategy.drafter, {}
+    if drafter is not None:
+        state = state._replace(draft=drafter.init(config, len(prompts), tokens.shape[1], jnp.float32))
+        shown = {"drafter": drafter, "draft_params": draft_params} if drafter.observes else {}
+    return decoder.prefill(weights(config)[1], state, MANY, chunk=8, precision=strategy.precision, **shown)
 
 
 def outputs(state, prompts):
@@ -69,12 +74,13 @@ def outputs(state, prompts):
     ]
 
 
-def run(decoder, prompts, strategy, new=NEW, sampling=None):
+def run(decoder, prompts, strategy, new=NEW, sampling=None, draft_params=(), columns=None):
     """New tokens per row, final state and counts."""
     sampling = sampling or [SamplingParams()] * len(prompts)
     state, counts = decoder.decode(
-        weights(decoder.config)[1], start(decoder, prompts, new), batch_sampling(sampling), MANY, strategy=strategy
-    )
+        weights(decoder.config)[1], start(decoder, prompts, new, strategy, draft_params, columns),
+        batch_sampling(sampling), MANY, strategy=strategy, draft_params=draft_params,
+    )  # fmt: skip
     assert state.done.all()
     return outputs(state, prompts), state, counts
 
@@ -241,6 +247,96 @@ def test_sampled_speculative_tokens_are_those_of_sampling_one_at_a_time():
     assert counts.accepted[0] > 3 and counts.accepted[1:].sum() > 3
 
 
+SAMPLED = [
+    SamplingParams(temperature=0.7, seed=1), SamplingParams(temperature=1.0, top_k=3, seed=2),
+    SamplingParams(repetition_penalty=1.3), SamplingParams(temperature=1.0, top_p=0.7, repetition_penalty=0.8, seed=3),
+    SamplingParams(temperature=0.4, min_p=0.2, seed=2**32 - 1),
+    SamplingParams(temperature=2.0, top_k=5, top_p=0.9, seed=1),
+]  # fmt: skip
+OTHER = DraftModel("another", config=CONFIG)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Strategy(PromptLookup(min_ngram=1), "3-2-1", "depth"),
+        Strategy(Combined(PromptLookup(min_ngram=4), OTHER), "best:12:4"),
+    ],
+    ids=["lookup", "lookup, else another model"],
+)
+def test_trees_give_the_tokens_of_decoding_one_at_a_time(strategy):
+    """Greedy, and sampled with every parameter there is; in a ragged batch, in which branches stand and fall."""
+    draft_params = weights(CONFIG, 5)[1]
+    tokens, _, counts = run(decoder(CONFIG), PROMPTS, strategy, draft_params=draft_params)
+    assert tokens == greedy()
+    assert (np.asarray(counts.accepted)[:3] > 3).all() and counts.nodes > 3 * counts.steps
+    tokens, state, _ = run(decoder(CONFIG), PROMPTS, strategy, sampling=SAMPLED, draft_params=draft_params)
+    plain, one_by_one, _ = run(decoder(CONFIG), PROMPTS, AUTOREGRESSIVE, sampling=SAMPLED)
+    assert tokens == plain
+    np.testing.assert_allclose(state.logprobs, one_by_one.logprobs, atol=1e-4)
+
+
+def test_the_model_as_its_own_draft_model_is_always_accepted():
+    """Its cache follows the target's through prefill and steps; sampled drafts share the target's randomness."""
+    strategy = Strategy(OTHER, "chain:3")
+    for sampling in (None, [dataclasses.replace(one, repetition_penalty=1.0) for one in SAMPLED]):
+        _, state, counts = run(decoder(CONFIG), PROMPTS, strategy, sampling=sampling, draft_params=weights(CONFIG)[1])
+        assert counts.accepted.tolist() == [0, 0, 0, NEW // 4 * 6]
+        for ours, theirs in zip(jax.tree.leaves(state.draft.layers), jax.tree.leaves(state.cache.layers), strict=True):
+            assert ours.shape[1:] == theirs.shape[1:]
+        np.testing.assert_array_equal(state.draft.lengths, state.cache.lengths)
+
+
+def test_log_probabilities_are_those_of_the_reference():
+    tokens, state, _ = run(decoder(CONFIG), PROMPTS, SPECULATIVE)
+    for row, (prompt, new) in enumerate(zip(PROMPTS, tokens, strict=True)):
+        logits = reference.forward(CONFIG, weights(CONFIG)[0], [*prompt, *new[:-1]])[len(prompt) - 1 :]
+        law = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        got = np.asarray(state.logprobs)[row, len(prompt) : len(prompt) + NEW]
+        np.testing.assert_allclose(got, law[np.arange(NEW), new], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"acceptance": "magic"}, "acceptance: got 'magic', expected one of 'coupled', 'rejection', 'block', 'typical'"),
+        ({"precision": "fp8"}, "precision: got 'fp8', expected one of 'exact', 'strict', 'approx'"),
+        ({"acceptance": "typical"}, "acceptance: got 'typical', which is lossy, in precision 'exact'"),
+        ({"acceptance": "typical", "precision": "strict"}, "which is lossy, in precision 'strict'"),
+        ({"drafter": SelfDraft(), "acceptance": "rejection", "precision": "strict"}, "'rejection' in precision 'strict'"),
+        ({"acceptance": "rejection"}, "acceptance: got 'rejection' for drafter PromptLookup.*not drawn from a law"),
+        ({"drafter": None, "acceptance": "block"}, "acceptance: got 'block' for drafter None"),
+        ({"drafter": SelfDraft(), "acceptance": "rejection", "tree": "best:8"}, "'rejection' for tree best:8"),
+        ({"drafter": SelfDraft(), "acceptance": "block", "tree": "2-2"}, "'block' for tree 2-2, expected a chain"),
+        ({"traversal": "random"}, "traversal: got 'random'"),
+    ],
+)  # fmt: skip
+def test_options_that_contradict_each_other_are_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        Strategy(**arguments)
+
+
+@pytest.mark.parametrize(
+    "strategy, words",
+    [
+        (Strategy(tree="9-1"), "9 children of one node, expected at most vocab_size = 8"),
+        (Strategy(tree="chain:9"), "9 tokens deep, expected at most a page"),
+        (Strategy(SelfDraft(5)), "SelfDraft: got num_selected 5, expected at most the model's, 4"),
+        (Strategy(SelfDraft(2)), r"SelfDraft: num_selected: got 2, expected at least num_initial \+ num_local = 3"),
+        (Strategy(DraftModel("other", config=model(9))), "vocab_size 9, expected the target's, 8"),
+        (Strategy(Combined(PromptLookup(), DraftModel("other", config=model(9)))), "vocab_size 9"),
+    ],
+)
+def test_strategies_that_do_not_suit_the_model_are_refused(strategy, words):
+    with pytest.raises(ValueError, match=words):
+        decoder(CONFIG).check(strategy)
+
+
+def test_strict_kernels_do_not_exist_yet():
+    with pytest.raises(UnsupportedError, match="precision: got 'strict' with implementation 'pallas'"):
+        Decoder(CONFIG, jnp.float32, implementation="pallas").check(Strategy(precision="strict"))
+
+
 # --- The law of sampled output. Vocabulary 5, 3 new tokens: all 125 outcomes and their probabilities are known. ---
 
 LAW_CONFIG = model(vocabulary=5)
@@ -281,12 +377,14 @@ def exact_law(law):
     ])  # fmt: skip
 
 
-def p_value(loops, strategy, law):
+def p_value(loops, strategy, law, draft_params=()):
     """Of 4096 sampled outputs against their exact law (chi-square); and the accepted counts."""
     seen, accepted = np.zeros(5**LAW_NEW), 0
     for at in range(LAW_ROUNDS):
         sampling = [SamplingParams(**law, seed=at * LAW_BATCH + row) for row in range(LAW_BATCH)]
-        tokens, _, counts = run(loops, [LAW_PROMPT] * LAW_BATCH, strategy, new=LAW_NEW, sampling=sampling)
+        tokens, _, counts = run(
+            loops, [LAW_PROMPT] * LAW_BATCH, strategy, new=LAW_NEW, sampling=sampling, draft_params=draft_params
+        )
         np.add.at(seen, np.array(tokens) @ [25, 5, 1], 1)
         accepted = accepted + np.asarray(counts.accepted)
     expected = exact_law(law) * seen.sum()
@@ -309,6 +407,18 @@ def test_sampled_speculative_output_follows_the_exact_law(law):
     p, accepted = p_value(decoder(LAW_CONFIG), SPECULATIVE, law)
     assert p > ERROR_RATE
     assert (accepted > 30).all()  # drafts were rejected at every place, and accepted whole
+
+
+@pytest.mark.parametrize(
+    "tree, acceptance", [("chain:2", "block"), ("2-2", "rejection")], ids=["block, chain", "rejection, tree"]
+)
+def test_drafts_drawn_from_another_models_law_leave_the_exact_law(tree, acceptance):
+    """By the rules whose drafts have noise of their own, over several steps; both laws filtered in the second case."""
+    strategy = Strategy(DraftModel("another", config=LAW_CONFIG), tree, acceptance=acceptance)
+    for law in LAWS:
+        p, accepted = p_value(decoder(LAW_CONFIG), strategy, law, weights(LAW_CONFIG, 5)[1])
+        assert p > ERROR_RATE
+        assert (accepted > 30).all()
 
 
 @pytest.mark.parametrize("law", LAWS, ids=["temperature", "filtered"])

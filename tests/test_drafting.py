@@ -20,8 +20,8 @@ def proposer(rule, length):
     template = parse_tree(f"chain:{length}")
 
     def propose(tokens, known):
-        context = Context(tokens, known, known > 0, None, None, None, None)
-        return rule.propose((), (), context, template)[0]
+        context = Context(tokens, known, known > 0, None, None, None, None, None)
+        return rule.propose((), (), context, template)
 
     return jax.jit(propose)
 
@@ -102,7 +102,7 @@ def test_prompt_lookup_refuses_ngrams_out_of_order_or_range(min_ngram, max_ngram
 def test_drafters_have_names():
     assert drafter_from_name("lookup") == PromptLookup()
     assert drafter_from_name("none") is None
-    with pytest.raises(ValueError, match="drafter: got 'medusa', expected one of lookup, none"):
+    with pytest.raises(ValueError, match="drafter: got 'medusa', expected one of lookup, head"):
         drafter_from_name("medusa")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -159,18 +161,47 @@ def depth_first(draft: Draft, depth: int) -> Draft:
     )
 
 
-def drafter_from_name(name: str, checkpoint: str = "embedded") -> Drafter | None:
-    """The drafter called ``name`` with its default settings; None for "none". Raises ValueError listing the names.
+_REGISTERED: dict[str, Callable[[str, str], Drafter | None]] = {}
 
-    "head" is the trained head of ``checkpoint``, "head:PATH" one from elsewhere.
+
+def register_drafter(name: str, make: Callable[[str, str], Drafter | None]) -> None:
+    """Gives a drafter a name, for :func:`drafter_from_name` and ``specsa generate --drafter``.
+
+    ``make(where, checkpoint)`` is given what stands behind a colon ("" without one) and the target's checkpoint.
+    Raises ValueError for a name that is taken, or has ``+``, ``:`` or ``.`` in it.
     """
-    from specsa_jax.drafting.head import TrainedHead
-    from specsa_jax.drafting.prompt_lookup import PromptLookup
+    if not name or name in _REGISTERED or set(name) & set("+:."):
+        raise ValueError(f"name: got {name!r}, expected a new name without +, : and .")
+    _REGISTERED[name] = make
 
-    kind, _, where = name.partition(":")
-    if kind == "head":
-        return TrainedHead(where or checkpoint)
-    known: dict[str, Drafter | None] = {"lookup": PromptLookup(), "none": None}
-    if name not in known:
-        raise ValueError(f"drafter: got {name!r}, expected one of {', '.join(known)}, head, head:PATH")
-    return known[name]
+
+def drafter_from_name(name: str, checkpoint: str = "embedded") -> Drafter | None:
+    """The drafter called ``name``, for the target ``checkpoint``, with its default settings; None for "none".
+
+    ``head`` is the target's trained head, ``head:PATH`` one from elsewhere; ``model:PATH`` drafts with a checkpoint;
+    ``a+b`` takes a where it has a draft, else b; ``package.module:Name`` is a class of one's own, or a function that
+    makes a drafter.
+
+    Raises ValueError listing the names, and what the drafter raises.
+    """
+    first, plus, second = name.partition("+")
+    if plus:
+        from specsa_jax.drafting.combined import Combined
+
+        left, right = drafter_from_name(first, checkpoint), drafter_from_name(second, checkpoint)
+        if left is None or right is None:
+            raise ValueError(f"drafter: got {name!r}, expected two drafters around the +")
+        return Combined(left, right)
+    kind, colon, where = name.partition(":")
+    if kind in _REGISTERED:
+        return _REGISTERED[kind](where, checkpoint)
+    known = ", ".join([*_REGISTERED, "a+b", "package.module:Name"])
+    if not colon:
+        raise ValueError(f"drafter: got {name!r}, expected one of {known}")
+    try:
+        made = getattr(importlib.import_module(kind), where)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"drafter: got {name!r}, expected one of {known}: {error}") from error
+    if not isinstance(made, Drafter):
+        raise ValueError(f"drafter: {name} makes {made!r}, expected a Drafter")
+    return made

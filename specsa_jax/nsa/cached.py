@@ -13,14 +13,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Implementation
+from pallas_kernels import Implementation, UnsupportedError
 from specsa_jax.cache import Cache, LayerCache, LayerTail, Tail, gather_pages, ring_positions
 from specsa_jax.config import NSAConfig, RopeConfig
 from specsa_jax.nsa import kernels
 from specsa_jax.nsa.compression import Compress, compress_blocks
+from specsa_jax.nsa.rows import Rows, in_blocks, together
 from specsa_jax.nsa.selection import block_importance, select_blocks
 from specsa_jax.nsa.sequence import Projected, split_groups
 from specsa_jax.nsa.softmax import Keys, attend, combine, softmax_parts
+from specsa_jax.nsa.strict import attend_strict
 from specsa_jax.rope import rotate
 
 
@@ -32,11 +34,24 @@ class Backend:
       implementation: "xla", or "pallas": the kernels of ``pallas_kernels.attention``.
       is_chain: every tail is a chain, whose ancestor mask the kernels need not read.
       interpret: interpret the kernels, on any device; slow.
+      deterministic: for the strict class, by XLA's code alone so far: the bits of a row depend on nothing but its own
+        sequence and path. The page table's width must be the same in all calls.
+
+    Raises UnsupportedError for deterministic kernels.
     """
 
     implementation: Implementation = "xla"
     is_chain: bool = False
     interpret: bool = False
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.deterministic and self.implementation == "pallas":
+            raise UnsupportedError("precision: got 'strict' with implementation 'pallas', expected 'xla'")
+
+    def rows(self, cache: Cache) -> Rows:
+        """How to compute row by row."""
+        return in_blocks(cache.lengths) if self.deterministic else together
 
 
 def attend_cached(
@@ -55,7 +70,9 @@ def attend_cached(
     The output of node i equals sequential decoding of the committed prefix and path(i) (the project's definition of
     exactness); tokens on other paths are invisible in all three branches.
     """
-    new = _tail_kv(config, rope, phi_key, phi_value, projected, cache, layer, tail)
+    new = _tail_kv(config, rope, phi_key, phi_value, projected, cache, layer, tail, backend)
+    if backend.deterministic:
+        return attend_strict(config, projected, cache, layer, tail, new), new
     if backend.implementation == "pallas":
         out, _ = kernels.attend(
             config, projected, cache, layer, tail, new, is_chain=backend.is_chain, interpret=backend.interpret
@@ -138,10 +155,13 @@ def _tail_kv(
     cache: Cache,
     layer: LayerCache,
     tail: Tail,
+    backend: Backend,
 ) -> LayerTail:
     """Rotated and raw K/V of the tail, and the compressed entries of the blocks that end in it."""
     compressed_set, selected_set, window_set = config.branch_set
-    rotated = rotate(projected.key, tail.positions[..., None], rope)
+    rotated = backend.rows(cache)(
+        lambda key, at: rotate(key, at[..., None], rope), projected.key, tail.positions
+    )  # fmt: skip
     raw_key, raw_value = projected.key[:, :, compressed_set], projected.value[:, :, compressed_set]
 
     node = jnp.minimum(tail.slot, tail.positions.shape[1] - 1)
@@ -157,9 +177,10 @@ def _tail_kv(
 
     values = None if layer.raw_value is None else block_entries(layer.raw_value, raw_value)
     keys = block_entries(layer.raw_key, raw_key)
-    compressed_key, compressed_value = compress_blocks(
-        config, rope, phi_key, phi_value, keys, keys if values is None else values, starts
-    )
+    compressed_key, compressed_value = backend.rows(cache)(
+        lambda *blocks: compress_blocks(config, rope, phi_key, phi_value, *blocks),
+        keys, keys if values is None else values, starts,
+    )  # fmt: skip
     separate = config.window_ring
     return LayerTail(
         key=rotated[:, :, selected_set],

@@ -1,0 +1,62 @@
+"""Row-wise computation: together, or in blocks of one fixed size whose results cannot depend on anything else.
+
+What the strict class needs: the bits of a row are the same whoever is computed beside it, in whichever program. A
+compiler gives that for a loop with a body of fixed shapes: the body is compiled on its own (nothing outside is fused
+into it, nothing of it moved out), so that it is the same code in the program that decodes one token and in the one
+that verifies a tree. Its trip count must be unknown to the compiler, which unrolls or inlines short loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Rows of one matrix product in the strict class. More cost less a row, and waste more where there are few.
+BLOCK = 8
+
+# run(function, *arrays): function maps arrays [B, T, …] to a pytree of arrays [B, T, …], row by row.
+Rows = Callable[..., Any]
+
+
+def together(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """All rows at once, as the shapes are."""
+    return function(*arrays)
+
+
+def in_blocks(lengths: jax.Array, size: int = BLOCK) -> Rows:
+    """Rows in blocks [1, size, …], the last one padded with zeros; ``lengths`` int32, never negative, hides the count.
+
+    A row must not depend on the others, nor on its place in a block: matrix products of so few rows compute each alike
+    (tests/test_strict.py checks it).
+    """
+    never = (lengths < 0).any().astype(jnp.int32)
+
+    def run(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+        batch, width = arrays[0].shape[:2]
+        count = batch * width
+        blocks = -(-count // size)
+        padding = blocks * size - count
+        flat = [
+            jnp.pad(a.reshape(count, *a.shape[2:]), [(0, padding)] + [(0, 0)] * (a.ndim - 2)) for a in arrays
+        ]  # fmt: skip
+
+        def block(index: jax.Array) -> Any:
+            parts = [jax.lax.dynamic_slice_in_dim(a, index * size, size)[None] for a in flat]
+            return jax.tree.map(lambda out: out[0], function(*parts))
+
+        def body(index: jax.Array, outs: Any) -> Any:
+            def put(out: jax.Array, new: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_update_slice_in_dim(out, new, index * size, axis=0)
+
+            return jax.tree.map(put, outs, block(index))
+
+        empty = jax.tree.map(
+            lambda out: jnp.zeros((blocks * size, *out.shape[1:]), out.dtype), jax.eval_shape(block, jnp.int32(0))
+        )
+        outs = jax.lax.fori_loop(0, blocks + never, body, empty)
+        return jax.tree.map(lambda out: out[:count].reshape(batch, width, *out.shape[1:]), outs)
+
+    return run

@@ -1,0 +1,126 @@
+"""The strict class: the same bits whatever is drafted, verified together or in the batch; the same values as elsewhere.
+
+``benchmarks/strict.py`` is the long form of this: 300 prompts, every drafter, five trees.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference_params import random_params, random_tokens, tiny_model
+from test_decoding import CONFIG, NEW, PROMPTS, SAMPLED, decoder, run, weights
+
+from specsa_jax import model as transformer
+from specsa_jax.cache import make_tail, topology
+from specsa_jax.config import preset
+from specsa_jax.decoding import AUTOREGRESSIVE, Strategy
+from specsa_jax.drafting import Combined, DraftModel, PromptLookup
+from specsa_jax.nsa.cached import Backend
+from specsa_jax.nsa.rows import BLOCK, in_blocks
+from specsa_jax.sampling import SamplingParams
+
+COLUMNS = 10  # of the page table, whatever the prompts
+GREEDY = [SamplingParams()] * len(PROMPTS)
+
+
+def bits(rows, strategy, sampling, draft_params=()):
+    """Of each row of PROMPTS: its new tokens, and their log-probabilities to the bit."""
+    prompts = [PROMPTS[row] for row in rows]
+    tokens, state, _ = run(
+        decoder(CONFIG), prompts, strategy, sampling=[sampling[row] for row in rows], draft_params=draft_params,
+        columns=COLUMNS,
+    )  # fmt: skip
+    logprobs = np.asarray(state.logprobs)
+    return [
+        (new, logprobs[at, len(prompt) : len(prompt) + NEW].tobytes())
+        for at, (prompt, new) in enumerate(zip(prompts, tokens, strict=True))
+    ]
+
+
+@functools.lru_cache
+def alone(kind):
+    """What decoding each prompt alone, one token at a time, gives."""
+    strategy = Strategy(None, precision="strict")
+    return [bits([row], strategy, kind_of(kind))[0] for row in range(len(PROMPTS))]
+
+
+def kind_of(kind):
+    return SAMPLED if kind == "sampled" else GREEDY
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "rows, strategy",
+    [
+        ([5], Strategy(PromptLookup(min_ngram=1), "chain:3", precision="strict")),
+        (
+            [3, 1, 5, 0],
+            Strategy(Combined(PromptLookup(min_ngram=4), DraftModel("another", config=CONFIG)), "best:12:4", "depth",
+                     precision="strict"),
+        ),
+        (range(6), Strategy(None, precision="strict")),
+    ],
+    ids=["chain, alone", "trees, ragged batch", "one at a time, ragged batch"],
+)  # fmt: skip
+def test_bits_are_those_of_decoding_alone_and_one_at_a_time(rows, strategy, kind):
+    got = bits(rows, strategy, kind_of(kind), weights(CONFIG, 5)[1])
+    assert got == [alone(kind)[row] for row in rows]
+
+
+def test_the_exact_class_is_not_strict():
+    """Or the tests above could not fail: here batches change bits, though no token."""
+    batch = bits(range(6), AUTOREGRESSIVE, GREEDY)
+    one = bits([5], AUTOREGRESSIVE, GREEDY)
+    assert batch[5][0] == one[0][0] == alone("greedy")[5][0]
+    assert batch[5][1] != alone("greedy")[5][1] or one[0][1] != alone("greedy")[5][1]
+
+
+SWITCHES = {
+    "paper": {},
+    "shared": {"separate_kv": False, "compressed_output": False, "fused_selected_window": True, "gate": "none"},
+    "dense": {"dense_len": 20, "window_excludes_query": True, "compressed_rope": "before", "compression": "linear"},
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_strict_values_are_those_of_the_other_path(switch):
+    """Of every node of a random tree, behind a ragged cache; the reference is compared with that path elsewhere."""
+    config = tiny_model(layers=1, **SWITCHES[switch])
+    nsa, random = config.nsa, np.random.default_rng(3)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), random_params(config, seed=6))
+    rows = [random_tokens(config, length, seed=length) for length in (1, 7, 8, 30)]
+    parents = [-1] + [int(random.integers(max(0, node - 4), node)) for node in range(1, 16)]
+    from test_model import feed, shuffled_cache
+
+    _, cache = feed(config, params, shuffled_cache(config, [len(row) + 20 for row in rows]), rows, [15, 15])
+    tokens = jnp.asarray(random_tokens(config, 4 * 16, seed=8).reshape(4, 16), jnp.int32)
+    tail = make_tail(nsa, topology(parents, nsa.compress_block), cache.lengths)
+
+    def hidden(backend):
+        return jax.jit(lambda cache: transformer.verify(config, params, tokens, cache, tail, backend=backend))(cache)
+
+    (expected, tails), (actual, strict_tails) = hidden(Backend()), hidden(Backend(deterministic=True))
+    np.testing.assert_allclose(actual, expected, atol=2e-5)
+    for ours, theirs in zip(jax.tree.leaves(strict_tails), jax.tree.leaves(tails), strict=True):
+        used = np.asarray(tail.slot < 16)[..., None, None] if ours.shape[1] == tail.slot.shape[1] != 16 else True
+        np.testing.assert_allclose(ours * used, theirs * used, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_matrix_product_of_a_block_computes_every_row_alike(dtype):
+    """In all shapes of the embedded model: a row has the same bits in every place, among any others."""
+    config, random = preset("embedded"), np.random.default_rng(0)
+    lengths = jnp.zeros(1, jnp.int32)
+    widths = {(config.hidden, n) for n in (512, 384, 24, config.intermediate, config.vocab_size)}
+    for rows, columns in [*widths, (config.intermediate, config.hidden), (512, config.hidden)]:
+        weight = jnp.asarray(random.standard_normal((rows, columns)), dtype)
+        product = jax.jit(lambda x, weight=weight: in_blocks(lengths)(lambda x: x @ weight, x))
+        row, found = random.standard_normal(rows), set()
+        for place in range(BLOCK):
+            others = random.standard_normal((1, 2 * BLOCK, rows))
+            others[0, BLOCK + place] = row
+            found.add(np.asarray(product(jnp.asarray(others, dtype)))[0, BLOCK + place].tobytes())
+        assert len(found) == 1, (rows, columns)
