@@ -51,8 +51,8 @@ class Strategy:
         acceptance may be lossy, layers and queries may share selections.
       schedule: which layers refresh and which reuse in decoding (the prompt is read with all refreshing), as
         :func:`specsa_jax.schedule.parse_schedule` reads it: "FSSFSS", ``every:3``, ``all``; or ``searched:K``, the one
-        with K refresh layers that ``specsa schedule`` has stored with the checkpoint.
-      keep_compressed: reuse layers keep the output of their compressed branch (``searched:K``: as stored).
+        with K refresh layers (and this ``keep_compressed``) that ``specsa schedule`` has stored with the checkpoint.
+      keep_compressed: reuse layers keep the output of their compressed branch.
       group: C, adjacent queries that the kernels serve together; 0: as they like it.
       group_mode: "merged": each attends to the blocks that it selected itself; "shared": to those of the group's query
         with the longest prefix.
@@ -129,7 +129,7 @@ class Strategy:
         return 1 if self.drafter is None else self.template.depth + 1
 
     def sharing(self, layers: int) -> Sharing:
-        """Who takes whose selection in a model of so many layers. Raises ValueError for a schedule of another length."""
+        """Who takes whose selection in a model of so many layers. Raises ValueError for another schedule's length."""
         schedule = parse_schedule(self.schedule, layers)
         return Sharing(schedule, self.keep_compressed, self.group, self.group_mode)
 

@@ -256,8 +256,8 @@ def verify(
     :func:`hidden_states`, adds a third result [B, T, F, H].
 
     ``schedule`` has a letter a layer (:func:`specsa_jax.schedule.parse_schedule`); "": all refresh. Or it is bool
-    [layers], true where a layer reuses, for many schedules by one program: on XLA's path, and every layer does a refresh
-    layer's work. ``keep_compressed``: reuse layers keep the output of their compressed branch.
+    [layers], true where a layer reuses, for many schedules by one program: on XLA's path, where every layer then does a
+    refresh layer's work. ``keep_compressed``: reuse layers keep the output of their compressed branch.
     """
     model = bind(config, params, dtype)
     x, tails, behind, selected = model.embed(tokens), [], {}, None

@@ -123,8 +123,8 @@ def attention(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The attention layer for N new tokens x [N, H] after P past ones.
 
-    Past keys and values are [P, sets, Hkv, D], un-rotated; ``reused`` [N, Hkv, n] makes it a reuse layer. Returns the output [N, H], the selected blocks
-    [N, Hkv, n], and the keys and values with the new ones appended.
+    Past keys and values are [P, sets, Hkv, D], un-rotated; ``reused`` [N, Hkv, n] makes it a reuse layer. Returns the
+    output [N, H], the selected blocks [N, Hkv, n], and the keys and values with the new ones appended.
     """
     sets = (nsa.branch_sets, nsa.num_kv_heads, nsa.head_dim)
     past, new = len(past_keys), len(x)

@@ -81,6 +81,12 @@ class Model:
         return cache
 
 
+@functools.lru_cache
+def usual():
+    """One model whose programs several tests share."""
+    return Model()
+
+
 def committed(config, cache, layer, row):
     """The committed entries of a layer by name: what a later step can read of a sequence."""
     nsa, length = config.nsa, int(cache.lengths[row])
@@ -200,7 +206,7 @@ SWITCHES = {
 def test_reuse_layers_agree_with_the_reference(case):
     """A tree behind odd lengths in a ragged batch, then, of an accepted path, one token at a time."""
     switches, schedule, keep = SWITCHES[case]
-    model = Model(**switches)
+    model = Model(**switches) if switches else usual()
     lengths = [1, 7, 31, 61]
     rows = [random_tokens(model.config, length, seed=length) for length in lengths]
     cache = model.prefill(model.cache(lengths), rows)
@@ -224,23 +230,20 @@ def test_reuse_layers_agree_with_the_reference(case):
 
 
 def test_a_schedule_known_to_the_running_program_alone_gives_the_same():
-    model = Model()
-    rows = [random_tokens(model.config, length, seed=length) for length in (29, 50)]
-    cache = model.prefill(model.cache([29, 50]), rows)
-    tokens = np.stack([random_tokens(model.config, 6, seed=row) for row in range(2)])
-    path = np.tile(np.arange(6), (2, 1))
-    for keep in (True, False):
-        for schedule in ("FSS", "FFS", "FFF"):
-            reused = jnp.asarray([letter == "S" for letter in schedule])
-            expected, _ = model.step(cache, tokens, range(-1, 5), path, [6, 6], schedule, keep)
-            got, _ = model.step(cache, tokens, range(-1, 5), path, [6, 6], reused, keep)
-            close(got, expected)
+    model = usual()
+    lengths = [29, 50]
+    cache = model.prefill(model.cache(lengths), [random_tokens(model.config, n, seed=n) for n in lengths])
+    tokens = np.stack([random_tokens(model.config, 5, seed=row) for row in range(2)])
+    for schedule, keep in (("FSS", True), ("FFF", True), ("FSF", False)):
+        reused = jnp.asarray([letter == "S" for letter in schedule])
+        arguments = (cache, tokens, range(-1, 4), np.tile(np.arange(5), (2, 1)), [5, 5])
+        close(model.step(*arguments, reused, keep)[0], model.step(*arguments, schedule, keep)[0])
 
 
 def test_the_first_reuse_layer_caches_what_all_refresh_does():
     """K/V, rings and compressed entries to the bit, over many steps that accept a part and cross block ends."""
-    model = Model()
-    lengths, schedule = [5, 30], "FSS"
+    model = usual()
+    lengths, schedule = [41, 60], "FSS"
     rows = [random_tokens(model.config, length, seed=length) for length in lengths]
     caches = {kind: model.prefill(model.cache(lengths), rows) for kind in (schedule, "FFF")}
     random = np.random.default_rng(0)
@@ -261,7 +264,7 @@ def test_the_first_reuse_layer_caches_what_all_refresh_does():
 
 def test_a_reuse_layer_forgets_what_was_rolled_back_across_a_block_end():
     """Lengths taken back behind an end of a compression and a selection block, then other tokens: as if never there."""
-    model = Model()
+    model = usual()
     nsa, schedule = model.config.nsa, "FSS"
     length = 2 * nsa.select_block - 1  # the next token ends a compression block and its page
     prefix = [random_tokens(model.config, length, seed=1)]
@@ -332,7 +335,7 @@ def decode(model, decoder, prompt, new_tokens, strategy):
 
 
 def test_decoding_by_a_schedule_is_the_same_loop_with_and_without_drafts():
-    model = Model()
+    model = usual()
     prompt = np.tile(random_tokens(model.config, 11), 5)[:47]
     decoder = Decoder(model.config, jnp.float32)
     plain = Strategy(None, schedule="FSS", precision="approx")
@@ -340,7 +343,9 @@ def test_decoding_by_a_schedule_is_the_same_loop_with_and_without_drafts():
     expected, _ = decode(model, decoder, prompt, 16, plain)
     got, counts = decode(model, decoder, prompt, 16, drafted)
     assert got == expected and int(counts.nodes) > 0
-    _, cache = reference.extend(model.config, model.exact, reference.empty_cache(model.config, model.exact), prompt[:-1])
+    _, cache = reference.extend(
+        model.config, model.exact, reference.empty_cache(model.config, model.exact), prompt[:-1]
+    )
     token, sequential = prompt[-1], []
     for _ in range(16):
         logits, cache = reference.extend(model.config, model.exact, cache, [token], "FSS")
@@ -350,17 +355,17 @@ def test_decoding_by_a_schedule_is_the_same_loop_with_and_without_drafts():
     assert decoder.traces[plain] == decoder.traces[drafted] == 1
 
 
-def test_reuse_layers_by_the_kernels_give_the_hidden_states_of_xla():
-    sizes = dict(num_heads=4, num_kv_heads=2, head_dim=16, compress_block=8, compress_stride=4, select_block=16,
-                 num_selected=4, window=20, compression="mean", compress_position="none", layers=2)  # fmt: skip
-    prefix = [random_tokens(tiny_model(**sizes), 90, seed=5)]
+@pytest.mark.parametrize("keep, sharing", [(True, {}), (False, {"group": 2, "group_mode": "shared"})])
+def test_reuse_layers_by_the_kernels_give_the_hidden_states_of_xla(keep, sharing):
+    sizes = dict(num_heads=2, num_kv_heads=1, head_dim=16, compress_block=8, compress_stride=4, select_block=16,
+                 num_selected=3, window=20, compression="mean", compress_position="none", layers=2)  # fmt: skip
     plain = Model(**sizes)
-    cache = plain.prefill(plain.cache([90], room=38), prefix)
-    parents = [-1, 0, 0, 1, 1, 2, 3, 5]
-    tokens = random_tokens(plain.config, 8)[None]
-    for keep, sharing in ((True, {}), (False, {"group": 4, "group_mode": "shared"})):
-        expected, got = (
-            Model(**sizes, backend=backend).step(cache, tokens, parents, np.zeros((1, 1)), [0], "FS", keep)[0]
-            for backend in (Backend(**sharing), Backend("pallas", interpret=True, **sharing))
-        )
-        close(got, expected)
+    random = np.random.default_rng(0)
+    cache = jax.tree.map(lambda x: jnp.asarray(random.standard_normal(x.shape), x.dtype), plain.cache([90], 0).layers)
+    cache = plain.cache([90], 0)._replace(layers=cache, lengths=jnp.array([90], jnp.int32))
+    tokens = random_tokens(plain.config, 4)[None]
+    expected, got = (
+        Model(**sizes, backend=backend).step(cache, tokens, [-1, 0, 0, 1], np.zeros((1, 1)), [0], "FS", keep)[0]
+        for backend in (Backend(**sharing), Backend("pallas", interpret=True, **sharing))
+    )
+    close(got, expected)

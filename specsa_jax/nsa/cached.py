@@ -89,8 +89,8 @@ def attend_cached(
     """Output [B, T, Hq, D] of the tail's queries, the layer's tail for a later commit, and the selection for layers
     that ``reuse`` it: ids int32 [B, T, Hkv, n], or the kernels' Selection; None in the strict class.
 
-    Unless layers or queries share selections, the output of node i equals sequential decoding of the committed prefix and path(i) (the project's definition of
-    exactness); tokens on other paths are invisible in all three branches.
+    Unless layers or queries share selections, the output of node i equals sequential decoding of the committed prefix
+    and path(i) (the project's definition of exactness); tokens on other paths are invisible in all three branches.
     """
     new = _tail_kv(config, rope, phi_key, phi_value, projected, cache, layer, tail, backend)
     if backend.deterministic:
@@ -98,13 +98,13 @@ def attend_cached(
         return attend_strict(config, projected, cache, layer, tail, new), new, None
     if backend.implementation == "pallas":
         assert reuse is None or reuse.when is None
-        out, selected = kernels.attend(
+        out, chosen = kernels.attend(
             config, projected, cache, layer, tail, new, is_chain=backend.is_chain,
             selected=None if reuse is None else reuse.selected,
             keep_compressed=reuse is None or reuse.keep_compressed,
             group=backend.group, group_mode=backend.group_mode, interpret=backend.interpret,
         )  # fmt: skip
-        return out, new, selected
+        return out, new, chosen
     query = split_groups(config, projected.query)  # [B, T, Hkv, G, D]
     compressed_out, importance = _compressed_branch(config, query, cache, layer, tail, new)
     if reuse is not None and reuse.when is None:  # importance, which nobody reads, is not computed
