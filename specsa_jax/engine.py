@@ -303,7 +303,7 @@ class Engine:
         if sharing.approximates and bound.finite:
             admit(self.records, bound, sharing, strategy.width, max(len(row) for row in rows) + max_new_tokens)
         draft_params = self._load_drafter(strategy.drafter)
-        pages, size = self._plan_pages(rows, max_new_tokens, strategy.precision)
+        pages, size = self._plan_pages(rows, max_new_tokens, strategy)
         watched = bool(stop) or not _quiet
         return Stream(
             self._run(rows, max_new_tokens, list(sampling), stop, strategy, draft_params, pages, size, watched)
@@ -324,9 +324,7 @@ class Engine:
         params = batch_sampling(sampling)
         drafter = strategy.drafter
         state = self._initial_state(rows, pages, max_new_tokens)
-        if drafter is not None:
-            capacity = pages.shape[1] * self.config.nsa.select_block
-            state = state._replace(draft=drafter.init(self.config, len(rows), capacity, self.dtype))
+        state = state._replace(draft=self._draft_state(drafter, len(rows), pages.shape[1]))
         longest = max(len(row) for row in rows)
         chunk = self._chunk(longest)
         few = jnp.int32(max(1, 1024 // chunk))  # so that Ctrl-C is heard during a long prefill
@@ -400,7 +398,7 @@ class Engine:
         Raises PromptError or CapacityError, before any work.
         """
         row = self._row("tokens", tokens)
-        pages, _ = self._plan_pages([row], 0, self.precision)
+        pages, _ = self._plan_pages([row], 0, Strategy(None, precision=self.precision))
         chunk = self._chunk(len(row))
         cache = self._initial_state([row], pages, 0).cache
         out = np.empty((len(row), self.config.vocab_size), np.float32)
@@ -421,7 +419,7 @@ class Engine:
         It has room for ``room`` tokens more. Raises PromptError or CapacityError, before any work.
         """
         checked = [self._row(f"rows[{index}]", row) for index, row in enumerate(rows)]
-        pages, _ = self._plan_pages(checked, room, "exact")
+        pages, _ = self._plan_pages(checked, room, Strategy(None))
         state = self._initial_state(checked, pages, 0)
         longest = max(len(row) for row in checked)
         arguments = (self.params, state, jnp.int32(longest))
@@ -430,7 +428,7 @@ class Engine:
 
     def check_fits(self, rows: Sequence[np.ndarray], room: int) -> None:
         """Raises CapacityError unless a cache of ``rows`` with ``room`` more tokens each fits."""
-        self._plan_pages(list(rows), room, "exact")
+        self._plan_pages(list(rows), room, Strategy(None))
 
     def _chunk(self, longest: int) -> int:
         """Tokens of a pass over prompts."""
@@ -457,6 +455,17 @@ class Engine:
             self._draft_params[drafter] = drafter.load(target)
         return self._draft_params[drafter]
 
+    def _draft_state(self, drafter: Drafter | None, batch: int, columns: int, abstract: bool = False) -> Any:
+        """The drafter's state before any token, beside a page table of so many columns; ``abstract``: its shapes."""
+        if drafter is None:
+            return ()
+        capacity = columns * self.config.nsa.select_block
+
+        def init() -> Any:
+            return drafter.init(self.config, batch, capacity, self.dtype)
+
+        return jax.eval_shape(init) if abstract else init()
+
     def _initial_state(self, rows: list[np.ndarray], pages: np.ndarray, max_new_tokens: int) -> State:
         page = self.config.nsa.select_block
         pool = _bucket(sum(len(pages_row[pages_row >= 0]) for pages_row in pages))
@@ -471,7 +480,7 @@ class Engine:
         )  # fmt: skip
 
     def _plan_pages(
-        self, rows: list[np.ndarray], max_new_tokens: int, precision: Precision
+        self, rows: list[np.ndarray], max_new_tokens: int, strategy: Strategy
     ) -> tuple[np.ndarray, CacheBytes]:
         """Page table with −1 where there is no page, and the cache's size. Raises CapacityError.
 
@@ -484,15 +493,18 @@ class Engine:
                     f"{len(row) + max_new_tokens}, expected at most {self.max_length} (max_length)"
                 )
         counts = [pages_for(self.config.nsa, len(row) + max_new_tokens) for row in rows]
+        longest = pages_for(self.config.nsa, self.max_length) if strategy.precision == "strict" else max(counts)
+        width = _bucket(longest)
         size = cache_bytes(self.config, _bucket(sum(counts)), len(rows), self.dtype)
+        drafts = self._draft_state(strategy.drafter, len(rows), width, abstract=True)
+        needed = size.total + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(drafts))
         limit = _free_memory() * 9 // 10 if self.max_cache_bytes is None else self.max_cache_bytes
-        if size.total > limit:
+        if needed > limit:
             raise CapacityError(
-                f"prompts: {len(rows)} sequences need a cache of {size.total:,} bytes ({sum(counts)} pages of "
-                f"{self.config.nsa.select_block} tokens), expected at most {limit:,}"
+                f"prompts: {len(rows)} sequences need a cache of {needed:,} bytes ({sum(counts)} pages of "
+                f"{self.config.nsa.select_block} tokens, and the drafter's), expected at most {limit:,}"
             )
-        longest = pages_for(self.config.nsa, self.max_length) if precision == "strict" else max(counts)
-        table = np.full((len(rows), _bucket(longest)), -1)
+        table = np.full((len(rows), width), -1)
         first = 0
         for row, count in zip(table, counts, strict=True):
             row[:count] = np.arange(first, first + count)

@@ -30,6 +30,7 @@ from specsa_jax.cache import (
 )
 from specsa_jax.config import ModelConfig, NSAConfig
 from specsa_jax.decoding import AUTOREGRESSIVE, Decoder, State, Strategy
+from specsa_jax.drafting import DraftModel
 from specsa_jax.sampling import SamplingParams, batch_sampling
 
 ROWS, CAPACITY, CHUNK, NODES, ROLLBACK = 3, 40, 6, 7, 5
@@ -434,38 +435,50 @@ def test_positions_beyond_16_bits_are_written_where_they_belong(length):
         np.testing.assert_array_equal(ring[0, 0, :, 0], held[0])
 
 
+def large_config():
+    nsa = NSAConfig(num_heads=4, num_kv_heads=2, head_dim=64, num_selected=4, window=64, compression="weighted")
+    return ModelConfig(vocab_size=11, hidden=16, layers=2, intermediate=16, max_length=2**16, nsa=nsa)
+
+
 @functools.lru_cache
 def decoder_of_a_large_cache():
     """A decoder at realistic ratios of block sizes, and the shapes of a state whose cache dwarfs everything else.
 
     Two layers: what the last one reads in prefill is of no use and compiled away, and a copy of it with it.
     """
-    nsa = NSAConfig(num_heads=4, num_kv_heads=2, head_dim=64, num_selected=4, window=64, compression="weighted")
-    config = ModelConfig(vocab_size=11, hidden=16, layers=2, intermediate=16, max_length=2**16, nsa=nsa)
+    config = large_config()
     batch, columns = 2, 1024
     params = jax.eval_shape(lambda: transformer.init_params(config, 0))
     # Shapes alone: nothing of this size is ever allocated.
     table = np.arange(batch * columns).reshape(batch, columns)
     cache = jax.eval_shape(lambda: create_cache(config, table, batch * columns, jnp.float32))
     row = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    tokens = jax.ShapeDtypeStruct((batch, columns * nsa.select_block + 1), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((batch, columns * config.nsa.select_block + 1), jnp.int32)
     state = State(cache, tokens, row, row, jax.ShapeDtypeStruct((batch,), bool),
                   jax.ShapeDtypeStruct(tokens.shape, jnp.float32))  # fmt: skip
     return Decoder(config, jnp.float32), params, state, batch
 
 
-@pytest.mark.parametrize("static", [AUTOREGRESSIVE, Strategy(tree="chain:3"), 32], ids=["one", "chain", "prefill"])
+OWN_CACHE = Strategy(DraftModel("large", config=large_config()), "2-1")
+
+
+@pytest.mark.parametrize(
+    "static", [AUTOREGRESSIVE, Strategy(tree="chain:3"), OWN_CACHE, 32], ids=["one", "chain", "draft model", "prefill"]
+)
 def test_the_cache_is_donated_and_updated_in_place(static):
     """By the compiled program's own account: the cache's bytes are aliased, and no temporary comes near them."""
     decoder, params, state, batch = decoder_of_a_large_cache()
     limit = jax.ShapeDtypeStruct((), jnp.int32)
     if isinstance(static, Strategy):
         sampling = jax.eval_shape(lambda: batch_sampling([SamplingParams(temperature=0.7, seed=1)] * batch))
-        lowered = decoder.decode.lower(params, state, sampling, limit, strategy=static)
+        if static == OWN_CACHE:  # a model of the target's size drafts from a cache of its own
+            draft = jax.eval_shape(lambda: static.drafter.init(decoder.config, batch, 2**16, jnp.float32))
+            state = state._replace(draft=draft)
+        lowered = decoder.decode.lower(params, state, sampling, limit, strategy=static, draft_params=params)
     else:
         lowered = decoder.prefill.lower(params, state, limit, chunk=static)
     memory = lowered.compile().memory_analysis()
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((state.cache, state.draft)))
     assert held > 16 * 2**20
     assert memory.alias_size_in_bytes >= held
     assert memory.temp_size_in_bytes < held / 4, f"{memory.temp_size_in_bytes} of {held} bytes"

@@ -7,9 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import specsa_jax
 from specsa_jax import CapacityError, CheckpointError, Engine, PromptError, PromptLookup, SamplingParams, Strategy, cli
+from specsa_jax.drafting import DraftModel, Target
 from specsa_jax.engine import _bucket, _Output
 from specsa_jax.training import is_held_out
 
@@ -163,6 +166,43 @@ def test_sampled_speculation_draws_what_sampling_one_by_one_draws(engine, held_o
     assert [g.tokens.tolist() for g in plain] == [g.tokens.tolist() for g in drafted]
 
 
+def test_log_probabilities_are_those_of_scoring(engine, held_out):
+    (prompt,) = cut(held_out, 1, (1,), seed=10)
+    sampling = [SamplingParams(temperature=0.8, repetition_penalty=1.2, seed=5)]
+    result = engine.generate([prompt], 16, sampling=sampling)
+    scores = engine.score(np.concatenate([prompt, result[0].tokens]))
+    expected = scores[np.arange(len(prompt) - 1, len(scores) - 1), result[0].tokens]
+    assert result[0].logprobs.shape == result[0].tokens.shape and result[0].logprobs.dtype == np.float32
+    np.testing.assert_allclose(result[0].logprobs, expected, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_strict_class_gives_the_bits_of_decoding_each_prompt_alone(held_out):
+    """Greedy beside sampled, in a ragged batch that drafts trees; benchmarks/strict.py does it for 300 prompts."""
+    engine = Engine.from_pretrained("embedded", max_length=192, precision="strict")
+    prompts = cut(held_out, 2, (1, 2), seed=11)
+    sampling = [SamplingParams(), SamplingParams(temperature=0.8, top_p=0.9, seed=4)]
+    drafted = engine.generate(prompts, 24, sampling=sampling, strategy=Strategy(tree="best:6:4", precision="strict"))
+    assert drafted.stats.strategy.endswith("best:6:4 strict") and drafted.stats.accepted > 0
+    for prompt, params, together in zip(prompts, sampling, drafted, strict=True):
+        (alone,) = engine.generate([prompt], 24, sampling=[params], speculate=False)
+        assert alone.tokens.tolist() == together.tokens.tolist()
+        assert alone.logprobs.tobytes() == together.logprobs.tobytes()
+
+
+def test_a_draft_model_with_another_tokenizer_is_refused(engine):
+    other = Tokenizer(WordLevel({"a": 0, "b": 1}, "a"))
+    draft_model = DraftModel("embedded")
+    assert draft_model.config == engine.config
+    with pytest.raises(ValueError, match="drafter: the draft model embedded has another tokenizer than the target"):
+        draft_model.load(Target(engine.config, engine.params, other, engine.dtype))
+
+
+def test_an_engine_of_no_precision_class_is_refused():
+    with pytest.raises(ValueError, match="precision: got 'fp8', expected one of 'exact', 'strict', 'approx'"):
+        Engine.from_pretrained("embedded", precision="fp8")
+
+
 def test_statistics_are_consistent(engine, held_out):
     prompts = cut(held_out, 2, (1, 2), seed=8)
     result = engine.generate(prompts, max_new_tokens=24)
@@ -206,6 +246,7 @@ def test_statistics_are_consistent(engine, held_out):
         ({"prompts": ["x"], "stop": [""]}, PromptError, r"stop: got \('',\)"),
         ({"prompts": ["x"], "stop": ""}, PromptError, r"stop: got \('',\)"),
         ({"prompts": ["x"], "stop": None}, PromptError, r"stop: got \(None,\)"),
+        ({"prompts": ["x"], "strategy": Strategy(tree="chain:65")}, ValueError, "65 tokens deep, expected at most"),
         ({"prompts": ["x"], "strategy": "chain:5"}, PromptError, "strategy: got 'chain:5', expected a Strategy"),
         ({"prompts": [5, 6]}, PromptError, r"prompts\[0\]: got int64 of shape \[\], expected a text or a list"),
         ({"prompts": [[1, [2]]]}, PromptError, r"prompts\[0\]: got \[1, \[2\]\], expected a text or a list"),

@@ -115,7 +115,7 @@ def attend_cached(
         selected = select_blocks(config, importance, tail.positions)
         if backend.group_mode == "shared":
             selected = _share(selected, tail.positions, backend.group)
-        if reuse is not None:
+        if reuse is not None and reuse.when is not None:
             selected = jnp.where(reuse.when, reuse.selected, selected)
             if compressed_out is not None and not reuse.keep_compressed:
                 compressed_out = jnp.where(reuse.when, 0.0, compressed_out)

@@ -69,18 +69,37 @@ def _attend(
 ) -> jax.Array:
     """Output [Hq, D] of one query."""
     row, position, page = asked.row, asked.position, config.select_block
-    table, length = cache.page_table[row], cache.lengths[row]
+    table, length, count = cache.page_table[row], cache.lengths[row], cache.page_table.shape[1]
     heads = jnp.arange(config.num_kv_heads, dtype=jnp.int32)[:, None]
+    nodes = path[row, asked.node]  # [T], of which those up to the query count
+    at = length + jnp.arange(nodes.shape[0], dtype=jnp.int32)
+    on_path = at <= position
 
-    def keys_at(positions: jax.Array, pool: jax.Array, ring: jax.Array | None, fresh: jax.Array) -> jax.Array:
-        """[Hkv, K, D] at ``positions`` int32 [Hkv, K], from pages or a ring where committed, else from the path."""
+    def overlay(committed: jax.Array, fresh: jax.Array, place: jax.Array) -> jax.Array:
+        """[Hkv, K, D] with the path's entries at ``place`` int32 [Hkv or 1, T]; K drops one."""
+        place = jnp.broadcast_to(jnp.where(on_path, place, committed.shape[1]), (heads.shape[0], at.shape[0]))
+        return committed.at[heads, place].set(jnp.swapaxes(fresh[row, nodes], 0, 1), mode="drop")
+
+    def in_blocks_of(blocks: jax.Array, pool: jax.Array, fresh: jax.Array) -> jax.Array:
+        """[Hkv, n · l', D]: the tokens of ``blocks`` int32 [Hkv, n], which are distinct where not negative."""
+        owner = jnp.minimum(table[jnp.clip(blocks, 0, count - 1)], pool.shape[0] - 1)
+        # Whole (page, head) blocks by one index: XLA copies them in long runs.
+        pages = jnp.take(pool.reshape(-1, page, pool.shape[-1]), owner * pool.shape[1] + heads, axis=0)
+        found = blocks[:, None, :] == (at // page)[:, None]  # [Hkv, T, n]
+        first = jnp.where(found.any(axis=-1), jnp.argmax(found, axis=-1) * page + at % page, blocks.shape[1] * page)
+        return overlay(pages.reshape(pages.shape[0], -1, pages.shape[-1]), fresh, first.astype(jnp.int32))
+
+    def in_window(pool: jax.Array, ring: jax.Array | None, fresh: jax.Array) -> jax.Array:
+        """[Hkv, w, D]: the last w tokens, the query's own the last."""
+        start = position - config.window_tokens + 1
         if ring is None:
-            owner = table[jnp.clip(positions // page, 0, table.shape[0] - 1)]
-            committed = pool.at[owner, heads, positions % page].get(mode="clip")
-        else:
-            committed = ring[row, heads, positions % ring.shape[2]]
-        node = path[row, asked.node, jnp.clip(positions - length, 0, path.shape[2] - 1)]
-        return jnp.where((positions < length)[..., None], committed, fresh[row, node, heads])
+            blocks = jnp.arange(-(-(config.window_tokens - 1) // page) + 1, dtype=jnp.int32)
+            blocks = jnp.broadcast_to(blocks + start // page, (heads.shape[0], blocks.shape[0]))
+            near = in_blocks_of(blocks, pool, fresh)
+            return jax.lax.dynamic_slice_in_dim(near, start % page, config.window_tokens, axis=1)
+        turned = jnp.concatenate([ring[row], ring[row]], axis=1)
+        near = jax.lax.dynamic_slice_in_dim(turned, start % ring.shape[2], config.window_tokens, axis=1)
+        return overlay(near, fresh, jnp.where(at >= start, at - start, near.shape[1])[None])
 
     def part(keys: jax.Array, values: jax.Array, visible: jax.Array) -> Keys:
         """Of keys and values [Hkv, K, D], ``visible`` bool [Hkv or 1, K]."""
@@ -93,34 +112,32 @@ def _attend(
 
     compressed_out, importance = _compressed(config, asked, table, layer, tail, new, ancestor, part)
     selected = select_blocks(config, importance[None], position[None])[0]  # [Hkv, n]
-    at = (selected[..., None] * page + jnp.arange(page, dtype=jnp.int32)).reshape(config.num_kv_heads, -1)
-    seen = (jnp.repeat(selected, page, axis=1) >= 0) & (at <= position)
-    at = jnp.maximum(at, 0)
-    chosen = part(keys_at(at, layer.key, None, new.key), keys_at(at, layer.value, None, new.value), seen)
+    listed = (selected[..., None] * page + jnp.arange(page, dtype=jnp.int32)).reshape(config.num_kv_heads, -1)
+    seen = (jnp.repeat(selected, page, axis=1) >= 0) & (listed <= position)
+    chosen = part(in_blocks_of(selected, layer.key, new.key), in_blocks_of(selected, layer.value, new.value), seen)
 
     near = position - config.window_tokens + 1 + jnp.arange(config.window_tokens, dtype=jnp.int32)
-    inside, near = near >= 0, jnp.broadcast_to(jnp.maximum(near, 0), (config.num_kv_heads, near.shape[0]))
     window_key = new.key if new.window_key is None else new.window_key
     window_value = new.value if new.window_value is None else new.window_value
     window = part(
-        keys_at(near, layer.key, layer.window_key, window_key),
-        keys_at(near, layer.value, layer.window_value, window_value),
-        inside[None],
+        in_window(layer.key, layer.window_key, window_key),
+        in_window(layer.value, layer.window_value, window_value),
+        (near >= 0)[None],
     )
     if config.fused_selected_window:
         # A token may be selected and in the window: it counts once, as selected.
-        twice = (selected[:, None, :] == (near // page)[..., None]).any(axis=-1)
+        twice = (selected[:, None, :] == (near // page)[:, None]).any(axis=-1)
         branches = [compressed_out, attend([chosen, window._replace(visible=window.visible & ~twice[:, None])]), None]
     else:
         branches = [compressed_out, attend([chosen]), attend([window])]
     flat = (config.num_heads, config.head_dim)
     out = combine(asked.gates, [None if branch is None else branch.reshape(flat) for branch in branches])
     if config.dense_len:
-        every = jnp.arange(config.dense_len, dtype=jnp.int32)
-        at = jnp.broadcast_to(every, (config.num_kv_heads, config.dense_len))
+        blocks = jnp.arange(-(-config.dense_len // page), dtype=jnp.int32)
+        every = jnp.broadcast_to(blocks, (config.num_kv_heads, blocks.shape[0]))
         dense = part(
-            keys_at(at, layer.key, None, new.key), keys_at(at, layer.value, None, new.value),
-            (every <= position)[None],
+            in_blocks_of(every, layer.key, new.key), in_blocks_of(every, layer.value, new.value),
+            (jnp.arange(blocks.shape[0] * page, dtype=jnp.int32) <= position)[None],
         )  # fmt: skip
         out = jnp.where(position + 1 < config.dense_len, attend([dense]).reshape(flat), out)
     return out.astype(asked.query.dtype)
