@@ -134,7 +134,7 @@ def xla_path(spec: specs.AttentionSpec):
         values = jnp.stack([tail.value, tail.value, tail.window_value], axis=2)
         # Its positions are the arguments', not the loop's: made once.
         new = caches.make_tail(config, tree, tail.positions[:, 0], slots)
-        return attend_cached(config, rope, phi, phi, Projected(query, keys, values, gates), cache, own, new)
+        return attend_cached(config, rope, phi, phi, Projected(query, keys, values, gates), cache, own, new)[:2]
 
     return run
 

@@ -1,5 +1,6 @@
 """SpecSA-JAX: speculative decoding for native sparse attention models, in JAX."""
 
+from specsa_jax.admission import PrecisionError
 from specsa_jax.cache import CapacityError
 from specsa_jax.checkpoints import CheckpointError
 from specsa_jax.config import ConfigError, ModelConfig, NSAConfig, RopeConfig
@@ -12,5 +13,5 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CapacityError", "CheckpointError", "Chunk", "ConfigError", "Engine", "Generation", "ModelConfig", "NSAConfig",
-    "PromptError", "PromptLookup", "Result", "RopeConfig", "SamplingParams", "Stats", "Strategy",
+    "PrecisionError", "PromptError", "PromptLookup", "Result", "RopeConfig", "SamplingParams", "Stats", "Strategy",
 ]  # fmt: skip

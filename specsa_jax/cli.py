@@ -16,6 +16,8 @@ import typer
 from typer.exceptions import TyperException
 
 from specsa_jax.checkpoints.cli import convert, inspect
+from specsa_jax.precision_cli import precision as measure_precision
+from specsa_jax.precision_cli import schedule as search_schedule
 from specsa_jax.training.cli import train
 from specsa_jax.training.draft_cli import train_draft
 
@@ -40,6 +42,8 @@ app.command()(train)
 app.command()(convert)
 app.command()(inspect)
 app.command()(train_draft)
+app.command("schedule")(search_schedule)
+app.command("precision")(measure_precision)
 
 
 @app.callback()
@@ -86,6 +90,24 @@ def generate(
     precision: Annotated[
         str, typer.Option(help="exact; strict: the bits of decoding one at a time, slower; approx: may be lossy.")
     ] = "exact",
+    schedule: Annotated[
+        str,
+        typer.Option(
+            help="Which layers select blocks, in class approx: a letter a layer, F (refresh) or S (reuse); every:K; "
+            "searched:K, stored by specsa schedule; all."
+        ),
+    ] = "all",
+    drop_compressed: Annotated[
+        bool, typer.Option("--drop-compressed", help="Reuse layers drop their compressed branch's output.")
+    ] = False,
+    shared: Annotated[int, typer.Option(help="In class approx: so many adjacent queries share one's index.")] = 0,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="Class approx admits what was measured (specsa precision) at most so far from exact, nats."),
+    ] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(help="Or: with the same most probable token after at least this fraction.")
+    ] = None,
     implementation: Annotated[
         str, typer.Option(help="Attention by 'pallas' (GPU kernels) or 'xla'; 'auto': pallas where it runs.")
     ] = "auto",
@@ -104,9 +126,12 @@ def generate(
 
     # Text goes to standard output as it comes; what is about it, to standard error, unless nothing else follows.
     notes = Console(stderr=True, highlight=False)
-    with _clear_errors(notes):
+    with clear_errors(notes):
         texts = _prompts(prompt_file or [])
         strategy = _strategy(drafter, tree, acceptance, precision, checkpoint)
+        if shared:
+            strategy = replace(strategy, group=shared, group_mode="shared")
+        strategy = replace(strategy, schedule=schedule, keep_compressed=not drop_compressed)
         from specsa_jax.engine import Engine
         from specsa_jax.sampling import SamplingParams
 
@@ -116,7 +141,7 @@ def generate(
                 checkpoint, implementation=None if implementation == "auto" else implementation
             )
         arguments: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens, "stop": stop or (),
+            "max_new_tokens": max_new_tokens, "stop": stop or (), "max_kl": max_kl, "min_top1": min_top1,
             "sampling": [replace(first, seed=(first.seed + index) % 2**32) for index in range(len(texts))],
         }  # fmt: skip
         shown = _stream(engine, texts, {**arguments, "strategy": strategy}, notes)
@@ -143,7 +168,7 @@ def tune(
     """
     from rich.console import Console
 
-    with _clear_errors(Console(stderr=True, highlight=False)):
+    with clear_errors(Console(stderr=True, highlight=False)):
         from pallas_kernels import _dispatch
         from pallas_kernels.tune import run
 
@@ -163,7 +188,7 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def _clear_errors(notes: Console) -> Iterator[None]:
+def clear_errors(notes: Console) -> Iterator[None]:
     """Bad input ends with one line and exit code 2, Ctrl-C with 130."""
     from pallas_kernels import UnsupportedError
     from specsa_jax.cache import CapacityError

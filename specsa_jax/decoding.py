@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Implementation
+from pallas_kernels.attention.config import GroupMode
 from specsa_jax import model as transformer
 from specsa_jax.acceptance import (
     Acceptance,
@@ -31,6 +32,7 @@ from specsa_jax.drafting import Context, Draft, Drafter, PromptLookup, Seen, dep
 from specsa_jax.drafting.tree import Traversal, Tree, TreeTemplate, grown_tree, parse_tree, static_tree
 from specsa_jax.nsa.cached import Backend
 from specsa_jax.sampling import Sampling, penalised_logits, sample
+from specsa_jax.schedule import Sharing, check_schedule, parse_schedule
 
 Precision = Literal["exact", "strict", "approx"]
 
@@ -46,7 +48,14 @@ class Strategy:
       traversal: order of a tree's nodes, "breadth" or "depth" first.
       acceptance: which drafts stand (:mod:`specsa_jax.acceptance`): "coupled", "rejection", "block" or "typical".
       precision: "exact"; "strict": tokens are bit-identical to decoding one at a time in this class; "approx":
-        acceptance may be lossy.
+        acceptance may be lossy, layers and queries may share selections.
+      schedule: which layers refresh and which reuse in decoding (the prompt is read with all refreshing), as
+        :func:`specsa_jax.schedule.parse_schedule` reads it: "FSSFSS", ``every:3``, ``all``; or ``searched:K``, the one
+        with K refresh layers (and this ``keep_compressed``) that ``specsa schedule`` has stored with the checkpoint.
+      keep_compressed: reuse layers keep the output of their compressed branch.
+      group: C, adjacent queries that the kernels serve together; 0: as they like it.
+      group_mode: "merged": each attends to the blocks that it selected itself; "shared": to those of the group's query
+        with the longest prefix.
 
     Raises ValueError for a drafter that is none, for a tree that cannot be read or is too large, and for options that
     contradict each other.
@@ -57,12 +66,19 @@ class Strategy:
     traversal: Traversal = "breadth"
     acceptance: Acceptance = "coupled"
     precision: Precision = "exact"
+    schedule: str = "all"
+    keep_compressed: bool = True
+    group: int = 0
+    group_mode: GroupMode = "merged"
 
     def __post_init__(self) -> None:
         if not isinstance(self.drafter, Drafter | None):
             raise ValueError(f"drafter: got {self.drafter!r}, expected a Drafter, such as PromptLookup(), or None")
         template = parse_tree(self.tree, self.traversal)
-        for name, choices in (("acceptance", get_args(Acceptance)), ("precision", get_args(Precision))):
+        for name, choices in (
+            ("acceptance", get_args(Acceptance)), ("precision", get_args(Precision)),
+            ("group_mode", get_args(GroupMode)),
+        ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(map(repr, choices))}"
@@ -81,6 +97,22 @@ class Strategy:
                 wanted = "a chain" if self.acceptance == "block" else "a chain or fixed branchings"
                 raise ValueError(f"acceptance: got {self.acceptance!r} for tree {self.tree}, expected {wanted}")
 
+        check_schedule(self.schedule)
+        if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 0:
+            raise ValueError(f"group: got {self.group!r}, expected an integer of at least 1, or 0")
+        if not isinstance(self.keep_compressed, bool):
+            raise ValueError(f"keep_compressed: got {self.keep_compressed!r}, expected True or False")
+        if self.group_mode == "shared" and self.group < 2:
+            raise ValueError(f"group: got {self.group} in group_mode 'shared', expected at least 2 queries")
+        if self.precision != "approx":
+            kind, _, number = self.schedule.partition(":")
+            if "S" in kind or kind == "searched" or (kind == "every" and int(number) > 1):
+                raise ValueError(f"schedule: got {self.schedule!r}, which has reuse layers, in precision "
+                                 f"{self.precision!r}, expected precision 'approx', or schedule 'all'")  # fmt: skip
+            if self.group_mode == "shared":
+                raise ValueError(f"group_mode: got 'shared' in precision {self.precision!r}, expected precision "
+                                 "'approx', or group_mode 'merged'")  # fmt: skip
+
     @property
     def template(self) -> TreeTemplate:
         """The tree, read."""
@@ -96,8 +128,14 @@ class Strategy:
         """A: the most tokens that a step gives, and the nodes of the longest path."""
         return 1 if self.drafter is None else self.template.depth + 1
 
+    def sharing(self, layers: int) -> Sharing:
+        """Who takes whose selection in a model of so many layers. Raises ValueError for another schedule's length."""
+        schedule = parse_schedule(self.schedule, layers)
+        return Sharing(schedule, self.keep_compressed, self.group, self.group_mode)
+
     def check(self, config: ModelConfig) -> None:
-        """Raises ValueError where tree, drafter and model do not go together."""
+        """Raises ValueError where tree, drafter, schedule and model do not go together."""
+        self.sharing(config.layers)
         if self.drafter is not None:
             self.template.check(config)
             self.drafter.check(config, self.template)
@@ -109,6 +147,12 @@ class Strategy:
         for name in ("traversal", "acceptance", "precision"):
             if (value := getattr(self, name)) != defaults[name]:
                 words.append(f"{value}-first" if name == "traversal" else value)
+        if self.schedule != defaults["schedule"]:
+            words.append(self.schedule)
+        if not self.keep_compressed:
+            words.append("compressed output dropped")
+        if self.group:
+            words.append(f"{self.group_mode} by {self.group}")
         return " ".join(words)
 
 
@@ -183,15 +227,18 @@ class Decoder:
         self.prefill = jax.jit(
             self._prefill, static_argnames=("chunk", "drafter", "precision"), donate_argnames="state"
         )
-        self.score = jax.jit(self._score, static_argnames="precision", donate_argnames="cache")
+        self.score = jax.jit(self._score, static_argnames=("precision", "sharing"), donate_argnames="cache")
 
     def check(self, strategy: Strategy) -> None:
         """Raises ValueError where strategy and model do not go together, UnsupportedError for kernels in "strict"."""
         strategy.check(self.config)
         self._backend(strategy.precision)
 
-    def _backend(self, precision: Precision, is_chain: bool = True) -> Backend:
-        return dataclasses.replace(self.backend, is_chain=is_chain, deterministic=precision == "strict")
+    def _backend(self, precision: Precision, is_chain: bool = True, sharing: Sharing = Sharing()) -> Backend:
+        return dataclasses.replace(
+            self.backend, is_chain=is_chain, deterministic=precision == "strict", group=sharing.group,
+            group_mode=sharing.group_mode,
+        )  # fmt: skip
 
     def _tail(self, cache: Cache, tree: Tree, template: TreeTemplate | None = None) -> Tail:
         """``tree`` behind the cache; None: a chain."""
@@ -212,10 +259,13 @@ class Decoder:
         tail: Tail,
         backend: Backend,
         features: tuple[int, ...] = (),
+        sharing: Sharing = Sharing(),
+        reused: jax.Array | None = None,
     ) -> tuple[jax.Array, list[LayerTail], jax.Array | None]:
         """``tokens`` int32 [B, T] against the cache: hidden states [B, T, H], what a commit needs, and the features."""
         found = transformer.verify(
-            self.config, params, tokens, cache, tail, dtype=self.dtype, features=features, backend=backend
+            self.config, params, tokens, cache, tail, dtype=self.dtype, features=features, backend=backend,
+            schedule=sharing.schedule if reused is None else reused, keep_compressed=sharing.keep_compressed,
         )  # fmt: skip
         return found if features else (*found, None)
 
@@ -275,11 +325,19 @@ class Decoder:
         cache: Cache,
         count: jax.Array,
         precision: Precision = "exact",
+        sharing: Sharing = Sharing(),
+        reused: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """Log-probabilities float32 [B, T, V] after each of the tokens int32 [B, T]; commits ``count`` [B] of them."""
+        """Log-probabilities float32 [B, T, V] after each of the tokens int32 [B, T]; commits ``count`` [B] of them.
+
+        ``reused`` bool [layers], true in reuse layers, takes the place of the sharing's schedule (XLA's path alone).
+        """
         tail = self._tail(cache, self._chain(tokens.shape[1]))
-        backend = self._backend(precision)
-        hidden, tails, _ = reads_first((count > 0).any(), lambda: self._forward(params, tokens, cache, tail, backend))
+        backend = self._backend(precision, sharing=sharing)
+        hidden, tails, _ = reads_first(
+            (count > 0).any(),
+            lambda: self._forward(params, tokens, cache, tail, backend, sharing=sharing, reused=reused),
+        )
         rows = backend.rows(cache)
         logprobs = rows(jax.nn.log_softmax, transformer.head(self.config, params, hidden, self.dtype, rows))
         path = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -317,6 +375,7 @@ class Decoder:
     ) -> tuple[State, Counts]:
         drafter, template, width, reach = strategy.drafter, strategy.template, strategy.width, strategy.reach
         features = () if drafter is None or not drafter.observes else drafter.features
+        sharing = strategy.sharing(self.config.layers)
         pending = jnp.take_along_axis(state.tokens, state.known[:, None] - 1, axis=1)
         active = ~state.done
         place = jnp.arange(reach, dtype=jnp.int32)[None]
@@ -326,9 +385,9 @@ class Decoder:
         ) -> _Verified:
             """Of a tree int32 [B, t] of 1 or T nodes, padded to T."""
             tail = self._tail(state.cache, tree, template)
-            backend = self._backend(strategy.precision, template is None or template.is_chain)
+            backend = self._backend(strategy.precision, template is None or template.is_chain, sharing)
             rows = backend.rows(state.cache)
-            hidden, tails, seen = self._forward(params, tokens, state.cache, tail, backend, features)
+            hidden, tails, seen = self._forward(params, tokens, state.cache, tail, backend, features, sharing)
             logits = transformer.head(self.config, params, hidden, self.dtype, rows)
             depth = jnp.broadcast_to(tree.topology.depth, tokens.shape)
             law = penalised_logits(logits, sampling, state.tokens, state.known, tokens, tree.topology.ancestor, rows)

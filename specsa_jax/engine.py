@@ -10,9 +10,11 @@ print(result[0].text, result.stats.mean_acceptance_length)
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,12 +24,16 @@ from tokenizers import Tokenizer
 
 from pallas_kernels import Implementation
 from specsa_jax import checkpoints
-from specsa_jax.cache import CacheBytes, CapacityError, cache_bytes, create_cache, pages_for
+from specsa_jax.admission import Bound, admit, check_bound
+from specsa_jax.cache import Cache, CacheBytes, CapacityError, cache_bytes, create_cache, pages_for
+from specsa_jax.checkpoints import draft_head, records
+from specsa_jax.checkpoints.records import Records
 from specsa_jax.config import ModelConfig
 from specsa_jax.decoding import Counts, Decoder, Precision, State, Strategy
 from specsa_jax.drafting import Drafter, Target
 from specsa_jax.nsa import kernels
 from specsa_jax.sampling import SamplingParams, batch_sampling
+from specsa_jax.schedule import parse_schedule
 
 # Steps between two looks of the host when text is streamed or stop strings are watched for, and otherwise.
 _STREAM_STEPS, _QUIET_STEPS = 8, 512
@@ -153,6 +159,7 @@ class Engine:
       precision: of strategies that are not given: "exact", "strict" or "approx" (:class:`Strategy`); and of scoring.
       implementation: of attention: "pallas" (the GPU kernels), "xla", or None: "pallas" where device and model allow
         it. UnsupportedError where "pallas" is named and does not run, with the reason.
+      checkpoint: the directory that keeps what was measured of the model (:mod:`specsa_jax.checkpoints.records`).
     """
 
     def __init__(
@@ -168,6 +175,7 @@ class Engine:
         precision: Precision = "exact",
         implementation: Implementation | None = None,
         end_tokens: Sequence[int] | None = None,
+        checkpoint: Path | None = None,
     ):
         on_gpu = jax.default_backend() == "gpu"
         if dtype is None:
@@ -186,6 +194,17 @@ class Engine:
         self.decoder = Decoder(config, self.dtype, self.end_tokens, self.implementation)
         self._compiled: dict[Any, Any] = {}
         self._draft_params: dict[Drafter, Any] = {}
+        self.checkpoint = checkpoint
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of config and weights: what says that measurements are of this very model."""
+        return draft_head.fingerprint(self.config, self.params)
+
+    @property
+    def records(self) -> Records:
+        """What was measured of this model and is stored with its checkpoint, read anew. Raises CheckpointError."""
+        return Records(self.fingerprint) if self.checkpoint is None else records.load(self.checkpoint, self.fingerprint)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> Engine:
@@ -196,7 +215,7 @@ class Engine:
         Raises CheckpointError for an unknown, damaged or contradictory checkpoint.
         """
         checkpoint = checkpoints.load(name_or_path)
-        options = {"end_tokens": checkpoint.end_tokens, **options}
+        options = {"end_tokens": checkpoint.end_tokens, "checkpoint": checkpoints.resolve(name_or_path), **options}
         return cls(checkpoint.config, checkpoint.params, checkpoint.tokenizer, **options)
 
     # --- generation ---------------------------------------------------------------------------------------------------
@@ -214,6 +233,8 @@ class Engine:
         stop: Sequence[str] = (),
         speculate: bool = True,
         strategy: Strategy | None = None,
+        max_kl: float | None = None,
+        min_top1: float | None = None,
         on_chunk: Callable[[Chunk], None] | None = None,
     ) -> Result:
         """Continues a batch of prompts.
@@ -227,14 +248,17 @@ class Engine:
           stop: texts that end a sequence; they are cut off.
           speculate: False decodes one token at a time, by the same loop and in the strategy's precision.
           strategy: how to speculate; None: the default Strategy() in the engine's precision.
+          max_kl, min_top1: in class approx, how far a strategy's next-token distributions may be from the exact ones
+            (:class:`specsa_jax.admission.Bound`); a strategy with reuse layers or shared groups needs one of them.
           on_chunk: called with each piece of text as it becomes known.
 
-        Raises PromptError or ValueError for bad arguments and CapacityError for requests that do not fit, both before
-        any work.
+        Raises PromptError or ValueError for bad arguments, PrecisionError for a strategy that the bound does not admit
+        (it lists the nearest that it does) and CapacityError for requests that do not fit, all before any work.
         """
         stream = self.stream(
             prompts, max_new_tokens, temperature, top_k, top_p, seed,
-            sampling=sampling, stop=stop, speculate=speculate, strategy=strategy, _quiet=on_chunk is None,
+            sampling=sampling, stop=stop, speculate=speculate, strategy=strategy, max_kl=max_kl, min_top1=min_top1,
+            _quiet=on_chunk is None,
         )  # fmt: skip
         for chunk in stream:
             if on_chunk is not None:
@@ -255,6 +279,8 @@ class Engine:
         stop: Sequence[str] = (),
         speculate: bool = True,
         strategy: Strategy | None = None,
+        max_kl: float | None = None,
+        min_top1: float | None = None,
         _quiet: bool = False,
     ) -> Stream:
         """As :meth:`generate`, but gives an iterator over chunks of text, which ends with ``stream.result`` set."""
@@ -272,8 +298,14 @@ class Engine:
             raise PromptError(f"strategy: got {strategy!r}, expected a Strategy")
         strategy = Strategy(precision=self.precision) if strategy is None else strategy
         if not speculate:
-            strategy = Strategy(None, precision=strategy.precision)
+            strategy = Strategy(None, precision=strategy.precision, schedule=strategy.schedule,
+                                keep_compressed=strategy.keep_compressed)  # fmt: skip
+        strategy = self.resolve(strategy)
         self.decoder.check(strategy)
+        sharing, bound = strategy.sharing(self.config.layers), Bound(max_kl, min_top1)
+        check_bound(strategy, sharing, bound)
+        if sharing.approximates and bound.finite:
+            admit(self.records, bound, sharing, strategy.width, max(len(row) for row in rows) + max_new_tokens)
         draft_params = self._load_drafter(strategy.drafter)
         pages, size = self._plan_pages(rows, max_new_tokens, strategy)
         watched = bool(stop) or not _quiet
@@ -298,7 +330,7 @@ class Engine:
         state = self._initial_state(rows, pages, max_new_tokens)
         state = state._replace(draft=self._draft_state(drafter, len(rows), pages.shape[1]))
         longest = max(len(row) for row in rows)
-        chunk = min(self.prefill_chunk, max(16, 1 << (longest - 1).bit_length()))
+        chunk = self._chunk(longest)
         few = jnp.int32(max(1, 1024 // chunk))  # so that Ctrl-C is heard during a long prefill
         shown = {} if drafter is None or not drafter.observes else {"draft_params": draft_params}
         prefill, compile_prefill = self._executable(
@@ -339,6 +371,29 @@ class Engine:
         generations = (output.generation(logprobs[index]) for index, output in enumerate(outputs))
         return Result(tuple(generations), stats)
 
+    def resolve(self, strategy: Strategy) -> Strategy:
+        """``strategy`` with its schedule as letters ("all" if all refresh), so that equal ones are one program.
+
+        Raises ValueError for a ``searched:K`` that is not stored with the checkpoint, or a schedule of another length.
+        """
+        kind, _, number = strategy.schedule.partition(":")
+        schedule = strategy.schedule
+        if kind == "searched":
+            stored = self.records
+            found = stored.schedule(int(number), strategy.keep_compressed)
+            if found is None:
+                have = ", ".join(f"searched:{s.refresh}" for s in stored.searched
+                                 if s.keep_compressed == strategy.keep_compressed)  # fmt: skip
+                raise ValueError(
+                    f"schedule: got {schedule!r}, which is not stored with this checkpoint, expected one of: "
+                    f"{have or 'none'}; search with specsa schedule CHECKPOINT --refresh {number}"
+                )
+            schedule = found
+        letters = parse_schedule(schedule, self.config.layers)
+        if "S" not in letters:
+            return dataclasses.replace(strategy, schedule="all", keep_compressed=True)
+        return dataclasses.replace(strategy, schedule=letters)
+
     # --- scoring ------------------------------------------------------------------------------------------------------
 
     def score(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -348,7 +403,7 @@ class Engine:
         """
         row = self._row("tokens", tokens)
         pages, _ = self._plan_pages([row], 0, Strategy(None, precision=self.precision))
-        chunk = min(self.prefill_chunk, max(16, 1 << (len(row) - 1).bit_length()))
+        chunk = self._chunk(len(row))
         cache = self._initial_state([row], pages, 0).cache
         out = np.empty((len(row), self.config.vocab_size), np.float32)
         for start in range(0, len(row), chunk):
@@ -361,6 +416,27 @@ class Engine:
         return out
 
     # --- what both need -----------------------------------------------------------------------------------------------
+
+    def prefill(self, rows: Sequence[np.ndarray], room: int) -> Cache:
+        """A cache that holds ``rows`` of token ids but the last of each, read with all layers refreshing.
+
+        It has room for ``room`` tokens more. Raises PromptError or CapacityError, before any work.
+        """
+        checked = [self._row(f"rows[{index}]", row) for index, row in enumerate(rows)]
+        pages, _ = self._plan_pages(checked, room, Strategy(None))
+        state = self._initial_state(checked, pages, 0)
+        longest = max(len(row) for row in checked)
+        arguments = (self.params, state, jnp.int32(longest))
+        static = {"chunk": self._chunk(longest), "drafter": None, "precision": "exact"}
+        return self._executable("prefill", static, *arguments)[0](*arguments).cache
+
+    def check_fits(self, rows: Sequence[np.ndarray], room: int) -> None:
+        """Raises CapacityError unless a cache of ``rows`` with ``room`` more tokens each fits."""
+        self._plan_pages(list(rows), room, Strategy(None))
+
+    def _chunk(self, longest: int) -> int:
+        """Tokens of a pass over prompts."""
+        return min(self.prefill_chunk, max(16, 1 << (longest - 1).bit_length()))
 
     def _executable(self, kind: str, static: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Callable, float]:
         """The compiled function for these shapes, and the seconds that compiling it took now (0 if it was there)."""

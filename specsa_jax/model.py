@@ -17,7 +17,7 @@ from flax import nnx
 
 from specsa_jax.cache import Cache, LayerCache, LayerTail, Tail
 from specsa_jax.config import ModelConfig
-from specsa_jax.nsa.cached import Backend, attend_cached
+from specsa_jax.nsa.cached import Backend, Reuse, attend_cached
 from specsa_jax.nsa.compression import Compress
 from specsa_jax.nsa.rows import Rows, together
 from specsa_jax.nsa.sequence import Projected, attend_sequence
@@ -86,12 +86,20 @@ class Attention(nnx.Module):
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
     def attend(
-        self, projected: Projected, cache: Cache, layer: LayerCache, tail: Tail, backend: Backend
-    ) -> tuple[jax.Array, LayerTail]:
-        """Attention's output [B, T, Hq, D] for the tail's tokens against the cache, and what a commit needs."""
+        self,
+        projected: Projected,
+        cache: Cache,
+        layer: LayerCache,
+        tail: Tail,
+        backend: Backend,
+        reuse: Reuse | None = None,
+    ) -> tuple[jax.Array, LayerTail, Any]:
+        """Attention's output [B, T, Hq, D] for the tail's tokens against the cache, what a commit needs, and the
+        selection."""
         return attend_cached(
-            self.config.nsa, self.config.rope, self.compress_k, self._phi_value, projected, cache, layer, tail, backend
-        )
+            self.config.nsa, self.config.rope, self.compress_k, self._phi_value, projected, cache, layer, tail, backend,
+            reuse,
+        )  # fmt: skip
 
 
 class MLP(nnx.Module):
@@ -129,18 +137,19 @@ class Layer(nnx.Module):
         return x if self.residual_scale == 1.0 else x * self.residual_scale
 
     def tail(
-        self, x: jax.Array, cache: Cache, layer: LayerCache, tail: Tail, backend: Backend
-    ) -> tuple[jax.Array, LayerTail]:
-        """[B, T, H] → [B, T, H] for the tail's tokens against the cache, and what a commit of them needs."""
+        self, x: jax.Array, cache: Cache, layer: LayerCache, tail: Tail, backend: Backend, reuse: Reuse | None = None
+    ) -> tuple[jax.Array, LayerTail, Any]:
+        """[B, T, H] → [B, T, H] for the tail's tokens against the cache, what a commit of them needs, and the
+        selection."""
         rows = backend.rows(cache)
         projected = rows(lambda x, at: self.attn.project(self.attn_norm(x), at), x, tail.positions)
-        out, layer_tail = self.attn.attend(projected, cache, layer, tail, backend)
+        out, layer_tail, selected = self.attn.attend(projected, cache, layer, tail, backend, reuse)
 
         def finish(x: jax.Array, out: jax.Array) -> jax.Array:
             x = x + self._scaled(self.attn.o_proj(out.reshape(*x.shape[:2], -1)))
             return x + self._scaled(self.mlp(self.mlp_norm(x)))
 
-        return rows(finish, x, out), layer_tail
+        return rows(finish, x, out), layer_tail, selected
 
 
 class Transformer(nnx.Module):
@@ -262,16 +271,27 @@ def verify(
     dtype: jnp.dtype = jnp.float32,
     backend: Backend = Backend(),
     features: tuple[int, ...] = (),
+    schedule: str | jax.Array = "",
+    keep_compressed: bool = True,
 ) -> Any:
     """Final-normed hidden states [B, T, H] of the tail's tokens int32 [B, T] against ``cache``; and each layer's tail.
 
     The cache is only read: :func:`specsa_jax.cache.commit` writes the accepted path. ``features``, as for
     :func:`hidden_states`, adds a third result [B, T, F, H].
+
+    ``schedule`` has a letter a layer (:func:`specsa_jax.schedule.parse_schedule`); "": all refresh. Or it is bool
+    [layers], true where a layer reuses, for many schedules by one program: on XLA's path, where every layer then does a
+    refresh layer's work. ``keep_compressed``: reuse layers keep the output of their compressed branch.
     """
     model = bind(config, params, dtype)
-    x, tails, behind = model.embedded(tokens), [], {}
+    x, tails, behind, selected = model.embedded(tokens), [], {}, None
     for depth, (layer, layer_cache) in enumerate(zip(model.layers, cache.layers, strict=True), 1):
-        x, layer_tail = layer.tail(x, cache, layer_cache, tail, backend)
+        reuse = None
+        if not isinstance(schedule, str):
+            reuse = Reuse(selected, keep_compressed, schedule[depth - 1]) if depth > 1 else None
+        elif schedule and schedule[depth - 1] == "S":
+            reuse = Reuse(selected, keep_compressed)
+        x, layer_tail, selected = layer.tail(x, cache, layer_cache, tail, backend, reuse)
         tails.append(layer_tail)
         behind[depth] = x
     if features:

@@ -28,9 +28,11 @@ Params = Mapping[Any, Any]
 Cache = list[tuple[np.ndarray, np.ndarray]]
 
 
-def forward(config: ModelConfig, params: Params, tokens: Sequence[int]) -> np.ndarray:
-    """Logits of every position of a sequence: tokens [S] -> [S, V]."""
-    return extend(config, params, empty_cache(config, params), tokens)[0]
+def forward(
+    config: ModelConfig, params: Params, tokens: Sequence[int], schedule: str = "", keep_compressed: bool = True
+) -> np.ndarray:
+    """Logits of every position of a sequence: tokens [S] -> [S, V]. For the schedule see ``extend``."""
+    return extend(config, params, empty_cache(config, params), tokens, schedule, keep_compressed)[0]
 
 
 def decode(config: ModelConfig, params: Params, tokens: Sequence[int]) -> np.ndarray:
@@ -43,13 +45,20 @@ def decode(config: ModelConfig, params: Params, tokens: Sequence[int]) -> np.nda
 
 
 def verify_tree(
-    config: ModelConfig, params: Params, prefix: Sequence[int], tokens: Sequence[int], parents: Sequence[int]
+    config: ModelConfig,
+    params: Params,
+    prefix: Sequence[int],
+    tokens: Sequence[int],
+    parents: Sequence[int],
+    schedule: str = "",
+    keep_compressed: bool = True,
 ) -> np.ndarray:
     """Logits of every node of a draft tree after a committed prefix [L]: tokens, parents [T] -> [T, V].
 
     Node 0 is the root (``parents[0] == -1``) and stands at position L; ``parents[i] < i``. The logits of node i are
     those of the last token of prefix + path(i), decoded sequentially: node i continues from its parent's cache,
-    which holds the prefix and the parent's path and nothing else.
+    which holds the prefix and the parent's path and nothing else. The prefix was read with all layers refreshing; the
+    tree follows the schedule.
     """
     _, committed = extend(config, params, empty_cache(config, params), prefix)
     caches: list[Cache] = []
@@ -57,21 +66,43 @@ def verify_tree(
     for i, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
         if (i == 0) != (parent == -1) or not -1 <= parent < i:
             raise ValueError(f"parents[{i}]: got {parent}, expected -1 at the root and an earlier node elsewhere")
-        row, cache = extend(config, params, committed if parent == -1 else caches[parent], [token])
+        before = committed if parent == -1 else caches[parent]
+        row, cache = extend(config, params, before, [token], schedule, keep_compressed)
         caches.append(cache)
         logits.append(row[0])
     return np.stack(logits)
 
 
-def extend(config: ModelConfig, params: Params, cache: Cache, tokens: Sequence[int]) -> tuple[np.ndarray, Cache]:
-    """Append tokens [N] to a cache of P tokens, at positions P … P+N−1: logits [N, V] and the longer cache."""
+def extend(
+    config: ModelConfig,
+    params: Params,
+    cache: Cache,
+    tokens: Sequence[int],
+    schedule: str = "",
+    keep_compressed: bool = True,
+) -> tuple[np.ndarray, Cache]:
+    """Append tokens [N] to a cache of P tokens, at positions P … P+N−1: logits [N, V] and the longer cache.
+
+    ``schedule`` has a letter a layer ("": all F). ``F``: the layer selects blocks. ``S``: for each token it takes those
+    that the nearest F below selected for this very token; its K/V are kept like any other's. ``keep_compressed``: S
+    layers keep the output of their compressed branch.
+    """
     x = config.embed_scale * params["embed"]["embedding"][np.asarray(tokens, np.int64)]  # [N, H]
     longer: Cache = []
+    selected = None
     for i in range(config.layers):
         layer = params["layers"][i]
         h = rms_norm(x, layer["attn_norm"]["scale"], config.norm_eps)
-        attended, _, keys, values = attention(
-            config.nsa, config.rope, layer["attn"], h, *cache[i], norm_eps=config.norm_eps
+        reused = selected if schedule and schedule[i] == "S" else None
+        attended, selected, keys, values = attention(
+            config.nsa,
+            config.rope,
+            layer["attn"],
+            h,
+            *cache[i],
+            reused,
+            keep_compressed,
+            norm_eps=config.norm_eps,
         )
         longer.append((keys, values))
         x = x + config.residual_scale * attended
@@ -95,12 +126,14 @@ def attention(
     x: np.ndarray,
     past_keys: np.ndarray,
     past_values: np.ndarray,
+    reused: np.ndarray | None = None,
+    keep_compressed: bool = True,
     norm_eps: float = 1e-5,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The attention layer for N new tokens x [N, H] after P past ones.
 
-    Past keys and values are [P, sets, Hkv, D], un-rotated. Returns the output [N, H], the selected blocks
-    [N, Hkv, n], and the keys and values with the new ones appended.
+    Past keys and values are [P, sets, Hkv, D], un-rotated; ``reused`` [N, Hkv, n] makes it a reuse layer. Returns the
+    output [N, H], the selected blocks [N, Hkv, n], and the keys and values with the new ones appended.
     """
     sets = (nsa.branch_sets, nsa.num_kv_heads, nsa.head_dim)
     past, new = len(past_keys), len(x)
@@ -120,7 +153,10 @@ def attention(
     outputs, selections = np.zeros_like(q), np.full((new, nsa.num_kv_heads, nsa.num_selected), -1, np.int32)
     for r in range(new):
         seen = past + r + 1  # the query at position past + r sees itself and everything before
-        outputs[r], selections[r] = attend(nsa, params, q[r], g[r], keys[:seen], values[:seen], rotate_keys)
+        outputs[r], selections[r] = attend(
+            nsa, params, q[r], g[r], keys[:seen], values[:seen], rotate_keys,
+            None if reused is None else reused[r], keep_compressed,
+        )  # fmt: skip
     return outputs.reshape(new, nsa.num_heads * nsa.head_dim) @ params["o_proj"]["kernel"], selections, keys, values
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Implementation, UnsupportedError
+from pallas_kernels.attention.config import GroupMode
 from specsa_jax.cache import Cache, LayerCache, LayerTail, Tail, gather_pages, ring_positions
 from specsa_jax.config import NSAConfig, RopeConfig
 from specsa_jax.nsa import kernels
@@ -36,6 +38,8 @@ class Backend:
       interpret: interpret the kernels, on any device; slow.
       deterministic: for the strict class, by XLA's code alone so far: the bits of a row depend on nothing but its own
         sequence and path. The page table's width must be the same in all calls.
+      group, group_mode: C adjacent queries that kernels serve together, 0: as they like it; in mode "shared" all of
+        them attend to the blocks of the one with the longest prefix (of several, the last), which is approximate.
 
     Raises UnsupportedError for deterministic kernels.
     """
@@ -44,6 +48,8 @@ class Backend:
     is_chain: bool = False
     interpret: bool = False
     deterministic: bool = False
+    group: int = 0
+    group_mode: GroupMode = "merged"
 
     def __post_init__(self) -> None:
         if self.deterministic and self.implementation == "pallas":
@@ -52,6 +58,20 @@ class Backend:
     def rows(self, cache: Cache) -> Rows:
         """How to compute row by row."""
         return in_blocks(cache.lengths) if self.deterministic else together
+
+
+class Reuse(NamedTuple):
+    """What makes a layer a reuse layer.
+
+    Attributes:
+      selected: what :func:`attend_cached` gave in the nearest refresh layer below.
+      keep_compressed: keep the output of the compressed branch (static).
+      when: bool []: it is one if true, by XLA's code alone: a schedule known only to the running program. None: it is.
+    """
+
+    selected: Any
+    keep_compressed: bool = True
+    when: jax.Array | None = None
 
 
 def attend_cached(
@@ -64,23 +84,41 @@ def attend_cached(
     layer: LayerCache,
     tail: Tail,
     backend: Backend = Backend(),
-) -> tuple[jax.Array, LayerTail]:
-    """Output [B, T, Hq, D] of the tail's queries, and the layer's tail for a later commit.
+    reuse: Reuse | None = None,
+) -> tuple[jax.Array, LayerTail, Any]:
+    """Output [B, T, Hq, D] of the tail's queries, the layer's tail for a later commit, and the selection for layers
+    that ``reuse`` it: ids int32 [B, T, Hkv, n], or the kernels' Selection; None in the strict class.
 
-    The output of node i equals sequential decoding of the committed prefix and path(i) (the project's definition of
-    exactness); tokens on other paths are invisible in all three branches.
+    Unless layers or queries share selections, the output of node i equals sequential decoding of the committed prefix
+    and path(i) (the project's definition of exactness); tokens on other paths are invisible in all three branches.
     """
     new = _tail_kv(config, rope, phi_key, phi_value, projected, cache, layer, tail, backend)
     if backend.deterministic:
-        return attend_strict(config, projected, cache, layer, tail, new), new
+        assert reuse is None
+        return attend_strict(config, projected, cache, layer, tail, new), new, None
     if backend.implementation == "pallas":
-        out, _ = kernels.attend(
-            config, projected, cache, layer, tail, new, is_chain=backend.is_chain, interpret=backend.interpret
-        )
-        return out, new
+        assert reuse is None or reuse.when is None
+        out, chosen = kernels.attend(
+            config, projected, cache, layer, tail, new, is_chain=backend.is_chain,
+            selected=None if reuse is None else reuse.selected,
+            keep_compressed=reuse is None or reuse.keep_compressed,
+            group=backend.group, group_mode=backend.group_mode, interpret=backend.interpret,
+        )  # fmt: skip
+        return out, new, chosen
     query = split_groups(config, projected.query)  # [B, T, Hkv, G, D]
     compressed_out, importance = _compressed_branch(config, query, cache, layer, tail, new)
-    selected = select_blocks(config, importance, tail.positions)
+    if reuse is not None and reuse.when is None:  # importance, which nobody reads, is not computed
+        selected = reuse.selected
+        if not reuse.keep_compressed:
+            compressed_out = None
+    else:
+        selected = select_blocks(config, importance, tail.positions)
+        if backend.group_mode == "shared":
+            selected = _share(selected, tail.positions, backend.group)
+        if reuse is not None and reuse.when is not None:
+            selected = jnp.where(reuse.when, reuse.selected, selected)
+            if compressed_out is not None and not reuse.keep_compressed:
+                compressed_out = jnp.where(reuse.when, 0.0, compressed_out)
     window_part = _window_part(config, query, cache, layer, tail)
     selected_part, tail_selected = _selected_part(config, query, cache, layer, tail, selected)
 
@@ -114,7 +152,17 @@ def attend_cached(
         dense_part = _dense_part(config, query, cache, layer, tail)
         dense_out = attend([dense_part, Keys(tail_scores, own_branch, _weigh_tail(new.value))]).reshape(heads)
         out = jnp.where((tail.positions + 1 < config.dense_len)[..., None, None], dense_out, out)
-    return out.astype(projected.query.dtype), new
+    return out.astype(projected.query.dtype), new, selected
+
+
+def _share(selected: jax.Array, positions: jax.Array, group: int) -> jax.Array:
+    """``selected`` [B, T, Hkv, n] with that of the query with the longest prefix, the last of several, for all of each
+    ``group`` adjacent queries."""
+    size = positions.shape[1]
+    node = jnp.arange(size, dtype=jnp.int32)
+    together = node[:, None] // group == node // group
+    longest = jnp.where(together, positions[:, None, :] * size + node, -1).max(axis=-1) % size  # [B, T]
+    return jnp.take_along_axis(selected, longest[..., None, None], axis=1)
 
 
 def _dots(config: NSAConfig, query: jax.Array, keys: jax.Array) -> jax.Array:

@@ -7,6 +7,8 @@ import jax
 import pallas_kernels
 from pallas_kernels import Implementation, attention
 from pallas_kernels.attention import AttentionConfig, Selection, Sparsity
+from pallas_kernels.attention.arguments import check
+from pallas_kernels.attention.config import GroupMode
 from specsa_jax.cache import Cache, LayerCache, LayerTail, Tail
 from specsa_jax.config import NSAConfig
 from specsa_jax.nsa.sequence import Projected
@@ -59,14 +61,17 @@ def attend(
     *,
     is_chain: bool = False,
     selected: Selection | None = None,
-    kernel_config: AttentionConfig | None = None,
+    keep_compressed: bool = True,
+    group: int = 0,
+    group_mode: GroupMode = "merged",
     interpret: bool = False,
 ) -> tuple[jax.Array, Selection]:
     """Output [B, T, Hq, D] of the tail's queries and the blocks that they selected, by the kernels.
 
-    ``is_chain`` says that the tail's tree is one, whose ancestor mask needs no reading.
+    ``is_chain`` says that the tail's tree is one, whose ancestor mask needs no reading. A reuse layer is given another
+    layer's ``selected``, and keeps or drops its compressed output. ``group`` 0: the kernels' choice, if they merge.
     """
-    return attention.attend(
+    arguments = (
         sparsity(config),
         projected.query,
         projected.gates,
@@ -79,7 +84,10 @@ def attend(
             tail.positions, None if is_chain else tail.ancestor, tail.slot, new.key, new.value, new.window_key,
             new.window_value, new.compressed_key, new.compressed_value,
         ),
-        selected=selected,
-        config=kernel_config,
-        interpret=interpret,
     )  # fmt: skip
+    kernel_config = None
+    if group or group_mode == "shared":
+        kernel_config = AttentionConfig.heuristic(arguments[0], check(*arguments), group or None, group_mode)
+    return attention.attend(
+        *arguments, selected=selected, reuse_compressed=keep_compressed, config=kernel_config, interpret=interpret
+    )

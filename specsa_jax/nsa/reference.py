@@ -36,6 +36,8 @@ def attend(
     keys: np.ndarray,
     values: np.ndarray,
     rotate: Rotate,
+    reused: np.ndarray | None = None,
+    keep_compressed: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """NSA's output for one query, the last token of the prefix that ``keys`` and ``values`` hold (eq. 5).
 
@@ -46,6 +48,8 @@ def attend(
       gates: [Hq, 3] in the order compressed, selected, window; None: every gate is 1.
       keys, values: [t+1, sets, Hkv, D], as projected: keys are *not* rotated.
       rotate: the model's RoPE, for keys.
+      reused: [Hkv, n], ids that a refresh layer below selected for this query: the layer is a reuse layer.
+      keep_compressed: False: a reuse layer leaves the compressed branch's output out.
 
     Returns:
       output [Hq, D], and the ids of the selected blocks [Hkv, n]: ascending, then −1 (all −1 under ``dense_len``).
@@ -57,8 +61,9 @@ def attend(
         group = slice(h * config.group, (h + 1) * config.group)  # the G query heads that share KV head h
         phi_k, phi_v = head_params(params, "compress_k", h), head_params(params, "compress_v", h)
         output[group], blocks = attend_group(
-            config, phi_k, phi_v, q[group], gates[group], keys[:, :, h], values[:, :, h], rotate
-        )
+            config, phi_k, phi_v, q[group], gates[group], keys[:, :, h], values[:, :, h], rotate,
+            None if reused is None else [int(j) for j in reused[h] if j >= 0], keep_compressed,
+        )  # fmt: skip
         selection[h, : len(blocks)] = blocks
     return output, selection
 
@@ -72,6 +77,8 @@ def attend_group(
     keys: np.ndarray,
     values: np.ndarray,
     rotate: Rotate,
+    reused: list[int] | None = None,
+    keep_compressed: bool = True,
 ) -> tuple[np.ndarray, list[int]]:
     """One KV head and its group: q [G, D], gates [G, 3], keys, values [t+1, sets, D] -> [G, D] and selected ids."""
     t = len(keys) - 1
@@ -86,12 +93,12 @@ def attend_group(
 
     k_cmp = compress_keys(config, phi_k, keys[:, cmp], rotate)
     p_cmp = compressed_probabilities(config, q, k_cmp)
-    blocks = select_blocks(config, block_importance(config, p_cmp, t), t)
+    blocks = select_blocks(config, block_importance(config, p_cmp, t), t) if reused is None else reused
     selected, window = selected_tokens(config, blocks, t), window_tokens(config, t)
 
     g_cmp, g_slc, g_win = gates.T[:, :, None]  # each [G, 1]
     output = np.zeros_like(q)
-    if config.compressed_output:
+    if config.compressed_output and (reused is None or keep_compressed):
         v_cmp = compress_values(config, phi_v, values[:, cmp])
         output += g_cmp * (p_cmp @ v_cmp)  # without a visible block (C = 0) an empty sum: 0
     if config.fused_selected_window:

@@ -92,7 +92,7 @@ def read_corpus(config: Sources) -> Corpus:
     texts: dict[bool, dict[str, str]] = {False: {}, True: {}}  # held out → text → path; a dict keeps the order
     undecodable = files = 0
     for source in config.data:
-        for relative, file in _files(source, config):
+        for relative, file in find_files(source, config):
             files += 1
             try:
                 text = file.read_bytes().decode("utf-8")
@@ -122,7 +122,7 @@ def read_corpus(config: Sources) -> Corpus:
     return corpus
 
 
-def _files(source: str, config: Sources) -> Iterable[tuple[str, Path]]:
+def find_files(source: str, config: Sources) -> Iterable[tuple[str, Path]]:
     """(relative path, file) of one data argument, sorted by relative path."""
     root = Path(sysconfig.get_path("stdlib") if source == "stdlib" else source)
     exclude = config.exclude + (_NOT_STDLIB if source == "stdlib" else ())

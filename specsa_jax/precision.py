@@ -1,0 +1,264 @@
+"""The divergence of approximate strategies from class exact, measured; and schedules searched for the least of it.
+
+Teacher-forced on calibration text: a context is read exactly, as a prompt is; then the text's next tokens are verified
+as the strategy does it, committed, and each next-token distribution is compared with the exact one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from specsa_jax.cache import Cache
+from specsa_jax.calibration import Calibration, CalibrationError, Part
+from specsa_jax.checkpoints.records import AtContext, Measurement, Searched, measured_as
+from specsa_jax.decoding import Strategy
+from specsa_jax.engine import Engine
+from specsa_jax.schedule import Sharing, uniform_schedule
+
+CONTEXTS, WINDOWS, TOKENS, BATCH, CONFIDENCE = (512, 2048, 4096), 16, 64, 4, 0.95
+
+# progress(done, total): passes over windows.
+Progress = Callable[[int, int], None]
+
+
+class Divergence(NamedTuple):
+    """By token, [N, tokens] each: KL divergence from exact (nats), whether the most probable token is the same, and the
+    losses (nats) of exact and of the approximation."""
+
+    kl: np.ndarray
+    same: np.ndarray
+    loss: np.ndarray
+    approximate_loss: np.ndarray
+
+
+class _Windows(NamedTuple):
+    """A batch of windows: the cache behind their contexts, scored and following tokens, exact log-probabilities."""
+
+    cache: Cache
+    tokens: np.ndarray
+    following: np.ndarray
+    exact: list[jax.Array]
+
+
+@jax.jit
+def _compare(exact: jax.Array, other: jax.Array, following: jax.Array) -> tuple[jax.Array, ...]:
+    kl = jnp.maximum((jnp.exp(exact) * (exact - other)).sum(axis=-1), 0.0)
+
+    def loss(law: jax.Array) -> jax.Array:
+        return -jnp.take_along_axis(law, following[..., None], axis=-1)[..., 0]
+
+    return kl, exact.argmax(axis=-1) == other.argmax(axis=-1), loss(exact), loss(other)
+
+
+def _score(engine: Engine, windows: _Windows, sharing: Sharing, width: int) -> Iterator[jax.Array]:
+    """Log-probabilities [B, width, V] after the scored tokens, ``width`` a pass, each committed as it was verified."""
+    cache = jax.tree.map(jnp.copy, windows.cache)  # the pass's own is given away
+    batch, total = windows.tokens.shape
+    reused = None
+    if engine.implementation == "xla" and sharing.group_mode == "merged":
+        # One program for all schedules; a schedule that the program knows would skip what reuse layers do not need.
+        reused = jnp.asarray([letter == "S" for letter in sharing.schedule or "F" * engine.config.layers])
+        carrier = "F" + "S" * (engine.config.layers - 1)
+        sharing = Sharing(carrier, sharing.keep_compressed if sharing.schedule else True)
+    for start in range(0, total, width):
+        part = windows.tokens[:, start : start + width]
+        count = jnp.full(batch, part.shape[1], jnp.int32)
+        padded = jnp.asarray(np.pad(part, ((0, 0), (0, width - part.shape[1]))), jnp.int32)
+        arguments = (engine.params, padded, cache, count)
+        score, _ = engine._executable("score", {"precision": "exact", "sharing": sharing}, *arguments, reused=reused)
+        logprobs, cache = score(*arguments, reused=reused)
+        yield logprobs[:, : part.shape[1]]
+
+
+def _prepare(engine: Engine, rows: np.ndarray, context: int, batch: int, width: int) -> Iterator[_Windows]:
+    """Batches of windows, all of one size: the last is filled up with rows before, which :func:`_diverge` drops."""
+    for first in range(0, len(rows), batch):
+        taken = rows[np.arange(first, first + batch) % len(rows)]
+        scored, following = taken[:, context:-1], taken[:, context + 1 :]
+        windows = _Windows(engine.prefill(list(taken[:, : context + 1]), scored.shape[1]), scored, following, [])
+        yield windows._replace(exact=list(_score(engine, windows, Sharing(), width)))
+
+
+def _diverge(engine: Engine, windows: _Windows, sharing: Sharing, width: int) -> Divergence:
+    parts = [
+        _compare(exact, other, jnp.asarray(windows.following[:, start : start + width]))
+        for start, exact, other in zip(
+            range(0, windows.tokens.shape[1], width), windows.exact, _score(engine, windows, sharing, width),
+            strict=True,
+        )
+    ]  # fmt: skip
+    return Divergence(*(np.concatenate([np.asarray(x) for x in column], axis=1) for column in zip(*parts, strict=True)))
+
+
+def _join(parts: Sequence[Divergence], count: int) -> Divergence:
+    return Divergence(*(np.concatenate(column)[:count] for column in zip(*parts, strict=True)))
+
+
+def summarise(divergence: Divergence, context: int, confidence: float = CONFIDENCE) -> AtContext:
+    """The figures of one context length. Tokens of a window depend on each other, so errors come from the windows:
+    Student's t over their means, and for agreement the more careful of that and the binomial bound over tokens
+    (Clopper and Pearson), which speaks even where all agree."""
+    windows, tokens = divergence.kl.shape
+    quantile = float(stats.t.ppf(confidence, windows - 1))
+
+    def mean(values: np.ndarray) -> tuple[float, float]:
+        by_window = np.asarray(values, np.float64).mean(axis=1)
+        return float(by_window.mean()), float(by_window.std(ddof=1) / math.sqrt(windows))
+
+    kl, kl_error = mean(divergence.kl)
+    top1, top1_error = mean(divergence.same)
+    change, change_error = mean(np.asarray(divergence.approximate_loss, np.float64) - divergence.loss)
+    agreed, total = int(divergence.same.sum()), divergence.same.size
+    exactly = float(stats.beta.ppf(1 - confidence, agreed, total - agreed + 1)) if agreed else 0.0
+    return AtContext(
+        context=context, windows=windows, tokens=windows * tokens, loss=mean(divergence.loss)[0],
+        mean_kl=kl, mean_kl_error=kl_error, mean_kl_bound=kl + quantile * kl_error,
+        p99_kl=float(np.quantile(divergence.kl, 0.99)),
+        top1=top1, top1_error=top1_error, top1_bound=max(0.0, min(top1 - quantile * top1_error, exactly)),
+        loss_change=change, loss_change_error=change_error,
+    )  # fmt: skip
+
+
+def measure(
+    engine: Engine,
+    strategies: Sequence[Strategy],
+    calibration: Calibration,
+    *,
+    contexts: Sequence[int] = CONTEXTS,
+    windows: int = WINDOWS,
+    tokens: int = TOKENS,
+    batch: int = BATCH,
+    confidence: float = CONFIDENCE,
+    part: Part = "measure",
+    progress: Progress | None = None,
+) -> list[Measurement]:
+    """Measures how far strategies diverge from class exact.
+
+    Args:
+      engine: of the model, in the dtype and implementation to be measured.
+      strategies: of class approx. Schedules are independent of drafter and tree; shared groups are measured on the
+        strategy's own chain.
+      calibration: text, of which ``windows`` places of ``tokens`` tokens are scored behind each of ``contexts``.
+      batch: windows at a time.
+      confidence: of the one-sided bounds.
+      part: which places: those that :func:`search` does not see, or those that it does.
+      progress: called with passes done and all passes.
+
+    Returns the measurements, one for each strategy.
+
+    Raises ValueError for strategies without an approximation, CalibrationError for text too small to state anything,
+    CapacityError for contexts that do not fit, all before any work.
+    """
+    if not 0.5 <= confidence < 1:
+        raise CalibrationError(f"confidence: got {confidence}, expected at least 0.5, below 1")
+    kinds: list[tuple[Sharing, int]] = []
+    for strategy in map(engine.resolve, strategies):
+        engine.decoder.check(strategy)
+        sharing = strategy.sharing(engine.config.layers)
+        if not sharing.approximates:
+            raise ValueError(f"strategies: got {strategy.describe()}, whose divergence from class exact is 0, expected "
+                             "a schedule with reuse layers, or shared groups")  # fmt: skip
+        if sharing.group_mode == "shared" and not (strategy.drafter and strategy.template.is_chain):
+            raise ValueError(f"strategies: got {strategy.describe()} with shared groups, expected a drafted chain: "
+                             "text alone measures no other tree's groups")  # fmt: skip
+        kinds.append(measured_as(sharing, strategy.width))
+    if not kinds or not contexts:
+        raise ValueError(f"{'contexts' if kinds else 'strategies'}: got none, expected at least one")
+    # By pass width: strategies of one width share the exact laws that they are compared with.
+    widths = {width: [kind for kind in dict.fromkeys(kinds) if kind[1] == width] for _, width in kinds}
+    rows = {context: calibration.windows(context, tokens, windows, part) for context in sorted(set(contexts))}
+    for context, taken in rows.items():
+        engine.check_fits([taken[0, : context + 1]] * batch, tokens)
+    total = sum(-(-len(taken) // batch) for taken in rows.values()) * (len(set(kinds)) + len(widths))
+    done = 0
+    found: dict[tuple[Sharing, int], list[AtContext]] = {kind: [] for kind in kinds}
+    for context, taken in rows.items():
+        parts: dict[tuple[Sharing, int], list[Divergence]] = {kind: [] for kind in kinds}
+        for width, members in widths.items():
+            for prepared in _prepare(engine, taken, context, batch, width or tokens):
+                done += 1
+                for kind in members:
+                    parts[kind].append(_diverge(engine, prepared, kind[0], width or tokens))
+                    done += 1
+                    if progress:
+                        progress(done, total)
+        for kind in found:
+            found[kind].append(summarise(_join(parts[kind], len(taken)), context, confidence))
+    return [
+        Measurement(sharing, width, confidence, str(engine.dtype), calibration.text, tuple(found[sharing, width]))
+        for sharing, width in kinds
+    ]
+
+
+def search(
+    engine: Engine,
+    calibration: Calibration,
+    refresh: int = 1,
+    *,
+    keep_compressed: bool = True,
+    contexts: Sequence[int] = (2048,),
+    windows: int = WINDOWS,
+    tokens: int = TOKENS,
+    batch: int = BATCH,
+    progress: Progress | None = None,
+) -> list[tuple[Searched, Searched]]:
+    """Greedy search for schedules: from all refresh, the layer whose reuse costs the least mean KL reuses next.
+
+    Args: as for :func:`measure`; ``refresh``: where to stop, in refresh layers.
+
+    Returns, for each number of refresh layers from all but one down to ``refresh``, the schedule found and the uniform
+    one of that number, both with their mean KL and its standard error on the text's places for searching.
+
+    Raises ValueError for a number that is none; otherwise as :func:`measure`.
+    """
+    layers = engine.config.layers
+    if isinstance(refresh, bool) or not isinstance(refresh, int) or not 1 <= refresh < layers:
+        raise ValueError(
+            f"refresh: got {refresh!r}, expected 1 to {layers - 1}: fewer than the model's {layers} layers"
+        )
+    rows = {context: calibration.windows(context, tokens, windows, "search") for context in sorted(set(contexts))}
+    if not rows:
+        raise ValueError("contexts: got none, expected at least one")
+    for context, taken in rows.items():
+        engine.check_fits([taken[0, : context + 1]] * len(taken), tokens)
+    prepared = {c: list(_prepare(engine, taken, c, batch, tokens)) for c, taken in rows.items()}
+    text = calibration.text
+    known: dict[str, Searched] = {}
+    total = sum(range(refresh, layers)) + layers - refresh  # candidates, and the uniform ones
+
+    def judge(schedule: str) -> Searched:
+        if schedule not in known:
+            sharing = Sharing(schedule, keep_compressed)
+            joined = [_join([_diverge(engine, w, sharing, tokens) for w in prepared[c]], len(rows[c])) for c in rows]
+            means = np.concatenate([part.kl.mean(axis=1, dtype=float) for part in joined])
+            error = float(means.std(ddof=1) / math.sqrt(len(means)))
+            known[schedule] = Searched(schedule, keep_compressed, float(means.mean()), error, text)
+            if progress:
+                progress(len(known), total)
+        return known[schedule]
+
+    schedule, found = "F" * layers, []
+    while schedule.count("F") > refresh:
+        fewer = [schedule[:i] + "S" + schedule[i + 1 :] for i in range(1, layers) if schedule[i] == "F"]
+        best = min(map(judge, fewer), key=lambda judged: judged.mean_kl)
+        schedule = best.schedule
+        found.append((best, judge(uniform_schedule(layers, best.refresh))))
+    if progress:
+        progress(total, total)
+    return found
+
+
+def describe(measurement: Measurement) -> dict[str, object]:
+    """A measurement as JSON-ready values, the derived ones included."""
+    return {
+        **dataclasses.asdict(measurement), "strategy": measurement.sharing.describe(), "reach": measurement.reach,
+        "worst_mean_kl_bound": measurement.mean_kl, "worst_top1_bound": measurement.top1,
+    }  # fmt: skip
