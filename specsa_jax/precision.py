@@ -123,7 +123,8 @@ def summarise(divergence: Divergence, context: int, confidence: float = CONFIDEN
     exactly = float(stats.beta.ppf(1 - confidence, agreed, total - agreed + 1)) if agreed else 0.0
     return AtContext(
         context=context, windows=windows, tokens=windows * tokens, loss=mean(divergence.loss)[0],
-        mean_kl=kl, mean_kl_error=kl_error, mean_kl_bound=upper_bound(np.asarray(divergence.kl, np.float64).mean(axis=1), confidence),
+        mean_kl=kl, mean_kl_error=kl_error,
+        mean_kl_bound=upper_bound(divergence.kl.mean(axis=1, dtype=float), confidence),
         p99_kl=float(np.quantile(divergence.kl, 0.99)),
         top1=top1, top1_error=top1_error, top1_bound=max(0.0, min(1.0 - differing, exactly)),
         loss_change=change, loss_change_error=change_error,
@@ -133,8 +134,9 @@ def summarise(divergence: Divergence, context: int, confidence: float = CONFIDEN
 def upper_bound(means: np.ndarray, confidence: float) -> float:
     """One-sided confidence bound of the expectation of independent values [N].
 
-    The larger of Student's t and of Hall's transformation of it (1992), which undoes the first-order effect of skewness:
-    divergences are skewed to the right, where Student's alone is too low two or three times as often as it says.
+    The larger of Student's t and of Hall's transformation of it (1992), which undoes the first-order effect of
+    skewness: divergences are skewed to the right, where Student's alone is too low two or three times as often as it
+    says.
     """
     count = len(means)
     spread = float(means.std(ddof=1))

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference_params import random_params, tiny_model
@@ -17,7 +16,6 @@ from specsa_jax import (
     PromptLookup,
     Strategy,
     checkpoints,
-    precision,
     reference,
 )
 from specsa_jax.admission import Bound, admit, check_bound
@@ -268,7 +266,7 @@ def test_a_strategy_is_admitted_if_and_only_if_it_is_inside_the_bound():
     schedules = ["FSS", "FFS", "FSF"]
     for _ in range(300):
         held = tuple(
-            measurement(s, float(random.exponential(0.01)), float(random.uniform(0.9, 1)), int(random.integers(50, 200)))
+            measurement(s, random.exponential(0.01), random.uniform(0.9, 1), int(random.integers(50, 200)))
             for s in schedules if random.random() < 0.7
         )  # fmt: skip
         bound = Bound(*(float(x) if random.random() < 0.6 else None
