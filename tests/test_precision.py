@@ -358,6 +358,23 @@ def test_records_of_another_model_are_refused(directory, stored):
         other.generate([[1, 2]], 2, strategy=approx(schedule="FSS"), max_kl=1.0)
 
 
+def test_on_other_held_out_text_divergence_stays_within_the_stored_bound():
+    """The embedded model's uniform schedules, on places that no measurement saw.
+
+    A sample of 8 windows that lies beyond the bound by more than its own 99 % error is refused: by chance, and were
+    the expectation as high as the bound allows, 2 of 100 such tests.
+    """
+    engine = Engine.from_pretrained("embedded", implementation="xla")
+    stored = {m.sharing.schedule: m for m in engine.records.measurements if m.sharing.keep_compressed}
+    text = read_calibration("embedded", engine.tokenizer)
+    kinds = [Strategy(None, precision="approx", schedule=schedule) for schedule in ("FSFSFS", "FSSFSS")]
+    for found in measure(engine, kinds, text, contexts=(512,), windows=8, tokens=32, batch=8, part="search"):
+        (at,) = found.contexts
+        assert at.mean_kl > 0 and at.mean_kl - 3.0 * at.mean_kl_error <= stored[found.sharing.schedule].mean_kl
+        disagreement = 1 - at.top1 - 3.0 * at.top1_error
+        assert disagreement <= 1 - stored[found.sharing.schedule].top1
+
+
 # --- the command line, on this model ---------------------------------------------------------------------------------
 
 
