@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,7 +39,7 @@ def schedule(
     context: Annotated[list[int] | None, typer.Option(help="Context length, tokens; repeatable. None: 2048.")] = None,
     data: _Data = None,
     glob: _Glob = "**/*.py",
-    windows: _Windows = 16,
+    windows: _Windows = 24,
     tokens: _Tokens = 64,
     batch: _Batch = 4,
     implementation: _Implementation = "auto",
@@ -59,6 +60,8 @@ def schedule(
         from specsa_jax.calibration import read_calibration
 
         text = read_calibration(checkpoint, engine.tokenizer, data or (), glob)
+        if store:
+            _can_keep(engine)
         with _progress(console, "searching") as progress:
             found = precision.search(
                 engine, text, refresh, keep_compressed=not drop_compressed, contexts=context or (2048,),
@@ -97,7 +100,7 @@ def precision(
     ] = None,
     data: _Data = None,
     glob: _Glob = "**/*.py",
-    windows: _Windows = 16,
+    windows: _Windows = 24,
     tokens: _Tokens = 64,
     batch: _Batch = 4,
     confidence: Annotated[float, typer.Option(help="Of the one-sided bounds.")] = 0.95,
@@ -123,6 +126,8 @@ def precision(
                 kinds |= {"group": shared, "group_mode": "shared", "tree": f"chain:{max(width, 2) - 1}"}
             strategies = [Strategy(schedule=one, **kinds) for one in schedule or ["all"]]
             text = read_calibration(checkpoint, engine.tokenizer, data or (), glob)
+            if store:
+                _can_keep(engine)
             with _progress(console, "measuring") as progress:
                 found = measuring.measure(
                     engine, strategies, text, contexts=context or measuring.CONTEXTS, windows=windows, tokens=tokens,
@@ -161,6 +166,16 @@ def _progress(console: Console, word: str) -> Iterator[Callable[[int, int], None
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(word, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _can_keep(engine: Engine) -> None:
+    """Raises CheckpointError, before any work, where the result could not be stored."""
+    from specsa_jax.checkpoints import CheckpointError
+
+    assert engine.checkpoint is not None
+    _ = engine.records
+    if not os.access(engine.checkpoint, os.W_OK):
+        raise CheckpointError(f"{engine.checkpoint}: is not writable; use --no-store, or a copy of the checkpoint")
 
 
 def _keep(engine: Engine, console: Console, **new: Any) -> None:

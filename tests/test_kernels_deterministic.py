@@ -20,6 +20,7 @@ PAGED = dataclasses.replace(CHAIN, name="paged", shared_kv=True)
 BF16 = dataclasses.replace(TREE, name="tree-bf16", dtype="bfloat16", dim=64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interpret", PLACES)
 @pytest.mark.parametrize("name", ["tree-28-wide", "shared-kv", "finished-sequence", "past-capacity", "selection-only"])
 def test_equals_reference(name, interpret):
@@ -80,6 +81,7 @@ def path_of(spec, node):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interpret", PLACES)
 @pytest.mark.parametrize("spec", [CHAIN, TREE, PAGED, BF16], ids=lambda spec: spec.name)
 def test_a_node_has_the_bits_of_decoding_its_path(spec, interpret):
