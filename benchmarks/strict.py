@@ -1,8 +1,9 @@
 """The strict class on held-out prompts: every drafter and tree against decoding one token at a time, to the bit.
 
-Compares tokens and the bits of their log-probabilities, greedy and sampled, alone and in ragged batches of 8; and
-says what the class costs. The prompts are cut from held-out files at random. Results are saved after each group of 8
-prompts, so that a run may be stopped; what is missing of ``--prompts`` can be seen in the JSON.
+Compares tokens and the bits of their log-probabilities, greedy and sampled, alone and in ragged batches of 8. The
+prompts are pieces of held-out files. Results are saved after each group of 8 prompts, so that a run may be stopped: the
+JSON says how many prompts it got through. All of it takes one to two hours of two idle cores; compiled programs are
+kept where JAX_COMPILATION_CACHE_DIR says.
 
     python benchmarks/strict.py --out benchmarks/results/cpu/strict.json
 """
@@ -19,7 +20,7 @@ from held_out import held_out_files
 from specsa_jax import Engine, SamplingParams, Strategy
 from specsa_jax.drafting import drafter_from_name
 
-DRAFTERS = ["lookup", "self", "lookup+self", "model:embedded"]
+DRAFTERS = ["lookup", "self", "head", "model:embedded", "lookup+head"]
 TREES = ["chain:4", "3-1-1", "2-2", "best:6:3", "best:8:4"]
 
 

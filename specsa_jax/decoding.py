@@ -242,10 +242,9 @@ class Decoder:
 
     def _tail(self, cache: Cache, tree: Tree, template: TreeTemplate | None = None) -> Tail:
         """``tree`` behind the cache; None: a chain."""
-        size = tree.parents.shape[-1]
-        is_chain = template is None or template.is_chain
-        slots = chain_slots(self.config.nsa, size) if is_chain else None
-        return make_tail(self.config.nsa, tree.topology, cache.lengths, slots)
+        nsa = self.config.nsa
+        slots = chain_slots(nsa, tree.parents.shape[-1]) if template is None else template.slots(nsa.compress_stride)
+        return make_tail(nsa, tree.topology, cache.lengths, slots)
 
     def _chain(self, size: int) -> Tree:
         """The chain of ``size`` tokens."""

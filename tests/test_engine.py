@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from reference_params import random_params, random_tokens, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -102,6 +103,8 @@ def test_score_is_the_law_that_greedy_decoding_follows(engine, held_out):
     assert scores.shape == (len(tokens), engine.config.vocab_size) and scores.dtype == np.float32
     np.testing.assert_allclose(np.exp(scores.astype(np.float64)).sum(axis=1), 1.0, atol=1e-4)
     np.testing.assert_array_equal(scores[len(prompt) - 1 : -1].argmax(axis=1), result[0].tokens)
+    assert result[0].logprobs.dtype == np.float32
+    np.testing.assert_allclose(result[0].logprobs, scores[len(prompt) - 1 : -1].max(axis=1), atol=1e-3)
 
 
 def test_score_prefers_real_code_to_shuffled_code(engine, held_out):
@@ -166,23 +169,15 @@ def test_sampled_speculation_draws_what_sampling_one_by_one_draws(engine, held_o
     assert [g.tokens.tolist() for g in plain] == [g.tokens.tolist() for g in drafted]
 
 
-def test_log_probabilities_are_those_of_scoring(engine, held_out):
-    (prompt,) = cut(held_out, 1, (1,), seed=10)
-    sampling = [SamplingParams(temperature=0.8, repetition_penalty=1.2, seed=5)]
-    result = engine.generate([prompt], 16, sampling=sampling)
-    scores = engine.score(np.concatenate([prompt, result[0].tokens]))
-    expected = scores[np.arange(len(prompt) - 1, len(scores) - 1), result[0].tokens]
-    assert result[0].logprobs.shape == result[0].tokens.shape and result[0].logprobs.dtype == np.float32
-    np.testing.assert_allclose(result[0].logprobs, expected, atol=1e-3)
-
-
-@pytest.mark.slow
-def test_the_strict_class_gives_the_bits_of_decoding_each_prompt_alone(held_out):
-    """Greedy beside sampled, in a ragged batch that drafts trees; benchmarks/strict.py does it for 300 prompts."""
-    engine = Engine.from_pretrained("embedded", max_length=192, precision="strict")
-    prompts = cut(held_out, 2, (1, 2), seed=11)
-    sampling = [SamplingParams(), SamplingParams(temperature=0.8, top_p=0.9, seed=4)]
-    drafted = engine.generate(prompts, 24, sampling=sampling, strategy=Strategy(tree="best:6:4", precision="strict"))
+def test_a_strict_engine_gives_the_bits_of_decoding_each_prompt_alone():
+    """A tiny model: greedy beside sampled, in a ragged batch that drafts trees. Page tables have one width for all."""
+    config = tiny_model(layers=1)
+    tokenizer = Tokenizer(WordLevel({f"t{token}": token for token in range(50)}, "t0"))
+    engine = Engine(config, random_params(config, seed=3), tokenizer, max_length=96, precision="strict")
+    prompts = [random_tokens(config, 5).tolist() * 3, random_tokens(config, 40, seed=1).tolist()]
+    sampling = [SamplingParams(), SamplingParams(temperature=0.5, top_p=0.9, seed=4)]
+    strategy = Strategy(PromptLookup(min_ngram=1), "best:6:4", precision="strict")
+    drafted = engine.generate(prompts, 24, sampling=sampling, strategy=strategy)
     assert drafted.stats.strategy.endswith("best:6:4 strict") and drafted.stats.accepted > 0
     for prompt, params, together in zip(prompts, sampling, drafted, strict=True):
         (alone,) = engine.generate([prompt], 24, sampling=[params], speculate=False)

@@ -10,7 +10,7 @@ import pytest
 from reference_params import random_params, random_tokens, tiny_model
 
 from specsa_jax import reference
-from specsa_jax.cache import chain_slots, commit, create_cache, make_tail, pages_for, topology
+from specsa_jax.cache import chain_slots, commit, create_cache, grown_topology, make_tail, pages_for, topology
 from specsa_jax.config import ModelConfig, RopeConfig, preset
 from specsa_jax.model import head, hidden_states, init_params, verify
 
@@ -171,6 +171,29 @@ def test_every_node_of_a_random_tree_equals_sequential_decoding_of_its_path(seed
     logits = jit(lambda cache, draft: run_tree(config, params, cache, draft, parents)[0])(cache, draft)
     for row, prefix in enumerate(rows):
         expected = reference.verify_tree(config, random_params(config, seed=5), prefix, draft[row], parents)
+        close(logits[row], expected)
+
+
+def test_every_node_of_the_widest_trees_equals_sequential_decoding_of_its_path():
+    """128 nodes, another tree for each sequence, known on the device alone; behind 0, l − 1 and l' + 1 tokens."""
+    config = tiny_model(layers=1)
+    nsa, random, size = config.nsa, np.random.default_rng(9), 128
+    reach = (3, 20, 100)  # from deep to bushy
+    parents = [[-1] + [int(random.integers(max(0, node - far), node)) for node in range(1, size)] for far in reach]
+    depth = max(int(topology(tree, nsa.compress_block).depth.max()) for tree in parents)
+    rows = [random_tokens(config, length, seed=length) for length in (0, nsa.compress_block - 1, nsa.select_block + 1)]
+    params = as_jax(random_params(config, seed=5))
+    _, cache = feed(config, params, shuffled_cache(config, [len(row) + 1 for row in rows]), rows, [13])
+    draft = np.stack([random_tokens(config, size, seed=row) for row in range(3)])
+
+    @jit
+    def verify_all(cache, draft, parents):
+        tail = make_tail(nsa, grown_topology(parents, depth, nsa.compress_block), cache.lengths)
+        return head(config, params, verify(config, params, draft, cache, tail)[0])
+
+    logits = verify_all(cache, jnp.asarray(draft), jnp.asarray(parents, jnp.int32))
+    for row, prefix in enumerate(rows):
+        expected = reference.verify_tree(config, random_params(config, seed=5), prefix, draft[row], parents[row])
         close(logits[row], expected)
 
 

@@ -90,6 +90,14 @@ def test_both_orders_number_the_same_tree_parents_first(text):
     assert all(parent == node - 1 or parent <= preorder[node - 1] for node, parent in enumerate(preorder) if node)
 
 
+@pytest.mark.parametrize("text", ["chain:7", "chain:8", "4-2-1-1", "2-2-2-2"])
+@pytest.mark.parametrize("stride", [1, 2, 4, 16])
+def test_there_is_room_for_all_compression_blocks_that_end_in_a_tree(text, stride):
+    template = parse_tree(text)
+    ends = [sum((start + depth + 1) % stride == 0 for depth in template.depths) for start in range(stride)]
+    assert template.slots(stride) == max(ends)
+
+
 def random_parents(random, size):
     reach = int(random.integers(1, size))
     return [-1] + [int(random.integers(max(0, node - reach), node)) for node in range(1, size)]

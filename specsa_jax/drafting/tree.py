@@ -81,6 +81,10 @@ class TreeTemplate:
             raise ValueError(f"tree: {self.text} is grown by its drafter, its nodes have no fixed parents")
         return _layout(self.branching, self.traversal)
 
+    def slots(self, stride: int) -> int:
+        """The most compression blocks, one ending every ``stride`` tokens, that can end in such a tree."""
+        return int(np.bincount(np.array(self.depths) % stride).max()) if self.is_static else self.nodes + 1
+
     def check(self, config: ModelConfig) -> None:
         """Raises ValueError for a tree that does not suit the model."""
         if self.children > config.vocab_size and self.is_static:
