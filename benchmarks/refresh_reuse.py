@@ -88,11 +88,12 @@ def plot(rows, path: Path, title: str) -> None:
                 axis.plot([row["refresh"] for row in points], [row[name] for row in points], "o-",
                           label=f"{kind[0]}, compressed output {kind[1]}")  # fmt: skip
         axis.set_xlabel("refresh layers")
+        axis.set_xticks(sorted({row["refresh"] for row in rows}))
         axis.set_ylabel(label)
         if logarithmic:
             axis.set_yscale("log")
         else:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.1 * max(row[name] for row in rows))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.suptitle(title, fontsize=10)

@@ -143,7 +143,7 @@ def test_a_reader_that_leaves_early_is_no_error():
 
 def test_help_is_there_for_every_command_with_an_example():
     assert b"Example" in specsa("--help").stdout
-    for command in ("generate", "train", "tune"):
+    for command in ("generate", "train", "tune", "schedule", "precision"):
         assert b"Example" in specsa(command, "--help").stdout
 
 

@@ -361,8 +361,8 @@ def test_records_of_another_model_are_refused(directory, stored):
 def test_on_other_held_out_text_divergence_stays_within_the_stored_bound():
     """The embedded model's uniform schedules, on places that no measurement saw.
 
-    A sample of 8 windows that lies beyond the bound by more than its own 99 % error is refused: by chance, and were
-    the expectation as high as the bound allows, 2 of 100 such tests.
+    A figure of 8 windows fails if it lies beyond the bound by more than 3 of its standard errors. Were every
+    expectation as high as its bound allows, one of the four would do so in 4 of 100 such tests (Student's t).
     """
     engine = Engine.from_pretrained("embedded", implementation="xla")
     stored = {m.sharing.schedule: m for m in engine.records.measurements if m.sharing.keep_compressed}
