@@ -26,8 +26,14 @@ PLACES = [
     pytest.param(True, id="interpret"),
     pytest.param(False, id="gpu", marks=pytest.mark.gpu),
 ]
+# The others count as slow: they run on one version of Python.
+QUICK = {"decode", "chain-8", "ragged", "tree", "past-capacity", "D64-bf16"}
 SPECS = [
-    *[pytest.param(spec, True, id=f"{spec.name}-interpret") for spec in [*specs.TESTS, RAGGED] if spec not in JOINED],
+    *[
+        pytest.param(spec, True, id=f"{spec.name}-interpret", marks=[] if spec.name in QUICK else pytest.mark.slow)
+        for spec in [*specs.TESTS, RAGGED]
+        if spec not in JOINED
+    ],
     *[pytest.param(spec, False, id=f"{spec.name}-gpu", marks=pytest.mark.gpu) for spec in specs.TESTS],
 ]
 

@@ -22,7 +22,7 @@ BF16 = dataclasses.replace(TREE, name="tree-bf16", dtype="bfloat16", dim=64)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("interpret", PLACES)
-@pytest.mark.parametrize("name", ["tree-28-wide", "shared-kv", "finished-sequence", "past-capacity", "selection-only"])
+@pytest.mark.parametrize("name", ["tree-28-wide", "shared-kv", "past-capacity"])
 def test_equals_reference(name, interpret):
     spec = SPECS[name]
     arguments = spec.arguments()
@@ -81,9 +81,14 @@ def path_of(spec, node):
     return path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("interpret", PLACES)
-@pytest.mark.parametrize("spec", [CHAIN, TREE, PAGED, BF16], ids=lambda spec: spec.name)
+# Interpreted, two of them: a program takes seconds to compile.
+BITS = [
+    *[pytest.param(spec, True, id=f"{spec.name}-interpret", marks=pytest.mark.slow) for spec in (TREE, BF16)],
+    *[pytest.param(spec, False, id=f"{spec.name}-gpu", marks=pytest.mark.gpu) for spec in (CHAIN, TREE, PAGED, BF16)],
+]
+
+
+@pytest.mark.parametrize("spec, interpret", BITS)
 def test_a_node_has_the_bits_of_decoding_its_path(spec, interpret):
     arguments = spec.arguments()
     function = out_of(spec.sparsity, interpret)
