@@ -3,7 +3,7 @@ BASE = $(PYTHON)
 # python3.12 may be a pyenv shim that exists but does not run, hence the trial; expanded only where it is used.
 PYTHON312 ?= $(shell for p in python3.12 "$$(pyenv root 2>/dev/null)"/versions/3.12*/bin/python3.12; do \
 	"$$p" -c '' 2>/dev/null && echo "$$p" && break; done)
-TESTS312 = $(wildcard tests/test_kernels*.py tests/test_engine*.py tests/test_decoding*.py)
+TESTS312 = $(wildcard tests/test_kernels*.py tests/test_engine*.py)
 # Workers start with adjacent tests, which share compiled programs, and steal from each other at the end.
 PYTEST = pytest -n 2 --dist worksteal
 
