@@ -6,7 +6,8 @@ from specsa_jax.checkpoints import CheckpointError
 from specsa_jax.config import ConfigError, ModelConfig, NSAConfig, RopeConfig
 from specsa_jax.decoding import Strategy
 from specsa_jax.drafting import PromptLookup
-from specsa_jax.engine import Chunk, Engine, Generation, PromptError, Result, Stats
+from specsa_jax.engine import Engine, PromptError
+from specsa_jax.results import Chunk, Generation, Result, Stats
 from specsa_jax.sampling import SamplingParams
 
 __version__ = "0.1.0"

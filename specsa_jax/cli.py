@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from specsa_jax.decoding import Strategy
-    from specsa_jax.engine import Engine, Result
+    from specsa_jax.engine import Engine
+    from specsa_jax.results import Result
 
 # A file of the standard library that the embedded model has not seen (its path is in the held-out split), up to a
 # comment in its middle. The text before it is the same in Python 3.11 and 3.12.

@@ -14,7 +14,8 @@ from tokenizers.models import WordLevel
 import specsa_jax
 from specsa_jax import CapacityError, CheckpointError, Engine, PromptError, PromptLookup, SamplingParams, Strategy, cli
 from specsa_jax.drafting import DraftModel, Target
-from specsa_jax.engine import _bucket, _Output
+from specsa_jax.engine import _bucket
+from specsa_jax.results import Output
 from specsa_jax.training import is_held_out
 
 HOLDOUT = 0.05  # the embedded model's
@@ -144,7 +145,7 @@ def test_a_stop_string_ends_its_sequence_alone_and_is_cut_off(engine, held_out):
 
 
 def test_stop_strings_across_tokens_are_never_shown(engine):
-    output = _Output(engine.tokenizer, 0, ("abc",), ())
+    output = Output(engine.tokenizer, 0, ("abc",), ())
     shown = ""
     for tokens in (engine.tokenizer.encode("x = a").ids, engine.tokenizer.encode("x = ab").ids):
         shown += output.update(np.asarray(tokens), False)

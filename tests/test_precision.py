@@ -167,8 +167,8 @@ def test_what_cannot_be_measured_is_refused(engine, text, strategy, options, wor
 def test_bounds_hold_about_as_often_as_they_say(shape):
     """95 % bounds of 400 samples, tokens of a window correlated, windows skewed: too low in at most 10 %.
 
-    What skewness leaves (measured over 4000 samples: 6 and 7 %, where Student's t alone has 9 and 14 %) is stated in
-    docs/precision.md. With 7 %, more than 10 % of 400 would be seen with probability 0.01.
+    Over 4000 samples it was 6 and 7 %, where Student's t alone has 9 and 14 %. With 7 %, more than 10 % of 400 would be
+    seen with probability 0.01.
     """
     random, low_kl, high_top1 = np.random.default_rng(0), 0, 0
     for _ in range(400):

@@ -38,7 +38,8 @@ class AttentionConfig:
       num_stages: of Triton's pipeline, in the branches' kernels (which have a warp for 16 rows); every two stages keep
         one more tile in flight, because a tile's page is looked up before.
       selection_warps: of the selection, where it is a launch of its own.
-      fused: the whole layer in one launch, in which programs wait for each other.
+      fused: the whole layer in one launch, in which programs wait for each other. The search leaves it out until it
+        has run on a GPU.
     """
 
     group: int
@@ -106,11 +107,9 @@ class AttentionConfig:
 
         found = [base]
         for compressed, selected in itertools.product(around(base.compressed), around(base.selected)):
-            for tile, stages, fused in itertools.product((32, 64), (5, 7), (False, True)):
+            for tile, stages in itertools.product((32, 64), (5, 7)):
                 found.append(
-                    dataclasses.replace(
-                        base, compressed=compressed, selected=selected, tile=tile, num_stages=stages, fused=fused
-                    )
+                    dataclasses.replace(base, compressed=compressed, selected=selected, tile=tile, num_stages=stages)
                 )
         return list(dict.fromkeys(found))
 

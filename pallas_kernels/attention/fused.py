@@ -97,7 +97,7 @@ def run(
         @pl.when(work >= first)
         def _():
             wait(ATTENDED, attended)()
-            merge.perform(parts, refs | {"out": refs["out"], "lse": refs["lse"]}, work - first)
+            merge.perform(parts, refs, work - first)
 
     result = triton_call(
         kernel,

@@ -35,7 +35,7 @@ from specsa_jax.training import data, draft_data, draft_step, report
 from specsa_jax.training.config import DivergedError, TrainingError
 from specsa_jax.training.draft_config import DraftConfig
 from specsa_jax.training.draft_eval import Evaluation, judge, record_of
-from specsa_jax.training.run import LAG, Meter, States, check_writable, signals
+from specsa_jax.training.run import LAG, Meter, States, check_identity, check_writable, signals
 from specsa_jax.training.step import DTYPES
 
 
@@ -105,7 +105,8 @@ class _Run:
             "train": config.identity(), "head": self.head_config.to_dict(), "target": self.fingerprint,
             "corpus": corpus.digest(),
         }))  # fmt: skip
-        self._check_identity(identity, resumed)
+        if resumed:
+            check_identity(self.out, identity)
         self._say(f"{len(self.documents[False])} files to train on, {len(self.documents[True])} held out")
         self.tokens = data.encode_cached(corpus, target.tokenizer, self.out)
         if len(self.tokens.train) <= config.context:
@@ -294,19 +295,6 @@ class _Run:
         self.states.save(self.step, self.state)
         self.saved = self.step
         self.meter.restart()
-
-    def _check_identity(self, identity: dict[str, Any], resumed: int) -> None:
-        if not resumed:
-            return
-        before = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
-        changed = [
-            f"{name}: was {before['train'].get(name)!r}, now {value!r}"
-            for name, value in identity["train"].items()
-            if before["train"].get(name) != value
-        ]
-        changed += [f"the {name} changed" for name in ("head", "target", "corpus") if before[name] != identity[name]]
-        if changed:
-            raise TrainingError(f"resume: {self.out} is another run: " + "; ".join(changed))
 
     def _say(self, text: str) -> None:
         self.progress({"message": text})

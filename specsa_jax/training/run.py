@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -50,6 +51,19 @@ class States:
         if saved or result.exists():
             raise TrainingError(f"output: {self.out} holds a run; go on with --resume, or choose another directory")
         return 0
+
+
+def check_identity(out: Path, identity: dict[str, Any]) -> None:
+    """Raises TrainingError where the run in ``out`` was begun with other options (``train``) or parts than these."""
+    before = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    changed = [
+        f"{name}: was {before['train'].get(name)!r}, now {value!r}"
+        for name, value in identity["train"].items()
+        if before["train"].get(name) != value
+    ]
+    changed += [f"the {name} changed" for name in identity if name != "train" and before[name] != identity[name]]
+    if changed:
+        raise TrainingError(f"resume: {out} is another run: " + "; ".join(changed))
 
 
 class Meter:

@@ -32,7 +32,7 @@ from specsa_jax.checkpoints import store
 from specsa_jax.config import PRESETS, ConfigError, ModelConfig, preset
 from specsa_jax.training import data, report, step
 from specsa_jax.training.config import DivergedError, TrainConfig, TrainingError
-from specsa_jax.training.run import LAG, Meter, States, check_writable, signals
+from specsa_jax.training.run import LAG, Meter, States, check_identity, check_writable, signals
 from specsa_jax.training.tokenizer import END_OF_TEXT_ID, train_tokenizer
 
 
@@ -94,7 +94,8 @@ class _Run:
         identity = json.loads(json.dumps({
             "train": config.identity(), "model": self.model_config.to_dict(), "corpus": corpus.digest(),
         }))  # fmt: skip
-        self._check_identity(identity, resumed)
+        if resumed:
+            check_identity(self.out, identity)
         self._say(
             f"{len(self.documents[False])} files to train on, {len(self.documents[True])} held out"
             f" ({corpus.duplicates} duplicates and {corpus.undecodable} undecodable files left out)"
@@ -287,19 +288,6 @@ class _Run:
         self.states.save(self.step, self.state)
         self.saved = self.step
         self.meter.restart()
-
-    def _check_identity(self, identity: dict[str, Any], resumed: int) -> None:
-        if not resumed:
-            return
-        before = json.loads((self.out / "run.json").read_text(encoding="utf-8"))
-        changed = [
-            f"{name}: was {before['train'].get(name)!r}, now {value!r}"
-            for name, value in identity["train"].items()
-            if before["train"].get(name) != value
-        ]
-        changed += [f"the {name} changed" for name in ("model", "corpus") if before[name] != identity[name]]
-        if changed:
-            raise TrainingError(f"resume: {self.out} is another run: " + "; ".join(changed))
 
     def _say(self, text: str) -> None:
         self.progress({"message": text})

@@ -21,6 +21,7 @@ from specsa_jax.config import ModelConfig, NSAConfig
 
 
 def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
+    """The model that a config, and the tensors' shapes, describe: see :class:`Format`."""
     fields = Fields(raw)
     fields.only("qkv_bias", False, why="biases are not supported")
     fields.only("elementwise_affine", True, why="norms have scales")
@@ -49,6 +50,7 @@ def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
 
 
 def express(model: ModelConfig) -> dict[str, Any]:
+    """The format's config of a model: see :class:`Format`."""
     nsa, rope = model.nsa, write_rope(model.rope, model.max_length)
     return {
         "architectures": ["NSAForCausalLM"], "model_type": "nsa", "vocab_size": model.vocab_size,
@@ -62,6 +64,7 @@ def express(model: ModelConfig) -> dict[str, Any]:
 
 
 def table(model: ModelConfig) -> list[Row]:
+    """The format's tensors for a model: see :class:`Format`."""
     rows = [
         Row("model.embeddings.weight", "embed.embedding"),
         Row("model.layers.{i}.attn_norm.weight", "layers.{i}.attn_norm.scale"),

@@ -19,6 +19,7 @@ from specsa_jax.config import ModelConfig
 
 
 def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
+    """The model that a config, and the tensors' shapes, describe: see :class:`Format`."""
     fields = Fields(raw)
     heads, decoder, rope = read_heads(fields), read_decoder(fields, max_length=2048), read_rope(fields)
     fields.finish()
@@ -26,6 +27,7 @@ def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
 
 
 def express(model: ModelConfig) -> dict[str, Any]:
+    """The format's config of a model: see :class:`Format`."""
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **write_decoder(model), "mlp_bias": False}
 
 

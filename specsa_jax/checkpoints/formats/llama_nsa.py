@@ -24,6 +24,7 @@ from specsa_jax.config import ModelConfig, NSAConfig
 
 
 def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
+    """The model that a config, and the tensors' shapes, describe: see :class:`Format`."""
     fields = Fields(raw)
     block = fields.whole("block_size")
     nsa: dict[str, Any] = {
@@ -39,6 +40,7 @@ def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
 
 
 def express(model: ModelConfig) -> dict[str, Any]:
+    """The format's config of a model: see :class:`Format`."""
     nsa = model.nsa
     return {
         "architectures": ["LlamaNSAForCausalLM"], "model_type": "llama-nsa", **write_decoder(model), "mlp_bias": False,
@@ -47,6 +49,7 @@ def express(model: ModelConfig) -> dict[str, Any]:
 
 
 def table(model: ModelConfig) -> list[Row]:
+    """The format's tensors for a model: see :class:`Format`."""
     gate = Row("model.layers.{i}.self_attn.g_proj.weight", "layers.{i}.attn.gate_proj.kernel", LINEAR)
     return [*llama_rows(model), gate]
 

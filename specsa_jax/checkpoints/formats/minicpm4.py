@@ -24,6 +24,7 @@ from specsa_jax.config import ConfigError, ModelConfig, NSAConfig
 
 
 def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
+    """The model that a config, and the tensors' shapes, describe: see :class:`Format`."""
     fields = Fields(raw)
     sparse = raw.get("sparse_config")
     if not isinstance(sparse, dict):
@@ -61,6 +62,7 @@ def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
 
 
 def express(model: ModelConfig) -> dict[str, Any]:
+    """The format's config of a model: see :class:`Format`."""
     nsa = model.nsa
     base = model.logit_scale * model.hidden
     return {

@@ -16,6 +16,7 @@ _FC1 = "blocks.0.attn.gate.fc1.weight"
 
 
 def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
+    """The model that a config, and the tensors' shapes, describe: see :class:`Format`."""
     # Nested as in the training configs (model, nsa), or flat.
     flat = dict(raw)
     for part in ("model", "nsa"):
@@ -49,6 +50,7 @@ def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
 
 
 def express(model: ModelConfig) -> dict[str, Any]:
+    """The format's config of a model: see :class:`Format`."""
     nsa = model.nsa
     return {
         "model": {
@@ -65,6 +67,7 @@ def express(model: ModelConfig) -> dict[str, Any]:
 
 
 def table(model: ModelConfig) -> list[Row]:
+    """The format's tensors for a model: see :class:`Format`."""
     dim, at = model.nsa.head_dim, "blocks.{i}.attn."
     rotated = Linear(rotated_out=dim)
     rows = [

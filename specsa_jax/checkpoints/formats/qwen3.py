@@ -20,6 +20,7 @@ from specsa_jax.config import ModelConfig
 
 
 def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
+    """The model that a config, and the tensors' shapes, describe: see :class:`Format`."""
     fields = Fields(raw)
     fields.only("use_sliding_window", False, why="the model is dense")
     heads, decoder, rope = read_heads(fields), read_decoder(fields, max_length=32768), read_rope(fields)
@@ -28,10 +29,12 @@ def understand(raw: dict[str, Any], shapes: Shapes) -> ModelConfig:
 
 
 def express(model: ModelConfig) -> dict[str, Any]:
+    """The format's config of a model: see :class:`Format`."""
     return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **write_decoder(model)}
 
 
 def table(model: ModelConfig) -> list[Row]:
+    """The format's tensors for a model: see :class:`Format`."""
     return [
         *llama_rows(model),
         Row("model.layers.{i}.self_attn.q_norm.weight", "layers.{i}.attn.q_norm.scale"),

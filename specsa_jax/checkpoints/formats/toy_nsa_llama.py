@@ -17,6 +17,7 @@ COMPRESSION = {"avgpool": "mean", "weightedpool": "weighted", "linear": "linear"
 
 
 def understand(raw: dict[str, Any], shapes: Shapes, *, gate: str = "per_head") -> ModelConfig:
+    """The model that a config, and the tensors' shapes, describe: see :class:`Format`."""
     fields = Fields(raw)
     heads = fields.whole("num_attention_heads")
     kind = raw.get("compress_type")
@@ -46,6 +47,7 @@ def understand(raw: dict[str, Any], shapes: Shapes, *, gate: str = "per_head") -
 
 
 def express(model: ModelConfig) -> dict[str, Any]:
+    """The format's config of a model: see :class:`Format`."""
     nsa = model.nsa
     return {
         "vocab_size": model.vocab_size, "hidden_size": model.hidden, "intermediate_size": model.intermediate,
@@ -59,6 +61,7 @@ def express(model: ModelConfig) -> dict[str, Any]:
 
 
 def table(model: ModelConfig) -> list[Row]:
+    """The format's tensors for a model: see :class:`Format`."""
     rows = [
         Row("embedding.weight", "embed.embedding"),
         Row("layers.{i}.attn_norm.weight", "layers.{i}.attn_norm.scale"),
