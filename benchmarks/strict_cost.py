@@ -1,7 +1,7 @@
 """What class strict costs: decoding one token at a time and speculating, in class exact and in class strict.
 
-The embedded model continues the beginning of a held-out file. Programs are compiled and warm; the four strategies run in
-turns, and the fastest of ``--repeats`` runs counts for each. Prints a table, writes JSON.
+The embedded model continues a held-out file. Programs are compiled and warm; the four strategies run in turns, and the
+fastest of ``--repeats`` runs counts for each. Prints a table, writes JSON.
 
     python benchmarks/strict_cost.py --out benchmarks/results/cpu/strict_cost.json
 """
@@ -9,6 +9,7 @@ turns, and the fastest of ``--repeats`` runs counts for each. Prints a table, wr
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import harness
 from held_out import held_out_prompts
@@ -31,7 +32,7 @@ def main() -> None:
         for precision in ("exact", "strict")
         for drafter in (None, PromptLookup())
     ]
-    runs = {strategy: [] for strategy in strategies}
+    runs: dict[Strategy, list[Any]] = {strategy: [] for strategy in strategies}
     for _ in range(args.repeats + 1):
         for strategy in strategies:
             runs[strategy].append(engine.generate([ids], args.new_tokens, strategy=strategy))

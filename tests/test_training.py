@@ -306,9 +306,9 @@ def test_duplicates_and_empty_files_are_left_out(config, tmp_path):
 
 def test_standard_library_is_a_data_source(config):
     config = dataclasses.replace(config, data=("stdlib",), glob="json/*.py", holdout=0.3)
-    files = dict(data._files("stdlib", config))
+    files = dict(data.find_files("stdlib", config))
     assert "json/decoder.py" in files
-    fewer = dict(data._files("stdlib", dataclasses.replace(config, exclude=("*/decoder.py",))))
+    fewer = dict(data.find_files("stdlib", dataclasses.replace(config, exclude=("*/decoder.py",))))
     assert fewer.keys() == files.keys() - {"json/decoder.py"}
 
 
