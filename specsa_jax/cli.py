@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +17,7 @@ from typer.exceptions import TyperException
 from specsa_jax.checkpoints.cli import convert, inspect
 from specsa_jax.precision_cli import precision as measure_precision
 from specsa_jax.precision_cli import schedule as search_schedule
+from specsa_jax.terminal import clear_errors
 from specsa_jax.training.cli import train
 from specsa_jax.training.draft_cli import train_draft
 
@@ -186,25 +186,6 @@ def main() -> None:
         if message := error.format_message():  # empty where the help was printed instead
             print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
-
-
-@contextlib.contextmanager
-def clear_errors(notes: Console) -> Iterator[None]:
-    """Bad input ends with one line and exit code 2, Ctrl-C with 130."""
-    from pallas_kernels import UnsupportedError
-    from specsa_jax.cache import CapacityError
-    from specsa_jax.checkpoints import CheckpointError
-
-    try:
-        yield
-    except BrokenPipeError:  # the reader of standard output has gone: no fault of the input's
-        raise
-    except (CapacityError, CheckpointError, UnsupportedError, ValueError, OSError) as error:
-        notes.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        notes.print("interrupted")
-        raise typer.Exit(130) from error
 
 
 def _strategy(drafter: str, tree: str, acceptance: Any, precision: Any, checkpoint: str) -> Strategy:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from specsa_jax.terminal import clear_errors
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -145,8 +147,6 @@ def precision(
 @contextlib.contextmanager
 def _session(checkpoint: str, implementation: str) -> Iterator[tuple[Console, Engine]]:
     from rich.console import Console
-
-    from specsa_jax.cli import clear_errors
 
     console = Console(stderr=True, highlight=False)
     with clear_errors(console):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from specsa_jax.terminal import clear_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +51,7 @@ def convert(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     notes = Console(stderr=True, highlight=False)
-    with _clear_errors(notes):
+    with clear_errors(notes, "interrupted; nothing was written"):
         from specsa_jax.checkpoints import conversion
 
         options = _sizes(adapt_option or [])
@@ -87,7 +87,7 @@ def inspect(
     from rich.console import Console
 
     notes = Console(stderr=True, highlight=False)
-    with _clear_errors(notes):
+    with clear_errors(notes):
         from specsa_jax.checkpoints import inspection
 
         with notes.status("comparing checksums" if verify else "reading"):
@@ -101,23 +101,6 @@ def inspect(
             _inspected(report, Console(highlight=False))
     if report["problems"]:
         raise typer.Exit(1)
-
-
-@contextlib.contextmanager
-def _clear_errors(notes: Console) -> Iterator[None]:
-    from specsa_jax.checkpoints.trees import CheckpointError
-    from specsa_jax.config import ConfigError
-
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except (CheckpointError, ConfigError, OSError) as error:
-        notes.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        notes.print("interrupted; nothing was written")
-        raise typer.Exit(130) from error
 
 
 def _sizes(texts: list[str]) -> dict[str, int]:
