@@ -6,8 +6,8 @@ import dataclasses
 import math
 
 from specsa_jax.checkpoints.records import Measurement, Records
-from specsa_jax.decoding import Strategy
 from specsa_jax.schedule import Sharing
+from specsa_jax.strategy import Strategy
 
 
 class PrecisionError(ValueError):

@@ -24,9 +24,9 @@ from specsa_jax.training.draft_cli import train_draft
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from specsa_jax.decoding import Strategy
     from specsa_jax.engine import Engine
     from specsa_jax.results import Result
+    from specsa_jax.strategy import Strategy
 
 # A file of the standard library that the embedded model has not seen (its path is in the held-out split), up to a
 # comment in its middle. The text before it is the same in Python 3.11 and 3.12.
@@ -189,8 +189,8 @@ def main() -> None:
 
 
 def _strategy(drafter: str, tree: str, acceptance: Any, precision: Any, checkpoint: str) -> Strategy:
-    from specsa_jax.decoding import Strategy
     from specsa_jax.drafting import drafter_from_name
+    from specsa_jax.strategy import Strategy
 
     return Strategy(drafter_from_name(drafter, checkpoint), tree, acceptance=acceptance, precision=precision)
 

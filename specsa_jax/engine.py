@@ -29,12 +29,13 @@ from specsa_jax.cache import Cache, CacheBytes, CapacityError, cache_bytes, crea
 from specsa_jax.checkpoints import draft_head, records
 from specsa_jax.checkpoints.records import Records
 from specsa_jax.config import ModelConfig
-from specsa_jax.decoding import Decoder, Precision, State, Strategy
+from specsa_jax.decoding import Decoder, State
 from specsa_jax.drafting import Drafter, Target
 from specsa_jax.nsa import kernels
 from specsa_jax.results import Chunk, Output, Result, Stream, stats_of
 from specsa_jax.sampling import SamplingParams, batch_sampling
 from specsa_jax.schedule import parse_schedule
+from specsa_jax.strategy import Precision, Strategy
 
 # Steps between two looks of the host when text is streamed or stop strings are watched for, and otherwise.
 _STREAM_STEPS, _QUIET_STEPS = 8, 512

@@ -19,9 +19,9 @@ from scipy import stats
 from specsa_jax.cache import Cache
 from specsa_jax.calibration import Calibration, CalibrationError, Part
 from specsa_jax.checkpoints.records import AtContext, Measurement, Searched, measured_as
-from specsa_jax.decoding import Strategy
 from specsa_jax.engine import Engine
 from specsa_jax.schedule import Sharing, uniform_schedule
+from specsa_jax.strategy import Strategy
 
 CONTEXTS, WINDOWS, TOKENS, BATCH, CONFIDENCE = (512, 2048, 4096), 24, 64, 4, 0.95
 

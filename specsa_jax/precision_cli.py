@@ -120,7 +120,7 @@ def precision(
     with _session(checkpoint, implementation) as (console, engine):
         from specsa_jax import precision as measuring
         from specsa_jax.calibration import read_calibration
-        from specsa_jax.decoding import Strategy
+        from specsa_jax.strategy import Strategy
 
         if schedule or shared:
             kinds: dict[str, Any] = {"precision": "approx", "keep_compressed": not drop_compressed}

@@ -10,7 +10,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from specsa_jax.cache import CacheBytes
-from specsa_jax.decoding import Counts, Strategy
+from specsa_jax.decoding import Counts
+from specsa_jax.strategy import Strategy
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,9 +29,10 @@ from specsa_jax.cache import (
     topology,
 )
 from specsa_jax.config import ModelConfig, NSAConfig
-from specsa_jax.decoding import AUTOREGRESSIVE, Decoder, State, Strategy
+from specsa_jax.decoding import Decoder, State
 from specsa_jax.drafting import DraftModel
 from specsa_jax.sampling import SamplingParams, batch_sampling
+from specsa_jax.strategy import AUTOREGRESSIVE, Strategy
 
 ROWS, CAPACITY, CHUNK, NODES, ROLLBACK = 3, 40, 6, 7, 5
 SPARE = 4

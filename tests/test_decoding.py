@@ -16,9 +16,10 @@ from pallas_kernels import UnsupportedError
 from specsa_jax import reference
 from specsa_jax.acceptance import accept_coupled
 from specsa_jax.cache import create_cache, pages_for
-from specsa_jax.decoding import AUTOREGRESSIVE, Decoder, State, Strategy
+from specsa_jax.decoding import Decoder, State
 from specsa_jax.drafting import Combined, DraftModel, PromptLookup, SelfDraft
 from specsa_jax.sampling import SamplingParams, batch_sampling
+from specsa_jax.strategy import AUTOREGRESSIVE, Strategy
 
 # Seeds are fixed, so a test passes or fails for good; this is how likely a right implementation was to fail at all.
 ERROR_RATE = 1e-6

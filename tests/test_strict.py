@@ -15,11 +15,11 @@ from test_decoding import CONFIG, NEW, PROMPTS, SAMPLED, decoder, run, weights
 from specsa_jax import model as transformer
 from specsa_jax.cache import make_tail, topology
 from specsa_jax.config import preset
-from specsa_jax.decoding import AUTOREGRESSIVE, Strategy
 from specsa_jax.drafting import Combined, DraftModel, PromptLookup
 from specsa_jax.nsa.cached import Backend
 from specsa_jax.nsa.rows import BLOCK, in_blocks
 from specsa_jax.sampling import SamplingParams
+from specsa_jax.strategy import AUTOREGRESSIVE, Strategy
 
 COLUMNS = 10  # of the page table, whatever the prompts
 GREEDY = [SamplingParams()] * len(PROMPTS)

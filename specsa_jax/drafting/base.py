@@ -95,7 +95,7 @@ class Seen(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Drafter:
     """Base class of drafters. Subclasses are frozen dataclasses: they are part of a
-    :class:`specsa_jax.decoding.Strategy`, and so of a compiled program's identity.
+    :class:`specsa_jax.strategy.Strategy`, and so of a compiled program's identity.
 
     Only :meth:`propose` has to be written. All but :meth:`load` is traced.
     """
