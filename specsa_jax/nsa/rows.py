@@ -45,7 +45,9 @@ def in_blocks(lengths: jax.Array, size: int = BLOCK) -> Rows:
 
         def block(index: jax.Array) -> Any:
             parts = [jax.lax.dynamic_slice_in_dim(a, index * size, size)[None] for a in flat]
-            return jax.tree.map(lambda out: out[0], function(*parts))
+            parts = jax.lax.optimization_barrier(parts)
+            outs = jax.lax.optimization_barrier(function(*parts))
+            return jax.tree.map(lambda out: out[0], outs)
 
         def body(index: jax.Array, outs: Any) -> Any:
             def put(out: jax.Array, new: jax.Array) -> jax.Array:
