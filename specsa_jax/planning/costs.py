@@ -133,10 +133,8 @@ class Costs:
             if kind == "model":
                 config = load_config(where)
                 coefficients = _counted(config, rates)
-            passes = [
-                _features(Point(batch, context, 1 + step * level), config.layers) for step in range(template.depth)
-            ]
-            return float(sum(one @ coefficients for one in passes))
+            trees = (Point(batch, context, 1 + step * level) for step in range(template.depth))
+            return float(sum(_features(tree, config.layers) @ coefficients for tree in trees))
         # A head, and whatever one's own drafter is: a layer and the output matrix a pass.
         layer = dataclasses.replace(self.config, layers=1)
         once = (_LAUNCHES * rates.overhead) + _weights(layer) * (
@@ -270,7 +268,7 @@ def measure_bandwidth(dtype: Any) -> tuple[float, float, float]:
                 times.append(time.perf_counter() - begun)
         return min(times) / steps
 
-    size = (512 if on_gpu else 64) << 20
+    size = (1024 if on_gpu else 256) << 20
     copy = fastest(lambda x: -x, jnp.ones(size // dtype.itemsize, dtype), 4)
     side = 4096 if on_gpu else 512
     matmul = fastest(lambda x: x @ x, jnp.eye(side, dtype=dtype), 8)
