@@ -244,8 +244,11 @@ class _Bench:
         places = [(batch, context) for batch in self.batches for context in contexts]
         behind = self._behind_text()
         # One chain speaks for the drafter's others: the third token of a chain fares alike in all.
-        longest = sorted(self.drafts, key=lambda draft: parse_tree(draft[1]).nodes)
-        chains = {name: tree for name, tree in longest if parse_tree(tree).is_chain and parse_tree(tree).nodes <= REACH}
+        chains: dict[str, str] = {}
+        for name, tree in sorted(self.drafts, key=lambda draft: parse_tree(draft[1]).nodes):
+            template = parse_tree(tree)
+            if template.is_chain and (template.nodes <= REACH or name not in chains):
+                chains[name] = tree
         trees = [(name, tree) for name, tree in self.drafts if not parse_tree(tree).is_chain]
         told = [*chains.items(), *trees]
         shapes = list(dict.fromkeys(tree for _, tree in trees))
@@ -366,10 +369,10 @@ class _Bench:
             with jax.default_matmul_precision("highest" if engine.dtype == jnp.float32 else "default"):
                 compiled = loop.lower(engine.params, params, draft, state, sampling, jnp.int32(0)).compile()
 
-            def steps(draft: Any, count: int) -> Any:
-                return compiled(engine.params, params, draft, state, sampling, jnp.int32(count))[0]
+            def steps(before: Any, count: int) -> Any:
+                return compiled(engine.params, params, before[0], state, sampling, jnp.int32(count))
 
-            seconds, _, _ = _timed(steps, draft, _room(context, strategy.width) // 2)
+            seconds, _, _ = _timed(steps, (draft, None), _room(context, strategy.width) // 2)
             return {"drafts": (DraftTime(name, tree, batch, context, seconds),)}
 
         return _Task(f"drafts of {name}, {tree}, batch {batch}, context {context:,}",
@@ -553,7 +556,7 @@ def _draft_steps(
             draft = drafter.observe(draft_params, draft, seen)
         return draft, known + size, step + 1
 
-    # Both are given back: without a use, drafts that nobody observes would not be computed.
+    # Both are given back: drafts that nobody observes would not be computed otherwise, nor waited for.
     return jax.lax.while_loop(lambda carry: carry[2] < count, body, (draft, state.known, jnp.int32(0)))[:2]
 
 
