@@ -527,6 +527,8 @@ def _timed(steps: Callable[[Any, int], Any], state: Any, most: int) -> tuple[flo
     times: list[float] = []
     while len(times) < 3 or (len(times) < REPEATS and sum(times) * count < SECONDS):
         times.append(call(count))
+    while max(times) > 1.5 * min(times) and len(times) < 3 * REPEATS and sum(times) * count < 2 * SECONDS:
+        times.append(call(count))  # the machine does something else, too
     return statistics.median(times), min(times), max(times)
 
 
