@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 
-# The processes that this one starts have the GPU to themselves.
+# The processes that this one starts need the GPU's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import argparse
@@ -164,11 +164,17 @@ class Recipe:
         self.save()
 
     def save(self) -> None:
-        if path := harness.out_path(self.args):
-            rows = self.report.get("end_to_end", {}).get("rows", [])
-            others = {name: value for name, value in self.report.items() if name != "end_to_end"}
-            described = {name: value for name, value in self.report.get("end_to_end", {}).items() if name != "rows"}
-            harness.save(path, rows, **others, measured_by=described, wall_seconds=time.monotonic() - self.begun)
+        """Writes the report, without where on this machine things lie."""
+        path = harness.out_path(self.args)
+        if path is None:
+            return
+        text = json.dumps(self.report).replace(str(self.folder), "run")
+        for place in sorted({str(Path(source).parent) for source in self.data}, key=len, reverse=True):
+            text = text.replace(f'"{place}/', f'"{Path(place).name}/')
+        report = json.loads(text)
+        measured = report.pop("end_to_end", {"rows": []})
+        rows = measured.pop("rows")
+        harness.save(path, rows, **report, measured_by=measured, wall_seconds=time.monotonic() - self.begun)
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -180,7 +186,7 @@ def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--seconds", type=float, default=570, help="for all of it")
     parser.add_argument("--measure", type=int, default=1, choices=(0, 1), help="run end_to_end.py in the end")
-    parser.add_argument("--megabytes", type=float, default=64, help="of packages' source besides the standard library")
+    parser.add_argument("--megabytes", type=float, default=32, help="of packages' source besides the standard library")
     parser.add_argument("--model", default="120m", help="a preset, or the path of a ModelConfig JSON file")
     parser.add_argument("--short", type=shape, default="4096:16", help="context:batch of the first run")
     parser.add_argument("--long", type=shape, default="16384:4", help="context:batch of the second run")
