@@ -250,19 +250,18 @@ def arguments(doc: str | None, *, rows: bool = False) -> argparse.ArgumentParser
     return parser
 
 
-def out_path(args: argparse.Namespace) -> Path | None:
-    """Where ``--out`` says that results go; None: nowhere."""
+def out_path(args: argparse.Namespace, suffix: str = "") -> Path | None:
+    """Where ``--out`` says that results go, with ``suffix`` behind the script's name; None: nowhere."""
     if args.out is None:
         return None
-    return Path(args.out) if args.out else device_folder() / f"{Path(sys.argv[0]).stem}.json"
+    return Path(args.out) if args.out else device_folder() / f"{Path(sys.argv[0]).stem}{suffix}.json"
 
 
 class Rows:
     """A result file that grows row by row, so that a run may be stopped and gone on with.
 
     ``axes`` name what tells rows apart; ``summary`` is written beside them. With ``--resume`` the rows of a file that
-    was written on the same device, at the same commit and with the same summary are kept. SystemExit where such a file
-    is of another.
+    was written on the same device, at the same commit and with the same summary are kept; another file is begun anew.
     """
 
     def __init__(self, args: argparse.Namespace, axes: Sequence[str], **summary: Any):
@@ -272,11 +271,11 @@ class Rows:
         if args.resume and self.path is not None and self.path.exists():
             before = json.loads(self.path.read_text(encoding="utf-8"))
             now = {name: environment()[name] for name in ("device", "commit")} | json.loads(json.dumps(summary))
-            for name, value in now.items():
-                if before.get(name) != value:
-                    raise SystemExit(f"--resume: {self.path} has {name} {before.get(name)!r}, expected {value!r}; "
-                                     "run without --resume")  # fmt: skip
-            self.rows = before["rows"]
+            other = [name for name, value in now.items() if before.get(name) != value]
+            if other:
+                print(f"{self.path} has another {', '.join(other)}: begun anew", flush=True)
+            else:
+                self.rows = before["rows"]
         self._known = {self._key(row) for row in self.rows}
 
     def _key(self, row: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Time and peak memory of prefilling a long prompt, for a preset with random weights.
 
-python benchmarks/prefill.py --preset 8b --tokens 65536 --out result.json
+python benchmarks/prefill.py --preset 8b --tokens 65536 --out
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> None:
         "temporary_bytes": prefill.memory_analysis().temp_size_in_bytes,
     }
     harness.print_table([row])
-    if path := harness.out_path(args):
+    if path := harness.out_path(args, f"_{args.preset}_{args.tokens // 1024}k"):
         harness.save(path, [row])
 
 

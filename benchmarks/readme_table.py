@@ -92,7 +92,8 @@ def end_to_end(result: Result) -> Lines:
         yield (
             f"end to end, {workload}, {thousands(longest)}, batch 1, greedy, class exact",
             f"{best['speedup']:.2f}x one token at a time ({best['strategy']}), "
-            f"{best['tokens_per_second']:.0f} tokens/s, {best['mean_acceptance_length']:.2f} tokens a step, identical {best.get('identical', '-')}",
+            f"{best['tokens_per_second']:.0f} tokens/s, {best['mean_acceptance_length']:.2f} tokens a step, "
+            f"identical {best.get('identical', '-')}",
         )
 
 

@@ -6,7 +6,7 @@ a checkpoint, divergence from all-refresh is measured on its held-out text, and 
 only.
 
     python benchmarks/refresh_reuse.py --out
-    python benchmarks/refresh_reuse.py --preset 1b --context 65536 --batch 8 --out refresh_reuse_1b.json
+    python benchmarks/refresh_reuse.py --preset 1b --context 65536 --batch 8 --out
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def main() -> None:
         with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
             return harness.measure(step, (cache, tokens), [params], iterations=args.iterations, seconds=2.0, unroll=1)
 
-    rows, path = [], harness.out_path(args)
+    rows, path = [], harness.out_path(args, f"_{args.preset}" if args.preset else "")
     for kind, sharing in sharings:
         rows.append(row_of(kind, sharing, config.layers, time_of(sharing), time_of(Sharing()), measured.get(sharing)))
         print(rows[-1], flush=True)

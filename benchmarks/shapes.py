@@ -85,9 +85,9 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[1, 16, 4, 8, 64], help="T; 1 is decoding")
     parser.add_argument("--seconds", type=float, default=0.5, help="spent on each figure's repeats")
     args = parser.parse_args()
-    rows = harness.Rows(args, AXES, dtype=str(model_dtype()), bandwidth=round(harness.copy_bandwidth() / 1e9) * 10**9)
+    rows = harness.Rows(args, AXES, dtype=str(model_dtype()))
     rows_of_presets(rows, args)
-    rows.save()
+    rows.save(bytes_per_second=harness.copy_bandwidth())
 
 
 def rows_of_presets(rows: harness.Rows, args: argparse.Namespace) -> None:
