@@ -15,6 +15,7 @@ import typer
 from typer.exceptions import TyperException
 
 from specsa_jax.checkpoints.cli import convert, inspect
+from specsa_jax.planning.cli import profile
 from specsa_jax.precision_cli import precision as measure_precision
 from specsa_jax.precision_cli import schedule as search_schedule
 from specsa_jax.terminal import clear_errors
@@ -46,6 +47,7 @@ app.command()(inspect)
 app.command()(train_draft)
 app.command("schedule")(search_schedule)
 app.command("precision")(measure_precision)
+app.command()(profile)
 
 
 @app.callback()
