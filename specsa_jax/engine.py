@@ -32,6 +32,7 @@ from specsa_jax.config import ModelConfig
 from specsa_jax.decoding import Decoder, State
 from specsa_jax.drafting import Drafter, Target
 from specsa_jax.nsa import kernels
+from specsa_jax.nsa.rows import STRICT_OPTIONS
 from specsa_jax.results import Chunk, Output, Result, Stream, stats_of
 from specsa_jax.sampling import SamplingParams, batch_sampling
 from specsa_jax.schedule import parse_schedule
@@ -230,7 +231,7 @@ class Engine:
         state = self._initial_state(rows, pages, max_new_tokens)
         state = state._replace(draft=self._draft_state(drafter, len(rows), pages.shape[1]))
         longest = max(len(row) for row in rows)
-        chunk = self._chunk(longest)
+        chunk = self._chunk(longest, strategy.precision)
         few = jnp.int32(max(1, 1024 // chunk))  # so that Ctrl-C is heard during a long prefill
         shown = {} if drafter is None or not drafter.observes else {"draft_params": draft_params}
         prefill, compile_prefill = self._executable(
@@ -303,7 +304,7 @@ class Engine:
         """
         row = self._row("tokens", tokens)
         pages, _ = self._plan_pages([row], 0, Strategy(None, precision=self.precision))
-        chunk = self._chunk(len(row))
+        chunk = self._chunk(len(row), self.precision)
         cache = self._initial_state([row], pages, 0).cache
         out = np.empty((len(row), self.config.vocab_size), np.float32)
         for start in range(0, len(row), chunk):
@@ -334,8 +335,10 @@ class Engine:
         """Raises CapacityError unless a cache of ``rows`` with ``room`` more tokens each fits."""
         self._plan_pages(list(rows), room, Strategy(None))
 
-    def _chunk(self, longest: int) -> int:
-        """Tokens of a pass over prompts."""
+    def _chunk(self, longest: int, precision: Precision = "exact") -> int:
+        """Tokens of a pass over prompts; always as many for strict kernels, which keep bits in calls of one length."""
+        if precision == "strict" and self.implementation == "pallas":
+            return self.prefill_chunk
         return min(self.prefill_chunk, max(16, 1 << (longest - 1).bit_length()))
 
     def _executable(self, kind: str, static: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Callable, float]:
@@ -345,9 +348,11 @@ class Engine:
         if key in self._compiled:
             return self._compiled[key], 0.0
         begun = time.perf_counter()
+        strict = "strict" in (static.get("precision"), getattr(static.get("strategy"), "precision", None))
+        options = STRICT_OPTIONS if strict and jax.default_backend() == "gpu" else None
         # float32 means float32: a GPU's default would round the factors to TF32.
         with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
-            self._compiled[key] = getattr(self.decoder, kind).lower(*args, **kwargs, **static).compile()
+            self._compiled[key] = getattr(self.decoder, kind).lower(*args, **kwargs, **static).compile(options)
         return self._compiled[key], time.perf_counter() - begun
 
     def _load_drafter(self, drafter: Drafter | None) -> Any:
