@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import Implementation
 from specsa_jax import model as transformer
@@ -69,6 +70,21 @@ class Counts(NamedTuple):
     drafted: jax.Array
     accepted: jax.Array
     nodes: jax.Array
+
+
+def add_counts(one: Counts | None, other: Counts) -> Counts:
+    """The sum of two calls' counts, as NumPy arrays int64; strategies may reach unequally far."""
+    if one is None:
+        return Counts(*(np.asarray(count, np.int64) for count in other))  # type: ignore[arg-type]
+
+    def add(a: Any, b: Any) -> Any:
+        a, b = np.asarray(a, np.int64), np.asarray(b, np.int64)
+        if not a.ndim:
+            return a + b
+        reach = max(len(a), len(b))
+        return np.pad(a, (0, reach - len(a))) + np.pad(b, (0, reach - len(b)))
+
+    return Counts(*map(add, one, other))
 
 
 class _Verified(NamedTuple):

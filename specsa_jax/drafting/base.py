@@ -115,6 +115,12 @@ class Drafter:
         """Whether it wants to see committed tokens; else :meth:`observe` is not called."""
         return type(self).observe is not Drafter.observe
 
+    @property
+    def replays(self) -> bool:
+        """Whether :meth:`propose` reads nothing but its context's tokens, known and active: then a planner can try it
+        on a prompt (:mod:`specsa_jax.planning.replay`)."""
+        return False
+
     def check(self, config: ModelConfig, template: TreeTemplate) -> None:
         """Raises ValueError where the drafter cannot draft such trees for such a model. Before any work."""
 
