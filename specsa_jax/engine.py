@@ -34,6 +34,7 @@ from specsa_jax.decoding import Counts, Decoder, State, add_counts
 from specsa_jax.drafting import Drafter, Target
 from specsa_jax.drafting.watching import Watching
 from specsa_jax.nsa import kernels
+from specsa_jax.nsa.rows import STRICT_OPTIONS
 from specsa_jax.planning import profile as profiles
 from specsa_jax.planning import replay, space
 from specsa_jax.planning.costs import Costs, measure_bandwidth
@@ -317,7 +318,7 @@ class Engine:
             observer = Watching(None, course.watchers)
         state = state._replace(draft=self._draft_state(observer, len(rows), pages.shape[1]))
         longest = max(len(row) for row in rows)
-        chunk = self._chunk(longest)
+        chunk = self._chunk(longest, course.strategy.precision)
         few = jnp.int32(max(1, 1024 // chunk))  # so that Ctrl-C is heard during a long prefill
         prefill, seconds, shown = self._prefill_program(state, chunk, observer, course.strategy.precision)
         compiled += seconds
@@ -469,7 +470,8 @@ class Engine:
             plan, _ = self._plan(choice, rows, max_new_tokens, state)
             strategies, observer, names = plan.contenders(), Watching(None, plan.watchers), plan.words
         state = state._replace(draft=self._draft_state(observer, batch, pages.shape[1], abstract=True))
-        self._prefill_program(state, self._chunk(prompt_tokens), observer, strategies[0].precision)
+        precision = strategies[0].precision
+        self._prefill_program(state, self._chunk(prompt_tokens, precision), observer, precision)
         params = batch_sampling([SamplingParams()] * batch)
         for one in strategies:
             self._decode_program(one, state, params)
@@ -484,7 +486,7 @@ class Engine:
         """
         row = self._row("tokens", tokens)
         pages, _ = self._plan_pages([row], 0, Strategy(None, precision=self.precision))
-        chunk = self._chunk(len(row))
+        chunk = self._chunk(len(row), self.precision)
         cache = self._initial_state([row], pages, 0).cache
         out = np.empty((len(row), self.config.vocab_size), np.float32)
         for start in range(0, len(row), chunk):
@@ -515,8 +517,10 @@ class Engine:
         """Raises CapacityError unless a cache of ``rows`` with ``room`` more tokens each fits."""
         self._plan_pages(list(rows), room, Strategy(None))
 
-    def _chunk(self, longest: int) -> int:
-        """Tokens of a pass over prompts."""
+    def _chunk(self, longest: int, precision: Precision = "exact") -> int:
+        """Tokens of a pass over prompts; always as many for strict kernels, which keep bits in calls of one length."""
+        if precision == "strict" and self.implementation == "pallas":
+            return self.prefill_chunk
         return min(self.prefill_chunk, max(16, 1 << (longest - 1).bit_length()))
 
     def _executable(self, kind: Any, static: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Callable, float]:
@@ -529,10 +533,12 @@ class Engine:
         if key in self._compiled:
             return self._compiled[key], 0.0
         begun = time.perf_counter()
+        strict = "strict" in (static.get("precision"), getattr(static.get("strategy"), "precision", None))
+        options = STRICT_OPTIONS if strict and jax.default_backend() == "gpu" else None
         # float32 means float32: a GPU's default would round the factors to TF32.
         with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
             jitted = getattr(self.decoder, kind) if isinstance(kind, str) else kind
-            self._compiled[key] = jitted.lower(*args, **kwargs, **static).compile()
+            self._compiled[key] = jitted.lower(*args, **kwargs, **static).compile(options)
         return self._compiled[key], time.perf_counter() - begun
 
     def _load_drafter(self, drafter: Drafter | None) -> Any:

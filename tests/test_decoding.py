@@ -12,7 +12,6 @@ from reference_params import random_params, random_tokens, tiny_model
 from scipy import stats
 
 import specsa_jax.decoding
-from pallas_kernels import UnsupportedError
 from specsa_jax import reference
 from specsa_jax.acceptance import accept_coupled
 from specsa_jax.cache import create_cache, pages_for
@@ -331,11 +330,6 @@ def test_options_that_contradict_each_other_are_refused(arguments, words):
 def test_strategies_that_do_not_suit_the_model_are_refused(strategy, words):
     with pytest.raises(ValueError, match=words):
         decoder(CONFIG).check(strategy)
-
-
-def test_strict_kernels_do_not_exist_yet():
-    with pytest.raises(UnsupportedError, match="precision: got 'strict' with implementation 'pallas'"):
-        Decoder(CONFIG, jnp.float32, implementation="pallas").check(Strategy(precision="strict"))
 
 
 # --- The law of sampled output. Vocabulary 5, 3 new tokens: all 125 outcomes and their probabilities are known. ---
