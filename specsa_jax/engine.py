@@ -262,7 +262,7 @@ class Engine:
             return self._fixed(strategy, speculate, bound, reach)
         if not speculate:
             raise PromptError("speculate: got False with a planner, expected a Strategy, or None")
-        return self._space(strategy, bound, reach)
+        return self.space(strategy, bound, reach)
 
     def _fixed(self, strategy: Strategy | None, speculate: bool, bound: Bound, reach: int) -> Strategy:
         """The strategy of a call without a planner. Raises ValueError and PrecisionError where it may not be used."""
@@ -279,8 +279,9 @@ class Engine:
         self._load_drafter(strategy.drafter)
         return strategy
 
-    def _space(self, planner: Planner, bound: Bound, reach: int) -> Space:
-        """The strategies among which ``planner`` may choose. Raises ValueError for what cannot be had."""
+    def space(self, planner: Planner, bound: Bound = Bound(), reach: int = 0) -> Space:
+        """The strategies among which ``planner`` may choose, in class approx within ``bound``, for contexts of up to
+        ``reach`` tokens. Raises ValueError for what cannot be had."""
         precision = planner.precision or self.precision
         check_bound(Strategy(None, precision=precision), Sharing(), bound)
         profile, _ = self.profile, self.costs  # measured now where there is no profile, once

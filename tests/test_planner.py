@@ -245,7 +245,7 @@ def test_no_profile_makes_a_lossless_class_choose_an_approximation(engine, profi
     from specsa_jax.planning.costs import Costs as Measured
 
     engine.__dict__["profile"], engine.__dict__["costs"] = profile, Measured.from_profile(profile, CONFIG)
-    found = engine._space(Planner(precision), Bound(), 160)
+    found = engine.space(Planner(precision), Bound(), 160)
     for candidate in found.candidates:
         sharings = found.sharings_of(candidate.strategy)
         strategy = cheapest(candidate.strategy, sharings, engine.costs, 1, 160)
@@ -322,7 +322,7 @@ def test_a_drafter_that_watches_takes_over_in_the_middle(restless):
         Candidate("model", Strategy(other, "chain:4")),
     ]  # fmt: skip
     found = space.Space(Planner(), candidates, [Sharing()], [])
-    engine._space, engine.__dict__["costs"] = lambda *args: found, Costs(0.1)
+    engine.space, engine.__dict__["costs"] = lambda *args: found, Costs(0.1)
     planned = engine.generate(prompts(1), 70, strategy="auto")
     assert planned[0].tokens.tolist() == alone[0].tokens.tolist()
     modelled = [d for d in planned.stats.plan if d.chosen.startswith("model") and d.observed_steps == 2]
