@@ -308,12 +308,14 @@ def _compare(
     """Both loops, compiled and warm, without streaming: best of three each, in turns."""
     import numpy as np
 
-    texts = [text for _, text in prompts]
+    from specsa_jax.strategy import Strategy
+
+    texts, strategy = [text for _, text in prompts], arguments["strategy"]
+    if not isinstance(strategy, Strategy):  # a planner
+        strategy = Strategy(None, precision=strategy.precision)
+    plain = {**arguments, "strategy": strategy, "speculate": False}
     with notes.status("comparing with one token at a time"):
-        runs = [
-            (engine.generate(texts, speculate=False, **arguments), engine.generate(texts, **arguments))
-            for _ in range(3)
-        ]
+        runs = [(engine.generate(texts, **plain), engine.generate(texts, **arguments)) for _ in range(3)]
     baseline = min((run[0].stats for run in runs), key=lambda stats: stats.decode_seconds)
     speculative = min((run[1].stats for run in runs), key=lambda stats: stats.decode_seconds)
     identical = all(
@@ -373,9 +375,9 @@ def _explain(plan: Sequence[Decision], engine: Engine, notes: Console) -> None:
     from rich.table import Table
 
     basis = "counted bytes and measured bandwidth" if engine.profile is None else "a profile"
-    table = Table(title=f"the planner's decisions, from {basis}", title_justify="left")
-    for name in ("step", "strategy", "tokens a step", "ms a step", "tokens/s", ""):
-        table.add_column(name, justify="left" if name in ("strategy", "") else "right")
+    table = Table(title=f"the planner's decisions, from {basis}; tokens and ms of a step", title_justify="left")
+    for name in ("step", "strategy", "tokens", "ms", "tokens/s", ""):
+        table.add_column(name, justify="left" if name in ("strategy", "") else "right", no_wrap=name == "strategy")
     for decision in plan:
         shown = list(decision.options[:4])
         shown += [one for one in decision.options[4:] if one.strategy in (decision.chosen, "autoregressive")]
