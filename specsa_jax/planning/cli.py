@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,17 +22,17 @@ if TYPE_CHECKING:
 
 def profile(
     checkpoint: Annotated[str, typer.Argument(help="'embedded', or a checkpoint directory.")],
-    budget: Annotated[float, typer.Option(help="Seconds after which nothing else is begun.")] = float("inf"),
+    budget: Annotated[float, typer.Option(help="Seconds; what would end later is not begun.")] = float("inf"),
     batch: Annotated[list[int] | None, typer.Option(help="Sequences; repeatable. None: 1, 8.")] = None,
     context: Annotated[
         list[int] | None,
         typer.Option(help="Tokens in the cache; repeatable. None: 512, 2048, … up to the model's max_length."),
     ] = None,
     drafter: Annotated[
-        list[str] | None, typer.Option(help="As of generate; repeatable. None: lookup, lookup+head, head, self.")
+        list[str] | None, typer.Option(help="As of generate; repeatable. None: lookup, head, lookup+head, self.")
     ] = None,
     tree: Annotated[
-        list[str] | None, typer.Option(help="As of generate; repeatable. None: four chains, 4-2-1-1 and two best.")
+        list[str] | None, typer.Option(help="As of generate, of each drafter; repeatable. None: those it is good at.")
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -83,7 +84,7 @@ def profile(
             engine = Engine.from_pretrained(checkpoint, implementation=chosen)
         path = out or _default(engine)
         if show is None:
-            limits = {"batches": batch, "contexts": context, "drafters": drafter, "trees": tree}
+            limits = {"batches": batch, "contexts": context, "drafters": _drafts(drafter or (), tree or ())}
             found, missing = _measure(engine, path, console, checkpoint, data or (), glob, budget, again, limits)
             report = {**_summary(path, found), "missing": missing}
             _table(console, found, missing)
@@ -92,6 +93,15 @@ def profile(
             report = {**_summary(path, found), "drawn": _draw(engine, found, show, console)}
     if json_output:
         print(json.dumps(report))
+
+
+def _drafts(drafters: Sequence[str], trees: Sequence[str]) -> list[tuple[str, Sequence[str]]]:
+    """Drafters, all with ``trees``; without drafters the usual ones, and without trees those each is good at."""
+    from specsa_jax.planning.space import DRAFTERS
+
+    usual = dict(DRAFTERS)
+    every = list(dict.fromkeys(tree for some in usual.values() for tree in some))
+    return [(name, trees or usual.get(name, every)) for name in drafters or usual]
 
 
 def _default(engine: Engine) -> Path:

@@ -32,17 +32,17 @@ from specsa_jax.engine import Engine, _bucket
 from specsa_jax.nsa.cached import Backend
 from specsa_jax.planning.costs import interpolation_error, measure_bandwidth
 from specsa_jax.planning.profile import DraftTime, Overlap, Point, PrefillTime, Prior, Profile, StepTime
+from specsa_jax.planning.space import DRAFTERS
 from specsa_jax.sampling import Sampling, SamplingParams, batch_sampling
 from specsa_jax.schedule import Sharing
 from specsa_jax.strategy import Strategy
 
 BATCHES = (1, 8)
-DRAFTERS = ("lookup", "lookup+head", "head", "self")
-CHAIN = "chain:8"  # measured first, with every drafter
-TREES = (CHAIN, "chain:4", "best:16:6", "chain:2", "chain:16", "4-2-1-1", "best:32:8")
 WIDTHS = (1, 5, 9, 17, 3, 33, 2, 6)  # most wanted first
+CORNERS = (1, 5, 17)  # those at every batch and context
 GROUPS = (1, 2, 4, 8)
 SCHEDULES = ("every:2", "every:3")  # beside those of the records
+REACH = 16  # tokens of the chains that acceptance is measured on, at most
 DISTANCES = (1, 2, 4, 8, 16)
 PRIOR_TOKENS, PLACES, OVERLAP_QUERIES = 64, 8, 33
 # A call of the loop has at least so many steps: the host's part in it is paid once.
@@ -118,8 +118,7 @@ def measure(
     *,
     batches: Sequence[int] = BATCHES,
     contexts: Sequence[int],
-    drafters: Sequence[str] = DRAFTERS,
-    trees: Sequence[str] = TREES,
+    drafters: Sequence[tuple[str, Sequence[str]]] = DRAFTERS,
     budget: float = float("inf"),
     keep: Callable[[Profile], object] = lambda profile: None,
     progress: Progress = lambda done, total, name: None,
@@ -130,8 +129,9 @@ def measure(
       engine: of the model.
       calibration: text of priors, overlaps and divergence.
       profile: what is known; :func:`new_profile` to begin with.
-      batches, contexts, drafters, trees: the axes.
-      budget: seconds after which nothing else is begun; compilation counts.
+      batches, contexts: the axes; drafters: by name, each with its trees.
+      budget: seconds; compilation counts. Nothing is begun behind it, nor what would end behind it if it took as long
+        as the longest of its kind so far.
       keep: called with the profile after each thing measured.
       progress: called before each.
 
@@ -139,19 +139,21 @@ def measure(
 
     Raises ValueError for an axis that is none, CalibrationError for text too small to state anything; before any work.
     """
-    bench = _Bench(engine, calibration, tuple(sorted(set(batches))), tuple(sorted(set(contexts))), drafters, trees)
+    bench = _Bench(engine, calibration, tuple(sorted(set(batches))), tuple(sorted(set(contexts))), drafters)
     begun, known = time.perf_counter(), _keys(profile)
     wanted, missing = [task for task in bench.tasks() if task.key not in known], bench.missing
     text = calibration.text
+    longest: dict[str, float] = {}  # seconds, by kind of task
     for done, task in enumerate(wanted):
-        if time.perf_counter() - begun >= budget:
-            missing += [later.name for later in wanted[done:]]
-            break
+        kind = task.key[0]
+        if time.perf_counter() - begun + longest.get(kind, 0.0) >= budget:
+            missing.append(task.name)
+            continue
         progress(done, len(wanted), task.name)
         started = time.perf_counter()
         try:
             found = task.run()
-        except (CapacityError, UnsupportedError) as error:
+        except (CapacityError, CalibrationError, UnsupportedError) as error:
             missing.append(f"{task.name}: {error}")
             continue
         added: dict[str, Any] = {name: (*getattr(profile, name), *new) for name, new in found.items()}
@@ -159,7 +161,9 @@ def measure(
                                       max_context=max(profile.max_context, *contexts))  # fmt: skip
         if "steps" in found:
             profile = dataclasses.replace(profile, interpolation=interpolation_error(profile, engine.config))
-        profile = dataclasses.replace(profile, seconds=profile.seconds + time.perf_counter() - started)
+        took = time.perf_counter() - started
+        longest[kind] = max(longest.get(kind, 0.0), took)
+        profile = dataclasses.replace(profile, seconds=profile.seconds + took)
         keep(profile)
     progress(len(wanted), len(wanted), "")
     return profile, missing
@@ -185,16 +189,17 @@ class _Bench:
 
     def __init__(
         self, engine: Engine, calibration: Calibration, batches: Sequence[int], contexts: Sequence[int],
-        drafters: Sequence[str], trees: Sequence[str],
+        drafters: Sequence[tuple[str, Sequence[str]]],
     ):  # fmt: skip
         for name, values, most in (("batch", batches, 4096), ("context", contexts, engine.max_length)):
             if not values or min(values) < 1 or max(values) > most:
                 raise ValueError(f"{name}: got {list(values)}, expected whole numbers from 1 to {most}")
         self.engine, self.calibration, self.batches, self.contexts = engine, calibration, batches, contexts
         self.missing: list[str] = []
-        self.trees = [tree for tree in trees if not parse_tree(tree).is_chain]
-        self.drafters = {name: self._drafter(name) for name in drafters}
-        self.drafts = [(name, tree) for name in drafters for tree in trees if self._takes(name, tree)]
+        for tree in (tree for _, trees in drafters for tree in trees):
+            parse_tree(tree)
+        self.drafters = {name: self._drafter(name) for name, _ in drafters}
+        self.drafts = [(name, tree) for name, trees in drafters for tree in trees if self._takes(name, tree)]
         # Timed steps go on behind an end token.
         self.timer = copy.copy(engine)
         self.timer.decoder, self.timer._compiled = Decoder(engine.config, engine.dtype, (), engine.implementation), {}
@@ -234,43 +239,46 @@ class _Bench:
 
     def _ordered(self) -> Iterator[_Task]:
         """Coarse to fine, some more than once."""
-        few, contexts, batches = self.batches[0], self.contexts, self.batches
+        few, most, contexts = self.batches[0], self.batches[-1], self.contexts
         middle = contexts[(len(contexts) - 1) // 2]
-        first = [(name, tree) for name, tree in self.drafts if tree == CHAIN]
+        places = [(batch, context) for batch in self.batches for context in contexts]
         behind = self._behind_text()
+        # One chain speaks for the drafter's others: the third token of a chain fares alike in all.
+        longest = sorted(self.drafts, key=lambda draft: parse_tree(draft[1]).nodes)
+        chains = {name: tree for name, tree in longest if parse_tree(tree).is_chain and parse_tree(tree).nodes <= REACH}
+        trees = [(name, tree) for name, tree in self.drafts if not parse_tree(tree).is_chain]
+        told = [*chains.items(), *trees]
+        shapes = list(dict.fromkeys(tree for _, tree in trees))
 
         # What decides between decoding one token at a time and common chains, for one user.
         yield from (self._step(few, middle, width) for width in WIDTHS[:3])
-        yield from (self._prior(*draft, kind, behind[0]) for draft in first for kind in TEXTS)
-        yield from (self._draft(*draft, few, middle) for draft in first)
-        # How it changes along each axis.
-        for width in WIDTHS[:4]:
-            yield from (self._step(few, context, width) for context in contexts)
-            yield from (self._step(batch, middle, width) for batch in batches)
+        yield from (self._draft(*draft, few, middle) for draft in chains.items())
+        yield from (self._prior(*draft, TEXTS[0], behind[0]) for draft in chains.items())
+        # How it changes along each axis; trees.
+        yield from (self._step(few, context, width) for width in CORNERS for context in contexts)
+        yield from (self._step(batch, middle, width) for width in CORNERS for batch in self.batches)
         yield from (self._prefill(few, context) for context in contexts)
-        yield from (self._tree_step(few, middle, tree) for tree in self.trees)
-        yield from (self._prior(*draft, kind, behind[0]) for draft in self.drafts for kind in TEXTS)
+        yield from (self._prior(*draft, TEXTS[1], behind[0]) for draft in chains.items())
+        yield from (self._tree_step(few, middle, tree) for tree in shapes)
         yield from (self._draft(*draft, few, middle) for draft in self.drafts)
-        yield self._overlap(middle if middle in behind else behind[-1])
-        for sharing in self._sharings():
-            options = {"schedule": sharing.schedule or "all", "keep_compressed": sharing.keep_compressed,
-                       "precision": "approx"}  # fmt: skip
-            groups = {"group": sharing.group, "group_mode": sharing.group_mode}
-            yield from (self._step(few, middle, width, **options, **groups) for width in WIDTHS[:2]
-                        if width > 1 or sharing.group_mode == "merged")  # fmt: skip
+        yield from (self._prior(*draft, kind, behind[0]) for draft in trees for kind in TEXTS)
+        yield self._overlap(behind[-1])
+        # What layers and queries share.
+        yield from (self._step(few, middle, WIDTHS[1], **options) for options in self._approximations())
         if self.engine.implementation == "pallas":
             for group in GROUPS:
-                yield from (self._step(b, middle, width, group=group) for width in (9, 17, 33) for b in batches)
-        # The grid.
-        for batch in batches:
-            for context in contexts:
-                yield from (self._step(batch, context, width) for width in WIDTHS)
-                yield from (self._tree_step(batch, context, tree) for tree in self.trees)
-                yield from (self._draft(*draft, batch, context) for draft in self.drafts)
-                yield self._prefill(batch, context)
+                yield from (self._step(batch, middle, width, group=group) for width in (9, 33) for batch in (few, most))
+        # The rest, finer.
+        yield from (self._step(batch, middle, width) for batch in (few, most) for width in WIDTHS)
+        yield from (self._step(*place, width) for place in places for width in CORNERS)
+        yield from (self._draft(*draft, *place) for place in places for draft in chains.items())
+        yield from (self._prefill(*place) for place in places)
+        yield from (self._tree_step(most, middle, tree) for tree in shapes)
+        yield from (self._step(few, middle, 1, **options) for options in self._approximations()
+                    if options["group_mode"] == "merged")  # fmt: skip
         yield from (self._step(few, contexts[-1], width, precision="strict") for width in WIDTHS[:2])
         for context in behind:
-            yield from (self._prior(*draft, kind, context) for draft in self.drafts for kind in TEXTS)
+            yield from (self._prior(*draft, kind, context) for draft in told for kind in TEXTS)
             yield self._overlap(context)
         yield from (self._divergence(one) for one in SCHEDULES if self._sharing(one).approximates)
 
@@ -298,10 +306,13 @@ class _Bench:
         strategy = Strategy(None, precision="approx", schedule=schedule)
         return self.engine.resolve(strategy).sharing(self.engine.config.layers)
 
-    def _sharings(self) -> list[Sharing]:
-        """Approximations whose divergence is on record, and the uniform schedules."""
+    def _approximations(self) -> list[dict[str, Any]]:
+        """Options of strategies: those whose divergence is on record, and the uniform schedules."""
         found = [m.sharing for m in self.engine.records.measurements] + [self._sharing(one) for one in SCHEDULES]
-        return [sharing for sharing in dict.fromkeys(found) if sharing.approximates]
+        return [
+            {"precision": "approx", **dataclasses.asdict(sharing), "schedule": sharing.schedule or "all"}
+            for sharing in dict.fromkeys(found) if sharing.approximates
+        ]  # fmt: skip
 
     # --- times --------------------------------------------------------------------------------------------------------
 
@@ -356,7 +367,7 @@ class _Bench:
                 compiled = loop.lower(engine.params, params, draft, state, sampling, jnp.int32(0)).compile()
 
             def steps(draft: Any, count: int) -> Any:
-                return compiled(engine.params, params, draft, state, sampling, jnp.int32(count))
+                return compiled(engine.params, params, draft, state, sampling, jnp.int32(count))[0]
 
             seconds, _, _ = _timed(steps, draft, _room(context, strategy.width) // 2)
             return {"drafts": (DraftTime(name, tree, batch, context, seconds),)}
@@ -520,7 +531,7 @@ def _draft_steps(
     decoder: Decoder, strategy: Strategy, params: Any, draft_params: Any, draft: Any, state: State, sampling: Sampling,
     count: jax.Array,
 ) -> Any:  # fmt: skip
-    """The drafter's state after ``count`` steps that propose, and observe one token each."""
+    """The drafter's state, and ``known``, after ``count`` steps that propose, and observe one token each."""
     drafter, reach = strategy.drafter, strategy.reach
     assert drafter is not None
     place = jnp.arange(reach, dtype=jnp.int32)
@@ -542,7 +553,8 @@ def _draft_steps(
             draft = drafter.observe(draft_params, draft, seen)
         return draft, known + size, step + 1
 
-    return jax.lax.while_loop(lambda carry: carry[2] < count, body, (draft, state.known, jnp.int32(0)))[0]
+    # Both are given back: without a use, drafts that nobody observes would not be computed.
+    return jax.lax.while_loop(lambda carry: carry[2] < count, body, (draft, state.known, jnp.int32(0)))[:2]
 
 
 def _selected(engine: Engine, params: Any, tokens: jax.Array, cache: Cache) -> jax.Array:
