@@ -135,5 +135,8 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def save(path: str | Path, rows: Sequence[dict[str, Any]], **summary: Any) -> None:
-    """Writes the rows, and what sums them up, with :func:`environment` as JSON."""
-    Path(path).write_text(json.dumps({**environment(), **summary, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    """Writes the rows, and what sums them up, with :func:`environment` as JSON: beside ``path``, then renamed."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps({**environment(), **summary, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
