@@ -2,16 +2,20 @@
 
 Compares tokens and the bits of their log-probabilities, greedy and sampled, alone and in ragged batches of 8. The
 prompts are pieces of held-out files. Results are saved after each group of 8 prompts, so that a run may be stopped: the
-JSON says how many prompts it got through with each drafter. Compiled programs are kept where JAX_COMPILATION_CACHE_DIR
-says.
+JSON says how many prompts it got through with each drafter. A run goes on where the one that wrote ``--out`` stopped,
+if model, settings, device and versions are the same. Compiled programs are kept where JAX_COMPILATION_CACHE_DIR says.
 
     python benchmarks/strict.py --out benchmarks/results/cpu/strict.json
+    python benchmarks/strict.py --prompts 56 --dtype bfloat16 --implementation pallas --out strict.json    # on a GPU
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from pathlib import Path
+from typing import Any
 
 import harness
 import jax
@@ -22,6 +26,7 @@ from specsa_jax import Engine, SamplingParams, Strategy
 from specsa_jax.drafting import drafter_from_name
 
 DRAFTERS = ["lookup", "self", "head", "model:embedded", "lookup+head"]
+CASES = ["greedy", "greedy, batch of 8", "sampled", "sampled, batch of 8"]
 TREES = ["chain:4", "3-1-1", "2-2", "best:6:3", "best:8:4"]
 
 
@@ -30,7 +35,7 @@ def prompts(engine: Engine, count: int) -> list[list[list[int]]]:
     sequences have one page or two, so that all groups share a few programs; every other one crosses a page's end."""
     random, files = np.random.default_rng(0), held_out_files(engine)
     groups: list[list[list[int]]] = [[] for _ in range(-(-count // 8))]
-    for place in range(count):
+    for place in range(8 * len(groups)):
         shortest, longest = ((1, 56), (57, 120))[place // 8 % 2]
         size = int(random.integers(shortest, longest + 1))
         ids: list[int] = []
@@ -77,7 +82,7 @@ class Check:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=304)
+    parser.add_argument("--prompts", type=int, default=304, help="up to a multiple of 8")
     parser.add_argument("--new-tokens", type=int, default=8)
     parser.add_argument("--drafters", nargs="+", default=DRAFTERS)
     parser.add_argument("--trees", nargs="+", default=TREES)
@@ -86,20 +91,35 @@ def main() -> None:
         "--implementation", choices=["xla", "pallas"], help="of attention; default: as the device has it"
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as the device has it")
-    parser.add_argument("--out")
+    parser.add_argument("--checkpoint", default="embedded", help="a packaged name or a checkpoint directory")
+    parser.add_argument("--out", help="JSON; a run that it holds in part is gone on with")
     args = parser.parse_args()
 
     engine = Engine.from_pretrained(
-        "embedded", max_length=128, precision="strict", prefill_chunk=16, implementation=args.implementation,
+        args.checkpoint, max_length=128, precision="strict", prefill_chunk=16, implementation=args.implementation,
         dtype=args.dtype,
     )  # fmt: skip
+    settings = {
+        "model": engine.fingerprint, "dtype": str(engine.dtype), "implementation": engine.implementation,
+        "new_tokens": args.new_tokens, "trees": args.trees,
+    }  # fmt: skip
+    try:
+        rows = resumed(args.out, settings)
+    except ValueError as error:
+        parser.error(str(error))
     check, begun = Check(engine, prompts(engine, args.prompts), args.new_tokens), time.perf_counter()
-    rows = []
     for drafter in args.drafters:
-        strategies = [Strategy(drafter_from_name(drafter), tree, precision="strict") for tree in args.trees]
-        same, accepted, done = np.zeros((len(strategies), 2, 2), int), np.zeros(len(strategies), int), 0
-        before = rows
+        strategies = [
+            Strategy(drafter_from_name(drafter, args.checkpoint), tree, precision="strict") for tree in args.trees
+        ]
+        own, before = ([row for row in rows if (row["drafter"] == drafter) == mine] for mine in (True, False))
+        done = own[0]["prompts"] if own else 0
+        same, accepted = np.zeros((len(strategies), 2, 2), int), np.zeros(len(strategies), int)
+        for at, row in enumerate(own):
+            same[at], accepted[at] = np.reshape([row[name] for name in CASES], (2, 2)), row["drafts accepted"]
         for index, group in enumerate(check.groups):
+            if 8 * index + len(group) <= done:
+                continue
             if time.perf_counter() - begun > args.seconds:
                 break
             found, stood = check.group(index, strategies)
@@ -109,10 +129,7 @@ def main() -> None:
                     "drafter": drafter,
                     "tree": tree,
                     "prompts": done,
-                    "greedy": int(same[at, 0, 0]),
-                    "greedy, batch of 8": int(same[at, 0, 1]),
-                    "sampled": int(same[at, 1, 0]),
-                    "sampled, batch of 8": int(same[at, 1, 1]),
+                    **dict(zip(CASES, same[at].ravel().tolist(), strict=True)),
                     "drafts accepted": int(accepted[at]),
                 }
                 for at, tree in enumerate(args.trees)
@@ -121,19 +138,41 @@ def main() -> None:
                   "them", flush=True)  # fmt: skip
             if args.out:
                 harness.save(
-                    args.out, rows, new_tokens=args.new_tokens, prompts=min(row["prompts"] for row in rows),
-                    drafters=sorted({row["drafter"] for row in rows}), dtype=str(engine.dtype),
-                    implementation=engine.implementation, identical=all(_identical(row) for row in rows),
+                    args.out, rows, **settings, prompts=min(row["prompts"] for row in rows),
+                    drafters=sorted({row["drafter"] for row in rows}), identical=all(_identical(row) for row in rows),
                 )  # fmt: skip
         # Each drafter has programs of its own, and a process room for a few hundred.
         engine._compiled.clear()
         jax.clear_caches()
-    harness.print_table(rows)
+    if rows:
+        harness.print_table(rows)
 
 
-def _identical(row: dict) -> bool:
-    return all(row[name] == row["prompts"] for name in
-               ("greedy", "greedy, batch of 8", "sampled", "sampled, batch of 8"))  # fmt: skip
+def resumed(out: str | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that ``out`` holds, none where there is no such file.
+
+    Raises ValueError for a file of another model, of other settings, device or versions, or that cannot be read.
+    """
+    if out is None or not Path(out).exists():
+        return []
+    try:
+        found = json.loads(Path(out).read_text(encoding="utf-8"))
+        rows = found["rows"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"--out: {out}: holds no results of this benchmark, expected none or some: {error!r}"
+        ) from error
+    here = harness.environment()
+    for name, expected in {**settings, **{name: here[name] for name in ("device", "jax", "jaxlib")}}.items():
+        if found.get(name) != expected:
+            raise ValueError(
+                f"--out: {out} is of a run with {name} {found.get(name)!r}, expected {expected!r} or a new file"
+            )
+    return rows
+
+
+def _identical(row: dict[str, Any]) -> bool:
+    return all(row[name] == row["prompts"] for name in CASES)
 
 
 if __name__ == "__main__":
