@@ -89,7 +89,7 @@ bench-shapes:
 	$(LARGE)/memory.py --out
 
 bench-loop:
-	$(BENCH)/overhead.py --checkpoint $(CHECKPOINT) --presets 8b --out
+	$(BENCH)/overhead.py --checkpoint $(CHECKPOINT) --strategies none lookup@chain:4 --presets 8b --out
 
 bench-kernels:
 	$(BENCH)/verify_layer.py --stages --resume --budget $(VERIFY_SECONDS) --out

@@ -100,8 +100,8 @@ def row_of(config: ModelConfig, context: int, batch: int, implementation: str, i
     try:
         loop = harness.Loop(step, state, [weights], iterations, unroll=1, keep=False)
         timing = loop.timing(seconds=seconds)
-    except (NotImplementedError, RuntimeError, ValueError) as error:  # cuDNN's many ways to say no; out of memory
-        return {"not_run": f"{type(error).__name__}: {error}"[:300]}
+    except (ValueError, RuntimeError, *harness.FAILURES) as error:  # cuDNN has many ways to say no
+        return harness.not_run(error)
     return {
         "step_us": dataclasses.asdict(timing),
         "tokens_per_second": batch * 1e6 / timing.median,

@@ -26,7 +26,6 @@ import harness
 import jax
 from workloads import WORKLOADS, prompts
 
-from pallas_kernels import UnsupportedError
 from specsa_jax import Engine, Strategy
 from specsa_jax.drafting import drafter_from_name
 
@@ -61,12 +60,8 @@ def measure(
         for batch in batches:
             engine.generate(batch, new_tokens, **options)
             runs.append([engine.generate(batch, new_tokens, **options) for _ in range(repeats)])
-    except (ValueError, UnsupportedError) as error:
-        return {"not_run": str(error)}
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return {"not_run": "out of memory"}
+    except (ValueError, *harness.FAILURES) as error:
+        return harness.not_run(error)
     stats = [run[0].stats for run in runs]
     times = [[result.stats.decode_seconds for result in run] for run in runs]
     count, steps = sum(s.new_tokens for s in stats), sum(s.steps for s in stats)
@@ -157,7 +152,7 @@ def main() -> None:
                     batches = [found[i :: args.prompts] for i in range(args.prompts)]
                 row = measure(engine, batches, args.new_tokens, strategy, point["temperature"], args.repeats)
             except ValueError as error:
-                row = {"not_run": str(error)}
+                row = harness.not_run(error)
             base = rows.find(**(axes | {"strategy": "none"}))
             exact = rows.find(**(axes | {"strategy": "none", "precision": "exact"}))
             rows.add(axes | against(row, base, exact or (row if precision == "exact" else None)), SHOWN)

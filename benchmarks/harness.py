@@ -257,11 +257,23 @@ def out_path(args: argparse.Namespace, suffix: str = "") -> Path | None:
     return Path(args.out) if args.out else device_folder() / f"{Path(sys.argv[0]).stem}{suffix}.json"
 
 
+# What a figure may fail by without spoiling the others: kernels that do not take a shape, a device without memory.
+FAILURES = (NotImplementedError, jax.errors.JaxRuntimeError)
+
+
+def not_run(error: Exception) -> dict[str, str]:
+    """What a row has in place of figures."""
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return {"not_run": "out of memory"}
+    return {"not_run": f"{type(error).__name__}: {error}"[:400]}
+
+
 class Rows:
     """A result file that grows row by row, so that a run may be stopped and gone on with.
 
     ``axes`` name what tells rows apart; ``summary`` is written beside them. With ``--resume`` the rows of a file that
-    was written on the same device, at the same commit and with the same summary are kept; another file is begun anew.
+    was written on the same device, at the same commit and with the same summary are kept, but those that did not run;
+    another file is begun anew.
     """
 
     def __init__(self, args: argparse.Namespace, axes: Sequence[str], **summary: Any):
@@ -275,7 +287,7 @@ class Rows:
             if other:
                 print(f"{self.path} has another {', '.join(other)}: begun anew", flush=True)
             else:
-                self.rows = before["rows"]
+                self.rows = [row for row in before["rows"] if "not_run" not in row]
         self._known = {self._key(row) for row in self.rows}
 
     def _key(self, row: dict[str, Any]) -> str:

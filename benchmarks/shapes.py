@@ -38,10 +38,8 @@ def row_of(config: ModelConfig, params: Any, context: int, batch: int, width: in
     try:
         loop = step_loop(config, params, context, batch, width, iterations)
         timing = loop.timing(seconds=seconds)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return {"not_run": "out of memory"}
+    except harness.FAILURES as error:
+        return harness.not_run(error)
     return {
         "step_us": timing.median,
         "low": timing.low,

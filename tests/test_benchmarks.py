@@ -99,6 +99,8 @@ def test_a_result_file_grows_and_is_gone_on_with(tmp_path, capsys):
     assert not again.wanted(a=1, b=2) and again.wanted(a=1, b=3) and again.find(a=1)["time"] == 3.0
     again.save()
     assert json.loads(path.read_text())["complete"] is True
+    again.add({"a": 1, "b": 3, "not_run": "out of memory"})
+    assert harness.Rows(options(path), ("a", "b"), model="m").wanted(a=1, b=3)  # perhaps it runs now
     # Another model's rows are not these.
     assert harness.Rows(options(path), ("a", "b"), model="n").rows == []
     assert harness.Rows(options(path, resume=False), ("a", "b"), model="m").rows == []
