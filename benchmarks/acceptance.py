@@ -9,14 +9,12 @@ Greedy. Prints a table; writes JSON and, beside it, a plot.
 
 from __future__ import annotations
 
-import collections
-import re
-
 import harness
 import plots
 from held_out import held_out_files
 
 from specsa_jax import Engine, Strategy
+from specsa_jax.calibration import edited
 from specsa_jax.drafting import drafter_from_name
 
 DRAFTERS = ["lookup", "self", "head", "lookup+head"]
@@ -27,15 +25,6 @@ def pieces(engine: Engine, count: int, tokens: int) -> list[tuple[str, list[int]
     """(path, ids) of ``tokens`` tokens from the middle of the ``count`` first held-out files that are long enough."""
     files = [(path, ids) for path, ids in held_out_files(engine) if len(ids) >= 2 * tokens]
     return [(path, ids[len(ids) // 2 - tokens : len(ids) // 2]) for path, ids in files[:count]]
-
-
-def edited(engine: Engine, ids: list[int], tokens: int) -> list[int]:
-    """Two thirds of a piece, then the first half of a copy of that in which the commonest identifier is renamed."""
-    text = engine.tokenizer.decode(ids[: 2 * tokens // 3])
-    names = collections.Counter(name for name in re.findall(r"\b[a-z_]{4,}\b", text) if name not in ("self", "return"))
-    name = names.most_common(1)[0][0]
-    copy = engine.tokenizer.encode(re.sub(rf"\b{name}\b", f"new_{name}", text)).ids
-    return [*ids[: 2 * tokens // 3], *copy[: tokens // 3]]
 
 
 def main() -> None:
@@ -51,7 +40,7 @@ def main() -> None:
     found = pieces(engine, args.prompts, args.tokens)
     sets = {
         "held-out": [ids for _, ids in found],
-        "edits": [edited(engine, ids, args.tokens) for _, ids in found],
+        "edits": [edited(engine.tokenizer, ids, args.tokens) for _, ids in found],
     }
     plain = {
         name: [g.tokens.tolist() for g in engine.generate(prompts, args.new_tokens, speculate=False)]

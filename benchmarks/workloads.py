@@ -6,10 +6,9 @@ import functools
 import importlib.metadata
 
 import numpy as np
-from acceptance import edited
 
 from specsa_jax import Engine
-from specsa_jax.calibration import read_calibration
+from specsa_jax.calibration import edited, read_calibration
 
 WORKLOADS = ("code", "edit", "prose")
 
@@ -19,8 +18,8 @@ def prompts(engine: Engine, checkpoint: str, workload: str, tokens: int, count: 
 
     code: a piece of the files that the checkpoint's card says were held out of its training, one after the other, which
     is cut off somewhere in a file. edit: two thirds of such a piece, then the beginning of a copy of it in which the
-    commonest identifier has another name (:func:`acceptance.edited`). prose: what the packages that are installed say
-    of themselves (their README files, of the names in order).
+    commonest identifier has another name (``calibration.edited``). prose: what the packages that are installed say of
+    themselves (their README files, of the names in order).
 
     Raises ValueError for a text that is shorter than a prompt.
     """
@@ -31,7 +30,7 @@ def prompts(engine: Engine, checkpoint: str, workload: str, tokens: int, count: 
         )
     starts = np.linspace(0, len(stream) - tokens, count + 2)[1:-1].astype(int)
     rows = [stream[start : start + tokens].tolist() for start in starts]
-    return [edited(engine, row, tokens) for row in rows] if workload == "edit" else rows
+    return [edited(engine.tokenizer, row, tokens) for row in rows] if workload == "edit" else rows
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from specsa_jax.cache import CacheBytes
 from specsa_jax.decoding import Counts
-from specsa_jax.strategy import Strategy
+from specsa_jax.planning.planner import Decision, Fixed, Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Stats:
       acceptance_per_position: for the first drafted token of a path, the second, …: of the steps that drafted one
         there, the fraction in which one stood.
       prefill_seconds, decode_seconds, compile_seconds: wall time.
+      planning_seconds: of the planner's own work, in none of the others; ``plan``: its decisions, in their order.
       cache: bytes that the cache takes.
     """
 
@@ -70,6 +71,8 @@ class Stats:
     decode_seconds: float
     compile_seconds: float
     cache: CacheBytes
+    planning_seconds: float = 0.0
+    plan: tuple[Decision, ...] = ()
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -168,7 +171,7 @@ class Output:
 
 
 def stats_of(
-    strategy: Strategy,
+    course: Plan | Fixed,
     rows: list[np.ndarray],
     outputs: list[Output],
     totals: Counts,
@@ -177,13 +180,13 @@ def stats_of(
     compile_seconds: float,
     size: CacheBytes,
 ) -> Stats:
-    """The statistics of a call from its prompts, outputs and counts (as NumPy arrays), and what it took."""
+    """The statistics of a call from its prompts, outputs and counts (``decoding.add_counts``), and what it took."""
     drafted, accepted = totals.drafted, totals.accepted
-    places = np.arange(strategy.reach)
+    places = np.arange(len(accepted))
     reached = [int(accepted[place:].sum()) for place in places]
     tried = [int(drafted[place:].sum()) for place in places]
     return Stats(
-        strategy=strategy.describe(),
+        strategy=_strategies(course),
         prompt_tokens=sum(len(row) for row in rows),
         new_tokens=sum(len(output.tokens) for output in outputs),
         steps=int(totals.steps),
@@ -196,4 +199,16 @@ def stats_of(
         decode_seconds=decode_seconds,
         compile_seconds=compile_seconds,
         cache=size,
+        planning_seconds=course.seconds,
+        plan=tuple(course.decisions),
     )
+
+
+def _strategies(course: Plan | Fixed) -> str:
+    """What was used, in words; of a plan, with the steps of each."""
+    if not course.decisions:
+        return course.strategy.describe()
+    steps: dict[str, int] = {}
+    for decision in course.decisions:
+        steps[decision.chosen] = steps.get(decision.chosen, 0) + decision.observed_steps
+    return "planned: " + ", ".join(f"{chosen} ({count} steps)" for chosen, count in steps.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal, get_args
 
 from pallas_kernels.attention.config import GroupMode
@@ -91,7 +92,7 @@ class Strategy:
                 raise ValueError(f"group_mode: got 'shared' in precision {self.precision!r}, expected precision "
                                  "'approx', or group_mode 'merged'")  # fmt: skip
 
-    @property
+    @functools.cached_property
     def template(self) -> TreeTemplate:
         """The tree, read."""
         return parse_tree(self.tree, self.traversal)

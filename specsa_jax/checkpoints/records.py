@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from pallas_kernels.attention.config import GroupMode
-from specsa_jax.checkpoints.store import CheckpointError, read_json
+from specsa_jax.checkpoints.store import CheckpointError, read_json, write_text
 from specsa_jax.config import ConfigError, _Config, _require
 from specsa_jax.schedule import Sharing
 
@@ -184,19 +182,7 @@ def load(directory: Path, model: str) -> Records:
 def save(directory: Path, records: Records) -> Path:
     """Writes the file beside its place, then renames it. Raises CheckpointError where it cannot be written."""
     values = {"schema": SCHEMA, **dataclasses.asdict(records)}
-    try:
-        handle, part = tempfile.mkstemp(prefix=f".{FILE}-", dir=directory)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as out:
-                out.write(json.dumps(values, indent=1) + "\n")
-            os.chmod(part, 0o644)  # mkstemp's 0600 would survive the rename
-            os.replace(part, directory / FILE)
-        except BaseException:
-            os.unlink(part)
-            raise
-    except OSError as error:
-        raise CheckpointError(f"{directory / FILE}: cannot be written: {error.strerror}") from error
-    return directory / FILE
+    return write_text(directory / FILE, json.dumps(values, indent=1) + "\n")
 
 
 def _measurement(values: dict[str, Any]) -> Measurement:

@@ -234,6 +234,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def write_text(path: Path, text: str) -> Path:
+    """Writes a file beside its place, then renames it: a killed writer leaves the one that was there.
+
+    Raises CheckpointError where it cannot be written.
+    """
+    try:
+        handle, part = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as out:
+                out.write(text)
+            os.chmod(part, 0o644)  # mkstemp's 0600 would survive the rename
+            os.replace(part, path)
+        except BaseException:
+            os.unlink(part)
+            raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
+    return path
+
+
 def read_top(path: Path, name: str, kind: Any) -> tuple[dict[str, Any], Any]:
     """``config.json`` of the directory ``path``, and the config of class ``kind`` that it has under ``name``.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +100,14 @@ class Drafter:
     Only :meth:`propose` has to be written. All but :meth:`load` is traced.
     """
 
+    name: ClassVar[str] = ""  # as :func:`drafter_from_name` reads it
+
+    def __str__(self) -> str:
+        """The name, and the fields that are not their defaults."""
+        fields = [field for field in dataclasses.fields(self) if field.init and field.repr]
+        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields if getattr(self, f.name) != f.default]
+        return (self.name or type(self).__name__) + (f"({', '.join(changed)})" if changed else "")
+
     @property
     def features(self) -> tuple[int, ...]:
         """Which hidden states of the target :meth:`observe` needs: behind so many layers each, 1 … layers."""
@@ -114,6 +122,12 @@ class Drafter:
     def observes(self) -> bool:
         """Whether it wants to see committed tokens; else :meth:`observe` is not called."""
         return type(self).observe is not Drafter.observe
+
+    @property
+    def replays(self) -> bool:
+        """Whether :meth:`propose` reads nothing but its context's tokens, known and active: then a planner can try it
+        on a prompt (:mod:`specsa_jax.planning.replay`)."""
+        return False
 
     def check(self, config: ModelConfig, template: TreeTemplate) -> None:
         """Raises ValueError where the drafter cannot draft such trees for such a model. Before any work."""

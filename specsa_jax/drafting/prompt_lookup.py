@@ -27,6 +27,8 @@ class PromptLookup(Drafter):
     matches: at most so many matches are merged into a tree.
     """
 
+    name = "lookup"
+
     max_ngram: int = 8
     min_ngram: int = 2
     matches: int = 8
@@ -39,6 +41,10 @@ class PromptLookup(Drafter):
             )
         if not 1 <= self.matches <= 64:
             raise ValueError(f"PromptLookup: got matches {self.matches}, expected 1 to 64")
+
+    @property
+    def replays(self) -> bool:
+        return True
 
     def propose(self, params: Any, state: Any, context: Context, template: TreeTemplate) -> Draft:
         """The longest match wins, then the most recent; a match that overlaps the end continues periodically.

@@ -1,0 +1,351 @@
+"""The planner: which strategy gives the most accepted tokens per second on this prompt, now.
+
+Expected tokens of a step come from :mod:`specsa_jax.planning.predict`, its seconds from
+:mod:`specsa_jax.planning.costs`, corrected by what the call's own steps took. Decoding runs in segments; between two of
+them the plan may change the strategy. Nothing moves then: all strategies share one cache, and drafters with a state of
+their own watch all along (:mod:`specsa_jax.drafting.watching`).
+
+After arXiv 2605.19893, section on profile-guided orchestration; acceptance per position, the costs of switching and the
+corrections are ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, get_args
+
+import numpy as np
+
+from specsa_jax.decoding import Counts, add_counts
+from specsa_jax.drafting import Drafter
+from specsa_jax.drafting.watching import Watching, watcher
+from specsa_jax.planning.costs import Costs
+from specsa_jax.planning.predict import Acceptance
+from specsa_jax.planning.profile import Point
+from specsa_jax.schedule import Sharing
+from specsa_jax.strategy import Precision, Strategy
+
+# A drafter with a state is kept watching if it might gain: if it is not behind the others by more than this.
+_WORTH_WATCHING = 0.7
+# Weight of the newest segment in the corrections of predicted times.
+_NEWEST = 0.5
+# A strategy that has not run yet is taken to be off by this power of what those that have are off by: with a profile a
+# strategy that is slower than predicted is a reason to try others; counted times are all off together.
+_SHARED_MEASURED, _SHARED_COUNTED = 0.8, 1.0
+# Of a segment's time, what choosing may take.
+_SHARE = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """How strategies are chosen for a call of :meth:`specsa_jax.Engine.generate`.
+
+    Attributes:
+      precision: the class that strategies are chosen in; None: the engine's.
+      drafters: (name as :func:`specsa_jax.drafting.drafter_from_name` reads it, trees) that are considered; (): those
+        of the profile, or :data:`specsa_jax.planning.space.DRAFTERS`. Not to speculate is always considered.
+      hysteresis: a switch has to promise so much more throughput, as a fraction.
+      segment: steps of the first segment; they double, up to 8 times that, as long as the strategy stays. Where
+        choosing would take more than 1 % of a segment's time, it is longer.
+      switch: False: chosen once, before the first token.
+
+    Raises ValueError for values outside their ranges.
+    """
+
+    precision: Precision | None = None
+    drafters: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    hysteresis: float = 0.05
+    segment: int = 4
+    switch: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision not in (None, *get_args(Precision)):
+            raise ValueError(f"precision: got {self.precision!r}, expected one of {', '.join(get_args(Precision))}")
+        if not 0 <= self.hysteresis < math.inf:
+            raise ValueError(f"hysteresis: got {self.hysteresis!r}, expected a fraction of at least 0")
+        if isinstance(self.segment, bool) or not isinstance(self.segment, int) or self.segment < 1:
+            raise ValueError(f"segment: got {self.segment!r}, expected an integer of at least 1 step")
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A member of the space: the drafter's name, and a strategy with it."""
+
+    drafter: str
+    strategy: Strategy
+
+    def describe(self) -> str:
+        """The strategy in words, by the drafter's name, watchers left out."""
+        drafter = self.strategy.drafter
+        drafter = drafter.drafter if isinstance(drafter, Watching) else drafter
+        words = dataclasses.replace(self.strategy, drafter=drafter).describe()
+        return words.replace(str(drafter), self.drafter, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What a plan predicts of a candidate: tokens that a running sequence gains in a step, the target's own included;
+    seconds of a step; tokens of the batch per second; whether its program is there already."""
+
+    strategy: str
+    acceptance_length: float
+    step_seconds: float
+    tokens_per_second: float
+    compiled: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """A choice between two segments.
+
+    Attributes:
+      steps: target passes before it; ``running``: sequences that are not done.
+      chosen: the strategy, in words; ``reason``: why it was taken or kept.
+      options: all that were considered, the fastest first.
+      observed_steps, observed_acceptance_length, observed_tokens_per_second: of the segment that followed.
+    """
+
+    steps: int
+    running: int
+    chosen: str
+    reason: str
+    options: tuple[Option, ...]
+    observed_steps: int = 0
+    observed_acceptance_length: float = 0.0
+    observed_tokens_per_second: float = 0.0
+
+
+@dataclasses.dataclass
+class Fixed:
+    """What :class:`Plan` is, for a strategy that somebody has chosen."""
+
+    strategy: Strategy
+    steps_left: int
+    watchers: tuple[Drafter, ...] = ()
+    decisions: Sequence[Decision] = ()
+    seconds: float = 0.0
+
+    def observe(self, counts: Counts, seconds: float, new_tokens: int, running: int, remaining: int) -> None:
+        """Nothing follows from it."""
+
+
+class Plan:
+    """The choices of one call: ``strategy``, for ``steps_left`` steps, until :meth:`observe` changes them.
+
+    Args:
+      planner: how to choose.
+      candidates: the space, without watchers; of the class of precision that was asked for.
+      costs: seconds of steps and drafts.
+      acceptance: of this call's texts: priors, and replays.
+      batch: B of the compiled programs.
+      context: tokens that a step's time depends on (:class:`specsa_jax.planning.profile.Point`).
+      layers: of the target.
+      compiled: whether a strategy's program is there; ``compile_seconds``: what it takes where it is not.
+      new_tokens: the budget of all sequences together.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        candidates: Sequence[Candidate],
+        costs: Costs,
+        acceptance: Acceptance,
+        *,
+        batch: int,
+        context: int,
+        layers: int,
+        compiled: Callable[[Strategy], bool],
+        compile_seconds: float,
+        new_tokens: int,
+    ):
+        begun = time.perf_counter()
+        self.planner, self.costs, self.acceptance = planner, costs, acceptance
+        self.batch, self.context, self.layers = batch, context, layers
+        self._compiled, self._compile_seconds = compiled, compile_seconds
+        self._counted: dict[tuple[Strategy, int], float] = {}
+        self.words = {candidate.strategy: candidate.describe() for candidate in candidates}
+        self._factors: dict[Strategy, float] = {}
+        self._factor = 1.0
+        self.decisions: list[Decision] = []
+        self.watchers: tuple[Drafter, ...] = ()
+        self.candidates = self._watched(candidates)
+        self.strategy, self._steps, self._length = Strategy(None), 0, planner.segment
+        self._choosing = 0.0  # seconds that the last choice took
+        self._seen: tuple[Counts | None, float, int] = (None, 0.0, 0)
+        self.choose(batch, new_tokens)
+        self.seconds = time.perf_counter() - begun
+
+    # --- the space ----------------------------------------------------------------------------------------------------
+
+    def _watched(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Those that are in the running, each with all drafters watching that some of them draw on."""
+        speeds = {candidate: self.option(candidate, self.batch).tokens_per_second for candidate in candidates}
+        by_watcher: dict[Drafter | None, float] = {}
+        for candidate, speed in speeds.items():
+            own = watcher(candidate.strategy.drafter)
+            by_watcher[own] = max(speed, by_watcher.get(own, 0.0))
+        best = max(by_watcher.values())
+        kept = {own for own, speed in by_watcher.items() if own is None or speed >= _WORTH_WATCHING * best}
+        self.watchers = tuple(own for own in by_watcher if own is not None and own in kept)
+        found = [
+            Candidate(c.drafter, watching(c.strategy, self.watchers))
+            for c in candidates if watcher(c.strategy.drafter) in kept
+        ]  # fmt: skip
+        self.words |= {candidate.strategy: candidate.describe() for candidate in found}
+        return found
+
+    def contenders(self) -> list[Strategy]:
+        """The strategies that would be chosen at some acceptance of drafts, from none to all: what is worth compiling
+        ahead."""
+        found = []
+        for rate in (0.0, 0.25, 0.5, 0.75, 1.0):
+            for shift in np.linspace(-3.0, 4.0, 15):
+                best = max(
+                    self.candidates, key=lambda c: self.option(c, self.batch, rate, shift).tokens_per_second
+                )  # fmt: skip
+                found.append(best.strategy)
+        return list(dict.fromkeys([self.strategy, *found]))
+
+    # --- choosing -----------------------------------------------------------------------------------------------------
+
+    def option(self, candidate: Candidate, running: int, rate: float | None = None, shift: float = 0.0) -> Option:
+        """What is to be expected of a candidate while ``running`` sequences of the batch are not done.
+
+        ``rate`` and ``shift`` (log-odds of each position's chance) replace and move what acceptance is expected.
+        """
+        strategy, name = candidate.strategy, candidate.drafter
+        length, seconds = 1.0, self._step_seconds(candidate, 1)
+        if name != "none":
+            chances = self.acceptance.chances(name, strategy.tree, strategy.template.depth)
+            if shift:
+                chances = 1.0 / (1.0 + (1.0 / np.clip(chances, 1e-6, 1 - 1e-6) - 1.0) * math.exp(-shift))
+            rate = self.acceptance.rate(name) if rate is None else rate
+            length += rate * float(np.cumprod(chances).sum())
+            # Where nobody in the batch has a draft, a step decodes one token.
+            some = 1.0 - (1.0 - rate) ** running
+            seconds = some * self._step_seconds(candidate, strategy.width) + (1.0 - some) * seconds
+        seconds = float(seconds * self._factors.get(strategy, self._factor))
+        return Option(self.words[strategy], length, seconds, running * length / seconds, self._compiled(strategy))
+
+    def _step_seconds(self, candidate: Candidate, width: int) -> float:
+        """Of drafting and verifying ``width`` tokens; 1: of a step without a draft, the search for one included."""
+        strategy = candidate.strategy
+        if (strategy, width) not in self._counted:
+            sharing = strategy.sharing(self.layers)
+            if width == 1:
+                sharing = dataclasses.replace(sharing, group=0, group_mode="merged")
+            chain = width == 1 or strategy.template.is_chain
+            point = Point(self.batch, self.context, width, chain, sharing, _timed_as(strategy))
+            draft = self.costs.draft(candidate.drafter, strategy.tree, strategy.width, self.batch, self.context)
+            self._counted[strategy, width] = self.costs.step(point) + draft
+        return self._counted[strategy, width]
+
+    def choose(self, running: int, remaining: int) -> None:
+        """Chooses for the next segment; ``remaining``: tokens that the running sequences may still give."""
+        options = {candidate.strategy: self.option(candidate, running) for candidate in self.candidates}
+        current = options.get(self.strategy) if self.decisions else None
+        best, reason = self.strategy, ""
+
+        def total(strategy: Strategy) -> float:
+            """Seconds until the end with this strategy, compilation included."""
+            option = options[strategy]
+            return remaining / option.tokens_per_second + (0.0 if option.compiled else self._compile_seconds)
+
+        fastest = min(options, key=total)
+        if current is None:
+            best, reason = fastest, "fastest"
+        elif not self.planner.switch or fastest == self.strategy:
+            reason = "still the fastest" if self.planner.switch else "chosen once"
+        elif options[fastest].tokens_per_second < (1.0 + self.planner.hysteresis) * current.tokens_per_second:
+            reason = f"nothing is more than {self.planner.hysteresis:.0%} faster"
+        else:
+            best = fastest
+            reason = f"{options[fastest].tokens_per_second / current.tokens_per_second - 1:+.0%} over the one before"
+        stays = best == self.strategy and bool(self.decisions)
+        length = min(2 * self._length, 8 * self.planner.segment) if stays else self.planner.segment
+        share = self._choosing / (_SHARE * options[best].step_seconds) if self.decisions else 0.0
+        self._length = max(length, math.ceil(share))
+        self.strategy = best
+        ranked = tuple(sorted(options.values(), key=lambda option: -option.tokens_per_second))
+        self.decisions.append(Decision(self._steps, running, self.words[best], reason, ranked))
+
+    @property
+    def steps_left(self) -> int:
+        """Steps until the next choice."""
+        return self._length - (0 if self._seen[0] is None else int(self._seen[0].steps))
+
+    def observe(self, counts: Counts, seconds: float, new_tokens: int, running: int, remaining: int) -> None:
+        """What some steps of ``strategy`` showed. At the end of a segment, chooses for the next.
+
+        Args:
+          counts, seconds, new_tokens: of these steps, the whole batch's.
+          running, remaining: sequences that are not done, and the tokens that they may still give.
+        """
+        begun = time.perf_counter()
+        seen = add_counts(self._seen[0], counts), self._seen[1] + seconds, self._seen[2] + new_tokens
+        self._seen = seen
+        if self.steps_left <= 0 or not running:
+            self._learn(*seen)
+            self._seen = (None, 0.0, 0)
+            if running:
+                self.choose(running, remaining)
+            self._choosing = time.perf_counter() - begun
+        self.seconds += time.perf_counter() - begun
+
+    def _learn(self, counts: Counts, seconds: float, new_tokens: int) -> None:
+        steps, sequence_steps = int(counts.steps), int(counts.accepted.sum())
+        if not sequence_steps:
+            return
+        (candidate,) = (c for c in self.candidates if c.strategy == self.strategy)
+        # Steps without a draft are cheaper: the time is compared with what such a mixture should have taken.
+        rate = float(np.sum(counts.drafted[1:])) / sequence_steps
+        expected = self.option(candidate, max(1, round(sequence_steps / steps)), rate)
+        self.acceptance.decay(steps)
+        if candidate.drafter != "none":
+            drafted, stood = np.asarray(counts.drafted), np.asarray(counts.accepted)
+            self.acceptance.add(candidate.drafter, self.strategy.tree, drafted, stood)
+        known = self._factors.get(self.strategy, self._factor)
+        ratio = known * (seconds / steps) / expected.step_seconds
+        factor = ratio if self.strategy not in self._factors else known * (ratio / known) ** _NEWEST
+        self._factors[self.strategy] = factor
+        shared = _SHARED_MEASURED if self.costs.measured else _SHARED_COUNTED
+        self._factor = math.exp(shared * float(np.mean(np.log(list(self._factors.values())))))
+        self._steps += steps
+        accepted = float(counts.accepted @ np.arange(len(counts.accepted)))
+        self.decisions[-1] = dataclasses.replace(
+            self.decisions[-1], observed_steps=steps, observed_acceptance_length=1.0 + accepted / sequence_steps,
+            observed_tokens_per_second=new_tokens / seconds,
+        )  # fmt: skip
+
+
+def _timed_as(strategy: Strategy) -> Literal["exact", "strict"]:
+    """A step of class approx takes what an exact one with its sharing takes."""
+    return "strict" if strategy.precision == "strict" else "exact"
+
+
+def watching(strategy: Strategy, watchers: tuple[Drafter, ...]) -> Strategy:
+    """``strategy`` with others watching; without watchers, itself."""
+    if not watchers:
+        return strategy
+    tree = "chain:1" if strategy.drafter is None else strategy.tree
+    return dataclasses.replace(strategy, drafter=Watching(strategy.drafter, watchers), tree=tree)
+
+
+def cheapest(strategy: Strategy, sharings: Iterable[Sharing], costs: Costs, batch: int, context: int) -> Strategy:
+    """``strategy`` with the sharing by which its step takes the least time: sharing decides about nothing else.
+
+    All refreshing, grouped as the kernels like it, is among ``sharings`` if nothing better is known.
+    """
+    chain = strategy.width == 1 or strategy.template.is_chain
+
+    def seconds(sharing: Sharing) -> float:
+        return costs.step(Point(batch, context, strategy.width, chain, sharing, _timed_as(strategy)))
+
+    best = min(sharings, key=seconds)
+    return dataclasses.replace(
+        strategy, schedule=best.schedule or "all", keep_compressed=best.keep_compressed, group=best.group,
+        group_mode=best.group_mode,
+    )  # fmt: skip

@@ -1,0 +1,155 @@
+"""How many drafted tokens will stand: from a profile's priors, from replays on the prompt, from what decoding shows.
+
+Evidence is counted per drafter and family (all chains are one: the third token of a chain of 4 fares as that of a chain
+of 8), per position: of the drafts that came to a position, how many stood there. A prior counts for little, so that a
+few steps outweigh it; and what one family shows moves the others of its drafter, as they draft for the same text.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from specsa_jax.planning.profile import Prior
+
+# Sequence steps that a prior is worth; that the guess is worth where there is no prior; and the steps after which live
+# evidence counts half: the acceptance of a text changes along it.
+_PRIOR_STEPS, _GUESS_STEPS, _HALF_LIFE = 4.0, 4.0, 8.0
+# A draft in every second step, of which each token stands with this chance. Where nothing is known.
+_GUESSED_RATE, _GUESSED_CHANCE = 0.5, 0.6
+_POSITIONS = 64  # a path is no longer than a page
+
+
+@dataclasses.dataclass
+class _Counts:
+    """Sequence steps, those with a draft; per position, float [64], drafts that came to it, and those that stood."""
+
+    steps: float = 0.0
+    drafted: float = 0.0
+    tried: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(_POSITIONS))
+    stood: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(_POSITIONS))
+
+    def add(self, drafted: Sequence[float] | np.ndarray, accepted: Sequence[float] | np.ndarray, weight: float) -> None:
+        """Histograms over sequence steps by the draft's depth, and by accepted tokens, as ``decoding.Counts``."""
+        at_least = [np.cumsum(np.asarray(x, float)[::-1])[::-1] for x in (drafted, accepted)]
+        reach = len(at_least[1])
+        self.steps += weight * at_least[0][0]
+        if reach > 1:
+            deep, stood = (np.pad(x, (0, max(0, reach - len(x))))[:reach] for x in at_least)
+            self.drafted += weight * deep[1]
+            # What came to position k was drafted that deep, and stood up to k − 1.
+            self.tried[: reach - 1] += weight * np.minimum(deep[1:], stood[:-1])
+            self.stood[: reach - 1] += weight * stood[1:]
+
+    def scale(self, factor: float) -> None:
+        self.steps *= factor
+        self.drafted *= factor
+        self.tried *= factor
+        self.stood *= factor
+
+
+def family(tree: str) -> str:
+    """Trees whose positions fare alike."""
+    return "chain" if tree.startswith("chain:") else tree
+
+
+class Acceptance:
+    """What is known of the acceptance of drafts on one text. ``priors``: of a profile."""
+
+    def __init__(self, priors: Iterable[Prior] = ()):
+        self._prior: dict[tuple[str, str], _Counts] = collections.defaultdict(_Counts)
+        self._live: dict[tuple[str, str], _Counts] = collections.defaultdict(_Counts)
+        # Of a key, what is expected without live evidence, in log-odds; and of a drafter, the shift that this shows.
+        self._known: dict[tuple[str, str], tuple[np.ndarray, np.ndarray, float]] = {}
+        self._shifts: dict[str, float] = {}
+        for prior in priors:
+            self._prior[prior.drafter, family(prior.tree)].add(prior.drafted, prior.accepted, 1.0)
+
+    def add(
+        self, drafter: str, tree: str, drafted: Sequence[float] | np.ndarray, accepted: Sequence[float] | np.ndarray,
+        worth: float | None = None,
+    ) -> None:  # fmt: skip
+        """Evidence of this very text, as histograms (:class:`specsa_jax.decoding.Counts`); all of it counts as
+        ``worth`` sequence steps, or as it is."""
+        steps = float(np.sum(drafted))
+        if steps:
+            weight = 1.0 if worth is None else worth / steps
+            self._live[drafter, family(tree)].add(drafted, accepted, weight)
+            self._shifts.clear()
+
+    def decay(self, steps: int) -> None:
+        """Older evidence counts less: ``steps`` have passed since the last call."""
+        for counts in self._live.values():
+            counts.scale(0.5 ** (steps / _HALF_LIFE))
+        self._shifts.clear()
+
+    def rate(self, drafter: str) -> float:
+        """The fraction of a sequence's steps in which ``drafter`` has a draft."""
+        prior, live = _pooled(self._prior, drafter), _pooled(self._live, drafter)
+        worth = min(_PRIOR_STEPS, prior.steps)
+        expected = prior.drafted / prior.steps if prior.steps else _GUESSED_RATE
+        worth = worth or _GUESS_STEPS
+        return (expected * worth + live.drafted) / (worth + live.steps)
+
+    def chances(self, drafter: str, tree: str, depth: int) -> np.ndarray:
+        """float [depth]: the chance that a drafted token stands, given that those before it on its path do."""
+        key = drafter, family(tree)
+        _, odds, worth = self._expected(key)
+        expected = _sigmoid(odds + self._shift(drafter))
+        live = self._live[key]
+        return ((expected * worth + live.stood) / (worth + live.tried))[:depth]
+
+    def length(self, drafter: str, tree: str, depth: int) -> float:
+        """Expected tokens that a sequence gains in a step, the target's own included."""
+        return 1.0 + self.rate(drafter) * float(np.cumprod(self.chances(drafter, tree, depth)).sum())
+
+    def _expected(self, key: tuple[str, str]) -> tuple[np.ndarray, np.ndarray, float]:
+        """Chances [64] before live evidence, their log-odds, and the drafts that they are worth."""
+        if key not in self._known:
+            prior = self._prior.get(key) or self._prior.get((key[0], "chain"))
+            chances, worth = np.full(_POSITIONS, _GUESSED_CHANCE), _GUESS_STEPS
+            if prior is not None and prior.tried[0]:
+                chances = (prior.stood + _GUESSED_CHANCE) / (prior.tried + 1.0)
+                # Behind the last position with evidence, as there.
+                last = int(np.flatnonzero(prior.tried >= 4)[-1]) if (prior.tried >= 4).any() else 0
+                chances[last + 1 :] = chances[last]
+                worth = min(_PRIOR_STEPS, float(prior.tried[0]))
+            self._known[key] = chances, _logit(chances), worth
+        return self._known[key]
+
+    def _shift(self, drafter: str) -> float:
+        """By how much, in log-odds, a drafter's drafts fare better on this text than was expected: at other positions
+        and in other trees too. A drafter of which this one is a part, or that is a part of it, counts half."""
+        if drafter not in self._shifts:
+            tried = stood = expected = 0.0
+            for key, live in self._live.items():
+                if set(key[0].split("+")) & set(drafter.split("+")):
+                    weight = 1.0 if key[0] == drafter else 0.5
+                    tried += weight * float(live.tried.sum())
+                    stood += weight * float(live.stood.sum())
+                    expected += weight * float(live.tried @ self._expected(key)[0])
+            shift = 0.0
+            if tried:
+                mean = expected / tried
+                shifted = (stood + _PRIOR_STEPS * mean) / (tried + _PRIOR_STEPS)
+                shift = float(_logit(np.array(shifted)) - _logit(np.array(mean)))
+            self._shifts[drafter] = shift
+        return self._shifts[drafter]
+
+
+def _pooled(table: dict[tuple[str, str], _Counts], drafter: str) -> _Counts:
+    """Steps and drafts of all families: whether there is a draft does not depend on its shape."""
+    found = [counts for (name, _), counts in table.items() if name == drafter]
+    return _Counts(sum(c.steps for c in found), sum(c.drafted for c in found))
+
+
+def _logit(x: np.ndarray) -> np.ndarray:
+    x = np.clip(x, 0.005, 0.995)
+    return np.log(x) - np.log1p(-x)
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1.0 / (1.0 + np.exp(-x))

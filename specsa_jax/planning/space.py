@@ -1,0 +1,102 @@
+"""The strategies that the planner considers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from specsa_jax.checkpoints.records import Measurement
+from specsa_jax.config import ModelConfig
+from specsa_jax.drafting import Drafter, drafter_from_name
+from specsa_jax.drafting.watching import watcher
+from specsa_jax.planning.planner import Candidate, Planner, watching
+from specsa_jax.planning.profile import Profile
+from specsa_jax.schedule import Sharing
+from specsa_jax.strategy import Precision, Strategy
+
+# Drafters with the trees worth trying: short chains for texts that are hard to foresee, long ones for copies, trees for
+# drafters that know more than one likely token. ``head`` counts where the checkpoint has one.
+DRAFTERS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("lookup", ("chain:2", "chain:4", "chain:8", "chain:16", "chain:32")),
+    ("head", ("chain:2", "chain:4", "best:8:4", "best:16:6", "best:32:8")),
+    ("lookup+head", ("chain:4", "chain:8", "chain:16", "best:16:6")),
+    ("self", ("chain:2", "chain:4")),
+)
+
+
+def candidates(
+    drafters: Sequence[tuple[str, Sequence[str]]], config: ModelConfig, checkpoint: str, precision: Precision
+) -> list[Candidate]:
+    """Not to speculate, and each of ``drafters`` (name, trees), or of :data:`DRAFTERS` where there are none; all layers
+    refreshing.
+
+    Of :data:`DRAFTERS`, what does not suit the model, or a head that the checkpoint has not, is left out; of others it
+    raises ValueError, as do names and trees that are none.
+    """
+    found = [Candidate("none", Strategy(None, precision=precision))]
+    for name, trees in drafters or DRAFTERS:
+        for tree in trees:
+            try:
+                strategy = Strategy(drafter_from_name(name, checkpoint), tree, precision=precision)
+                strategy.check(config)
+            except ValueError:  # CheckpointError is one
+                if drafters:
+                    raise
+                continue
+            if strategy.drafter is not None:
+                found.append(Candidate(name, strategy))
+    return found
+
+
+def profiled(profile: Profile) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The drafters whose acceptance a profile knows (name, trees): on the trees that it names, of which one chain
+    stands for all, and on those of :data:`DRAFTERS`."""
+    usual = dict(DRAFTERS)
+    trees: dict[str, dict[str, None]] = {}
+    for prior in profile.priors:
+        trees.setdefault(prior.drafter, dict.fromkeys(usual.get(prior.drafter, ())))[prior.tree] = None
+    return tuple((name, tuple(found)) for name, found in trees.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """What a planner may choose from in a call.
+
+    Attributes:
+      candidates: drafters and trees.
+      sharings: of class exact; ``admitted``: measurements of the approximate ones that the user's bound admits.
+    """
+
+    planner: Planner
+    candidates: list[Candidate]
+    sharings: list[Sharing]
+    admitted: list[Measurement]
+
+    @property
+    def largest(self) -> Strategy:
+        """One that needs the most memory: all drafters that keep a state watch."""
+        own = (watcher(candidate.strategy.drafter) for candidate in self.candidates)
+        watchers = tuple(dict.fromkeys(one for one in own if one is not None))
+        return watching(self.candidates[0].strategy, watchers)
+
+    @property
+    def replayed(self) -> list[tuple[str, Drafter, int]]:
+        """The drafters that can be tried on a prompt: name, drafter, tokens of the longest chain."""
+        depths: dict[tuple[str, Drafter], int] = {}
+        for candidate in self.candidates:
+            drafter, template = candidate.strategy.drafter, candidate.strategy.template
+            if drafter is not None and drafter.replays:
+                key = candidate.drafter, drafter
+                depths[key] = max(depths.get(key, 0), template.depth)
+        return [(name, drafter, depth) for (name, drafter), depth in depths.items()]
+
+    def sharings_of(self, strategy: Strategy) -> list[Sharing]:
+        """How layers and queries may share selections in it; what a measurement of shared groups says holds for chains
+        of that width alone."""
+        found = [sharing for sharing in self.sharings if not sharing.group or strategy.drafter is not None]
+        for measured in self.admitted:
+            shared = measured.sharing.group_mode == "shared"
+            fits = strategy.drafter is not None and strategy.template.is_chain and measured.width == strategy.width
+            if fits or not shared:
+                found.append(measured.sharing)
+        return found
