@@ -275,6 +275,26 @@ def ablations(result: Result, path: Path) -> None:
     write(figure, path, dpi=110)
 
 
+def planner(result: Result, path: Path) -> None:
+    """For each cell: the fixed strategies as dots, the planner as a bar."""
+    rows, axes, default = result["rows"], ("workload", "context", "batch", "temperature"), "lookup chain:4"
+    keys = list(dict.fromkeys(tuple(row[axis] for axis in axes) for row in rows))
+    figure, axis = pyplot.subplots(figsize=(1.2 * len(keys) + 3, 4.5))
+    for place, key in enumerate(keys):
+        mine = {row["strategy"]: row["tokens_per_second"] for row in rows if tuple(row[a] for a in axes) == key}
+        base = mine[default]
+        axis.bar(place, mine["planner"] / base, color="tab:blue", label=None if place else "planner")
+        others = [speed / base for name, speed in mine.items() if name != "planner"]
+        axis.plot([place] * len(others), others, "o", color="black", alpha=0.5, ms=4,
+                  label=None if place else "each fixed strategy")  # fmt: skip
+    axis.axhline(1.0, color="gray", lw=0.8)
+    axis.set_xticks(range(len(keys)), [f"{w}\n{c} tokens\nbatch {b}, T={t:g}" for w, c, b, t in keys], fontsize=7)
+    axis.set_ylabel(f"tokens/s, of {default}'s")
+    axis.legend()
+    axis.set_title(title(result, f"the planner, {result['checkpoint']}"), fontsize=8)
+    write(figure, path, dpi=110)
+
+
 def write(figure: pyplot.Figure, path: Path, dpi: int) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=dpi)
@@ -284,7 +304,7 @@ def write(figure: pyplot.Figure, path: Path, dpi: int) -> None:
 # By the script that wrote the file.
 PLOTS: dict[str, Callable[[Result, Path], None]] = {
     "acceptance": acceptance, "refresh_reuse": refresh_reuse, "end_to_end": end_to_end, "train_target": end_to_end,
-    "shapes": shapes, "overhead": overhead, "ablations": ablations,
+    "shapes": shapes, "overhead": overhead, "ablations": ablations, "planner": planner,
 }  # fmt: skip
 
 

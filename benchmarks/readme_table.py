@@ -111,6 +111,15 @@ def train_target(result: Result) -> Lines:
     yield from end_to_end(result)
 
 
+def planner(result: Result) -> Lines:
+    if "planner_over_default" in result:  # there when the run has ended
+        yield (
+            f"the planner over all cells, {result['checkpoint']}",
+            f"{result['planner_over_default']:.2f}x lookup chain:4, {result['planner_of_best']:.2f} of the best strategy "
+            f"of each cell; planning {100 * result['planning_share']:.1f} % of decoding",
+        )
+
+
 def shapes(result: Result) -> Lines:
     for row in result["rows"]:
         if row.get("over_decode") and row["width"] == 16:
@@ -154,8 +163,8 @@ def memory(result: Result) -> Lines:
 # By the script that wrote the file, in the table's order.
 TABLES: dict[str, Callable[[Result], Lines]] = {
     "train_target": train_target, "end_to_end": end_to_end, "dense_decode": dense_decode, "held_out": held_out,
-    "acceptance": acceptance, "shapes": shapes, "overhead": overhead, "memory": memory, "refresh_reuse": refresh_reuse,
-    "verify_layer": verify_layer, "selection": selection, "prefill": prefill,
+    "planner": planner, "acceptance": acceptance, "shapes": shapes, "overhead": overhead, "memory": memory,
+    "refresh_reuse": refresh_reuse, "verify_layer": verify_layer, "selection": selection, "prefill": prefill,
 }  # fmt: skip
 
 
