@@ -4,8 +4,8 @@ Rows: precision class, workload (benchmarks/workloads.py), context (the new toke
 strategy. ``none`` is the same loop with the same kernels without drafts. Programs are compiled and have run before they
 are timed; time is the wall time of decoding (and planning), prefill left out. ``speedup`` is over ``none`` in class
 exact; whether tokens are identical is said of ``none`` in the same class and schedule. A strategy that does not run
-here has its reason under ``not_run``. Classes other than exact run the first two strategies alone. Rows come in the order of their
-importance: what --budget leaves out is the least important.
+here has its reason under ``not_run``. Classes other than exact run the first two strategies alone. Rows come in the
+order of their importance: what --budget leaves out is the least important.
 
     python benchmarks/end_to_end.py --contexts 4096 --batches 1 --out                    # on a CPU
     python benchmarks/end_to_end.py --checkpoint run/checkpoint --resume --out           # on a GPU

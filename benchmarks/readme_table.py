@@ -115,8 +115,8 @@ def planner(result: Result) -> Lines:
     if "planner_over_default" in result:  # there when the run has ended
         yield (
             f"the planner over all cells, {result['checkpoint']}",
-            f"{result['planner_over_default']:.2f}x lookup chain:4, {result['planner_of_best']:.2f} of the best strategy "
-            f"of each cell; planning {100 * result['planning_share']:.1f} % of decoding",
+            f"{result['planner_over_default']:.2f}x lookup chain:4, {result['planner_of_best']:.2f} of the best "
+            f"strategy of each cell; planning {100 * result['planning_share']:.1f} % of decoding",
         )
 
 
