@@ -96,6 +96,7 @@ bench-ablations:
 
 bench-shapes:
 	$(LARGE)/shapes.py --resume --budget $(SHAPES_SECONDS) --out
+	$(LARGE)/dense_decode.py --preset 8b --contexts 65536 --batches 1 --resume --budget 60 --out
 	$(LARGE)/memory.py --out
 
 bench-loop:

@@ -181,7 +181,7 @@ def measured_lengths(folder: Path) -> list[tuple[str, float]]:
 
 def kernel_class(name: str) -> str:
     """What a kernel's name says of its work."""
-    if name.startswith("nsa_") or name == "others":
+    if name.startswith(("nsa_", "commit")) or name == "others":
         return name.split(".")[0]
     if any(part in name.lower() for part in ("gemm", "nvjet", "cutlass", "cublas", "xmma", "dot")):
         return "matrix products"
