@@ -2,18 +2,23 @@
 
 Compares tokens and the bits of their log-probabilities, greedy and sampled, alone and in ragged batches of 8. The
 prompts are pieces of held-out files. Results are saved after each group of 8 prompts, so that a run may be stopped: the
-JSON says how many prompts it got through. All of it takes one to two hours of two idle cores; compiled programs are
-kept where JAX_COMPILATION_CACHE_DIR says.
+JSON says how many prompts it got through with each drafter. A run goes on where the one that wrote ``--out`` stopped,
+if model, settings, device and versions are the same. Compiled programs are kept where JAX_COMPILATION_CACHE_DIR says.
 
     python benchmarks/strict.py --out benchmarks/results/cpu/strict.json
+    python benchmarks/strict.py --prompts 56 --dtype bfloat16 --implementation pallas --out strict.json    # on a GPU
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from pathlib import Path
+from typing import Any
 
 import harness
+import jax
 import numpy as np
 from held_out import held_out_files
 
@@ -21,78 +26,153 @@ from specsa_jax import Engine, SamplingParams, Strategy
 from specsa_jax.drafting import drafter_from_name
 
 DRAFTERS = ["lookup", "self", "head", "model:embedded", "lookup+head"]
+CASES = ["greedy", "greedy, batch of 8", "sampled", "sampled, batch of 8"]
 TREES = ["chain:4", "3-1-1", "2-2", "best:6:3", "best:8:4"]
 
 
-def prompts(engine: Engine, count: int, longest: int) -> list[list[int]]:
-    """Pieces of held-out files of 1 to ``longest`` tokens."""
-    random, files, found = np.random.default_rng(0), held_out_files(engine), []
-    while len(found) < count:
-        ids = files[int(random.integers(len(files)))][1]
-        size = int(random.integers(1, longest + 1))
-        if len(ids) > size:
-            start = int(random.integers(len(ids) - size))
-            found.append(ids[start : start + size])
-    return found
+def prompts(engine: Engine, count: int) -> list[list[list[int]]]:
+    """Groups of 8 pieces of held-out files: of 1 to 56 tokens, and of 57 to 120. With 8 new tokens each group's
+    sequences have one page or two, so that all groups share a few programs; every other one crosses a page's end."""
+    random, files = np.random.default_rng(0), held_out_files(engine)
+    groups: list[list[list[int]]] = [[] for _ in range(-(-count // 8))]
+    for place in range(8 * len(groups)):
+        shortest, longest = ((1, 56), (57, 120))[place // 8 % 2]
+        size = int(random.integers(shortest, longest + 1))
+        ids: list[int] = []
+        while len(ids) <= size:
+            ids = files[int(random.integers(len(files)))][1]
+        start = int(random.integers(len(ids) - size))
+        groups[place // 8].append(ids[start : start + size])
+    return groups
+
+
+class Check:
+    """Bits of strategies against those of decoding one token at a time, alone."""
+
+    def __init__(self, engine: Engine, groups: list[list[list[int]]], new_tokens: int):
+        self.engine, self.groups, self.new_tokens = engine, groups, new_tokens
+        self.expected: dict[tuple[int, int], list] = {}
+
+    def bits(self, rows, sampling, strategy):
+        result = self.engine.generate(rows, self.new_tokens, sampling=sampling, strategy=strategy)
+        return [(g.tokens.tolist(), g.logprobs.tobytes()) for g in result], result.stats.accepted
+
+    def group(self, index: int, strategies: list[Strategy]) -> tuple[np.ndarray, np.ndarray]:
+        """int [strategies, greedy or sampled, alone or in a batch] of identical sequences; accepted drafts."""
+        rows = self.groups[index]
+        same, accepted = np.zeros((len(strategies), 2, 2), int), np.zeros(len(strategies), int)
+        for kind in range(2):
+            sampling = [
+                SamplingParams(temperature=0.8 * kind, top_p=0.95, seed=8 * index + i) for i in range(len(rows))
+            ]
+            each = list(zip(rows, sampling, strict=True))
+            if (index, kind) not in self.expected:
+                plain = Strategy(None, precision="strict")
+                self.expected[index, kind] = [self.bits([row], [params], plain)[0][0] for row, params in each]
+            for at, strategy in enumerate(strategies):
+                alone = [self.bits([row], [params], strategy)[0][0] for row, params in each]
+                together, stood = self.bits(rows, sampling, strategy)
+                accepted[at] += stood
+                for place, got in enumerate((alone, together)):
+                    same[at, kind, place] = sum(
+                        a == b for a, b in zip(got, self.expected[index, kind], strict=True)
+                    )  # fmt: skip
+        return same, accepted
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=304)
+    parser.add_argument("--prompts", type=int, default=304, help="up to a multiple of 8")
     parser.add_argument("--new-tokens", type=int, default=8)
-    parser.add_argument("--longest", type=int, default=64, help="tokens of a prompt, at most")
     parser.add_argument("--drafters", nargs="+", default=DRAFTERS)
     parser.add_argument("--trees", nargs="+", default=TREES)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no group of prompts after so many")
-    parser.add_argument("--out")
+    parser.add_argument(
+        "--implementation", choices=["xla", "pallas"], help="of attention; default: as the device has it"
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as the device has it")
+    parser.add_argument("--checkpoint", default="embedded", help="a packaged name or a checkpoint directory")
+    parser.add_argument("--out", help="JSON; a run that it holds in part is gone on with")
     args = parser.parse_args()
 
-    engine = Engine.from_pretrained("embedded", max_length=args.longest + 64, precision="strict")
-    one_by_one = Strategy(None, precision="strict")
-    strategies = [
-        Strategy(drafter_from_name(drafter), tree, precision="strict")
-        for drafter in args.drafters
-        for tree in args.trees
-    ]
-    found, begun = prompts(engine, args.prompts, args.longest), time.perf_counter()
-    same = np.zeros((len(strategies), 2, 2), int)  # by greedy or sampled, alone or in a batch
-    accepted, done = np.zeros(len(strategies), int), 0
-
-    def bits(rows, sampling, strategy):
-        result = engine.generate(rows, args.new_tokens, sampling=sampling, strategy=strategy)
-        return [(g.tokens.tolist(), g.logprobs.tobytes()) for g in result], result.stats.accepted
-
-    for start in range(0, len(found), 8):
-        if time.perf_counter() - begun > args.seconds:
-            break
-        group = found[start : start + 8]
-        for kind in range(2):
-            sampling = [SamplingParams(temperature=0.8 * kind, top_p=0.95, seed=start + i) for i in range(len(group))]
-            expected = [bits([row], [params], one_by_one)[0][0] for row, params in zip(group, sampling, strict=True)]
-            for index, strategy in enumerate(strategies):
-                alone = [bits([row], [params], strategy)[0][0] for row, params in zip(group, sampling, strict=True)]
-                together, stood = bits(group, sampling, strategy)
-                accepted[index] += stood
-                for place, got in enumerate((alone, together)):
-                    same[index, kind, place] += sum(a == b for a, b in zip(got, expected, strict=True))
-        done += len(group)
-        rows = [
-            {
-                "drafter": args.drafters[index // len(args.trees)],
-                "tree": args.trees[index % len(args.trees)],
-                "greedy": int(same[index, 0, 0]),
-                "greedy, batch of 8": int(same[index, 0, 1]),
-                "sampled": int(same[index, 1, 0]),
-                "sampled, batch of 8": int(same[index, 1, 1]),
-                "drafts accepted": int(accepted[index]),
-            }
-            for index in range(len(strategies))
+    engine = Engine.from_pretrained(
+        args.checkpoint, max_length=128, precision="strict", prefill_chunk=16, implementation=args.implementation,
+        dtype=args.dtype,
+    )  # fmt: skip
+    settings = {
+        "model": engine.fingerprint, "dtype": str(engine.dtype), "implementation": engine.implementation,
+        "new_tokens": args.new_tokens, "trees": args.trees,
+    }  # fmt: skip
+    try:
+        rows = resumed(args.out, settings)
+    except ValueError as error:
+        parser.error(str(error))
+    check, begun = Check(engine, prompts(engine, args.prompts), args.new_tokens), time.perf_counter()
+    for drafter in args.drafters:
+        strategies = [
+            Strategy(drafter_from_name(drafter, args.checkpoint), tree, precision="strict") for tree in args.trees
         ]
-        print(f"{done} prompts, {int((same == done).sum())} of {same.size} cases identical for all of them", flush=True)
-        if args.out:
-            harness.save(args.out, rows, prompts=done, new_tokens=args.new_tokens, longest_prompt=args.longest,
-                         identical=bool((same == done).all()))  # fmt: skip
-    harness.print_table(rows)
+        own, before = ([row for row in rows if (row["drafter"] == drafter) == mine] for mine in (True, False))
+        done = own[0]["prompts"] if own else 0
+        same, accepted = np.zeros((len(strategies), 2, 2), int), np.zeros(len(strategies), int)
+        for at, row in enumerate(own):
+            same[at], accepted[at] = np.reshape([row[name] for name in CASES], (2, 2)), row["drafts accepted"]
+        for index, group in enumerate(check.groups):
+            if 8 * index + len(group) <= done:
+                continue
+            if time.perf_counter() - begun > args.seconds:
+                break
+            found, stood = check.group(index, strategies)
+            same, accepted, done = same + found, accepted + stood, done + len(group)
+            rows = before + [
+                {
+                    "drafter": drafter,
+                    "tree": tree,
+                    "prompts": done,
+                    **dict(zip(CASES, same[at].ravel().tolist(), strict=True)),
+                    "drafts accepted": int(accepted[at]),
+                }
+                for at, tree in enumerate(args.trees)
+            ]
+            print(f"{drafter}: {done} prompts, {int((same == done).sum())} of {same.size} cases identical for all of "
+                  "them", flush=True)  # fmt: skip
+            if args.out:
+                harness.save(
+                    args.out, rows, **settings, prompts=min(row["prompts"] for row in rows),
+                    drafters=sorted({row["drafter"] for row in rows}), identical=all(_identical(row) for row in rows),
+                )  # fmt: skip
+        # Each drafter has programs of its own, and a process room for a few hundred.
+        engine._compiled.clear()
+        jax.clear_caches()
+    if rows:
+        harness.print_table(rows)
+
+
+def resumed(out: str | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that ``out`` holds, none where there is no such file.
+
+    Raises ValueError for a file of another model, of other settings, device or versions, or that cannot be read.
+    """
+    if out is None or not Path(out).exists():
+        return []
+    try:
+        found = json.loads(Path(out).read_text(encoding="utf-8"))
+        rows = found["rows"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"--out: {out}: holds no results of this benchmark, expected none or some: {error!r}"
+        ) from error
+    here = harness.environment()
+    for name, expected in {**settings, **{name: here[name] for name in ("device", "jax", "jaxlib")}}.items():
+        if found.get(name) != expected:
+            raise ValueError(
+                f"--out: {out} is of a run with {name} {found.get(name)!r}, expected {expected!r} or a new file"
+            )
+    return rows
+
+
+def _identical(row: dict[str, Any]) -> bool:
+    return all(row[name] == row["prompts"] for name in CASES)
 
 
 if __name__ == "__main__":

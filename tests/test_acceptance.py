@@ -130,13 +130,13 @@ def length_p_value(length, law):
 
 def rejection_children(p, q, count):
     """Probability that each token becomes the accepted child, of ``count`` siblings drawn without replacement."""
-    chance = np.zeros(VOCABULARY)
+    chance = np.zeros(len(p))
     for token in np.flatnonzero(q) if count else ():
         accept = min(1.0, p[token] / q[token])
         chance[token] += q[token] * accept
         left = np.maximum(p - q, 0)
-        if accept < 1 and left.sum():
-            rest = np.where(np.arange(VOCABULARY) == token, 0, q)
+        if count > 1 and accept < 1 and left.sum():
+            rest = np.where(np.arange(len(q)) == token, 0, q)
             chance += q[token] * (1 - accept) * rejection_children(left / left.sum(), rest / rest.sum(), count - 1)
     return chance
 

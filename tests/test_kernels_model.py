@@ -1,5 +1,6 @@
 """The model over the Pallas kernels: the same tokens as over XLA's code."""
 
+import dataclasses
 import sysconfig
 from pathlib import Path
 
@@ -23,18 +24,27 @@ SIZES = dict(num_heads=4, num_kv_heads=2, head_dim=16, compress_block=8, compres
              num_selected=4, window=20, compression="mean", compress_position="none", layers=1)  # fmt: skip
 
 
-def generate(config, params, decoder, prompt, new_tokens, strategy):
-    """Tokens after ``prompt`` by the decoder's loops."""
-    pages = pages_for(config.nsa, len(prompt) + new_tokens)
-    buffer = np.zeros((1, pages * config.nsa.select_block + 1), np.int32)
-    buffer[0, : len(prompt)] = prompt
-    known = jnp.array([len(prompt)], jnp.int32)
-    state = State(create_cache(config, np.arange(pages)[None], pages, jnp.float32), jnp.asarray(buffer), known,
-                  known + new_tokens, jnp.zeros(1, bool), jnp.zeros(buffer.shape, jnp.float32))  # fmt: skip
-    state = decoder.prefill(params, state, jnp.int32(100), chunk=16)
-    state, _ = decoder.decode(params, state, batch_sampling([SamplingParams()]), jnp.int32(100), strategy=strategy)
-    assert bool(state.done[0])
-    return np.asarray(state.tokens)[0, len(prompt) : len(prompt) + new_tokens]
+def generate(config, params, decoder, prompts, new_tokens, strategy):
+    """Tokens after ``prompts`` by the decoder's loops, their log-probabilities (a row each), and the counts."""
+    batch, pages = len(prompts), pages_for(config.nsa, max(map(len, prompts)) + new_tokens)
+    buffer = np.zeros((batch, pages * config.nsa.select_block + 1), np.int32)
+    for row, prompt in zip(buffer, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    known = jnp.array(list(map(len, prompts)), jnp.int32)
+    table = np.arange(batch * pages).reshape(batch, pages)
+    state = State(create_cache(config, table, table.size, jnp.float32), jnp.asarray(buffer), known,
+                  known + new_tokens, jnp.zeros(batch, bool), jnp.zeros(buffer.shape, jnp.float32))  # fmt: skip
+    # A program runs once: unoptimised code is there sooner.
+    options = {"xla_backend_optimization_level": "0"}
+    arguments = (params, state, jnp.int32(100))
+    read = decoder.prefill.lower(*arguments, chunk=16, precision=strategy.precision)
+    state = read.compile(options)(*arguments)
+    arguments = (params, state, batch_sampling([SamplingParams()] * batch), jnp.int32(100))
+    state, counts = decoder.decode.lower(*arguments, strategy=strategy).compile(options)(*arguments)
+    assert state.done.all()
+    new = [slice(len(prompt), len(prompt) + new_tokens) for prompt in prompts]
+    tokens, logprobs = np.asarray(state.tokens), np.asarray(state.logprobs)
+    return [np.stack([row[at] for row, at in zip(rows, new, strict=True)]) for rows in (tokens, logprobs)], counts
 
 
 @pytest.mark.slow
@@ -44,10 +54,31 @@ def test_prefill_and_speculative_decoding_give_the_tokens_of_xla():
     prompt = np.tile(random_tokens(config, 23), 4)[:75]  # repeats, so that lookup drafts
     strategy = Strategy(PromptLookup(max_ngram=3, min_ngram=1), "chain:3")
     expected, got = (
-        generate(config, params, Decoder(config, jnp.float32, (), *how), prompt, 24, strategy)
+        generate(config, params, Decoder(config, jnp.float32, (), *how), [prompt], 24, strategy)[0][0]
         for how in (("xla",), ("pallas", True))
     )
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.slow
+def test_strict_kernels_give_drafted_trees_in_a_ragged_batch_the_bits_of_decoding_alone():
+    """And the values of XLA's strict path. Untied, so that the logits of a random model are about 1."""
+    config = dataclasses.replace(tiny_model(**SIZES), vocab_size=8, tied=False)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), random_params(config))
+    prompts = [random_tokens(config, size, seed=seed) for size, seed in ((45, 0), (43, 200))]  # four pages each
+    decoder = Decoder(config, jnp.float32, (), "pallas", True)
+    decoder.strict_width = 8  # of 128 nodes, 120 would cost an interpreter's time
+    one = Strategy(None, precision="strict")
+    tree = Strategy(PromptLookup(min_ngram=1), "3-1", precision="strict")
+    (tokens, logprobs), counts = generate(config, params, decoder, prompts, 6, tree)
+    assert (np.asarray(counts.accepted)[:2] > 0).all()  # drafts stood and fell
+    (plain, values), _ = generate(config, params, Decoder(config, jnp.float32), prompts, 6, one)
+    np.testing.assert_array_equal(tokens, plain)
+    np.testing.assert_allclose(logprobs, values, atol=1e-5)
+    for row, prompt in enumerate(prompts):
+        (alone, own), _ = generate(config, params, decoder, [prompt], 6, one)
+        np.testing.assert_array_equal(alone[0], tokens[row])
+        assert own[0].tobytes() == logprobs[row].tobytes()
 
 
 def test_a_tree_gives_the_hidden_states_of_xla():

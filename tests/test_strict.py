@@ -4,6 +4,7 @@
 """
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,11 @@ import pytest
 from reference_params import random_params, random_tokens, tiny_model
 from test_decoding import CONFIG, NEW, PROMPTS, SAMPLED, decoder, run, weights
 
+from specsa_jax import Engine
 from specsa_jax import model as transformer
 from specsa_jax.cache import make_tail, topology
 from specsa_jax.config import preset
-from specsa_jax.drafting import Combined, DraftModel, PromptLookup
+from specsa_jax.drafting import Combined, DraftModel, PromptLookup, TrainedHead
 from specsa_jax.nsa.cached import Backend
 from specsa_jax.nsa.rows import BLOCK, in_blocks
 from specsa_jax.sampling import SamplingParams
@@ -124,3 +126,27 @@ def test_a_matrix_product_of_a_block_computes_every_row_alike(dtype):
             others[0, BLOCK + place] = row
             found.add(np.asarray(product(jnp.asarray(others, dtype)))[0, BLOCK + place].tobytes())
         assert len(found) == 1, (rows, columns)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+def test_trees_in_ragged_batches_have_the_bits_of_decoding_alone_on_the_gpu(implementation):
+    """bfloat16, the embedded model; ``benchmarks/strict.py --dtype bfloat16`` is the long form."""
+    engine = Engine.from_pretrained(
+        "embedded", max_length=1024, dtype=jnp.bfloat16, precision="strict", implementation=implementation
+    )
+    text = Path(functools.__file__).read_text(encoding="utf-8")
+    prompts = [engine.tokenizer.encode(text[at : at + size]).ids for at, size in ((0, 9), (500, 700), (4000, 2000))]
+    sampling = [SamplingParams(), SamplingParams(temperature=0.8, top_p=0.95, seed=3), SamplingParams()]
+
+    def run(rows, strategy):
+        found = engine.generate(
+            [prompts[row] for row in rows], 48, sampling=[sampling[row] for row in rows], strategy=strategy
+        )  # fmt: skip
+        return [(g.tokens.tolist(), g.logprobs.tobytes()) for g in found]
+
+    expected = [run([row], Strategy(None, precision="strict"))[0] for row in range(3)]
+    for drafter, tree in ((PromptLookup(), "chain:4"), (Combined(PromptLookup(), TrainedHead()), "best:12:4")):
+        strategy = Strategy(drafter, tree, precision="strict")
+        assert run([2], strategy) == [expected[2]], tree
+        assert run(range(3), strategy) == expected, tree

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Implementation, UnsupportedError
+from pallas_kernels import Implementation
 from pallas_kernels.attention.config import GroupMode
 from specsa_jax.cache import Cache, LayerCache, LayerTail, Tail, gather_pages, ring_positions
 from specsa_jax.config import NSAConfig, RopeConfig
@@ -36,24 +36,21 @@ class Backend:
       implementation: "xla", or "pallas": the kernels of ``pallas_kernels.attention``.
       is_chain: every tail is a chain, whose ancestor mask the kernels need not read.
       interpret: interpret the kernels, on any device; slow.
-      deterministic: for the strict class, by XLA's code alone so far: the bits of a row depend on nothing but its own
-        sequence and path. The page table's width must be the same in all calls.
+      deterministic: for the strict class: the bits of a row depend on nothing but its own sequence and path. The page
+        table's width must be the same in all calls.
+      width: nodes that tails are padded to for deterministic kernels, which keep their promise in calls of one width;
+        0: the callers' tails are all chains of one length.
       group, group_mode: C adjacent queries that kernels serve together, 0: as they like it; in mode "shared" all of
         them attend to the blocks of the one with the longest prefix (of several, the last), which is approximate.
-
-    Raises UnsupportedError for deterministic kernels.
     """
 
     implementation: Implementation = "xla"
     is_chain: bool = False
     interpret: bool = False
     deterministic: bool = False
+    width: int = 0
     group: int = 0
     group_mode: GroupMode = "merged"
-
-    def __post_init__(self) -> None:
-        if self.deterministic and self.implementation == "pallas":
-            raise UnsupportedError("precision: got 'strict' with implementation 'pallas', expected 'xla'")
 
     def rows(self, cache: Cache) -> Rows:
         """How to compute row by row."""
@@ -87,7 +84,7 @@ def attend_cached(
     reuse: Reuse | None = None,
 ) -> tuple[jax.Array, LayerTail, Any]:
     """Output [B, T, Hq, D] of the tail's queries, the layer's tail for a later commit, and the selection for layers
-    that ``reuse`` it: ids int32 [B, T, Hkv, n], or the kernels' Selection; None in the strict class.
+    that ``reuse`` it: ids int32 [B, T, Hkv, n], or the kernels' Selection; None in the strict class, where none does.
 
     Unless layers or queries share selections, the output of node i equals sequential decoding of the committed prefix
     and path(i) (the project's definition of exactness); tokens on other paths are invisible in all three branches.
@@ -95,6 +92,11 @@ def attend_cached(
     new = _tail_kv(config, rope, phi_key, phi_value, projected, cache, layer, tail, backend)
     if backend.deterministic:
         assert reuse is None
+        if backend.implementation == "pallas":
+            out = kernels.attend_deterministic(
+                config, projected, cache, layer, tail, new, width=backend.width, interpret=backend.interpret
+            )  # fmt: skip
+            return out, new, None
         return attend_strict(config, projected, cache, layer, tail, new), new, None
     if backend.implementation == "pallas":
         assert reuse is None or reuse.when is None

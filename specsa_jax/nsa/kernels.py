@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 import pallas_kernels
 from pallas_kernels import Implementation, attention
@@ -71,7 +74,61 @@ def attend(
     ``is_chain`` says that the tail's tree is one, whose ancestor mask needs no reading. A reuse layer is given another
     layer's ``selected``, and keeps or drops its compressed output. ``group`` 0: the kernels' choice, if they merge.
     """
-    arguments = (
+    arguments = _arguments(config, projected, cache, layer, tail, new, is_chain)
+    kernel_config = None
+    if group or group_mode == "shared":
+        kernel_config = AttentionConfig.heuristic(arguments[0], check(*arguments), group or None, group_mode)
+    return attention.attend(
+        *arguments, selected=selected, reuse_compressed=keep_compressed, config=kernel_config, interpret=interpret
+    )
+
+
+def attend_deterministic(
+    config: NSAConfig,
+    projected: Projected,
+    cache: Cache,
+    layer: LayerCache,
+    tail: Tail,
+    new: LayerTail,
+    *,
+    width: int,
+    interpret: bool = False,
+) -> jax.Array:
+    """Output [B, T, Hq, D] of the tail's queries, whose bits depend on nothing but their own prefixes and paths.
+
+    The kernels promise that for calls of one T, M and kind of tree. So a tail is padded to ``width`` nodes, with as
+    many slots, and is a tree whatever it is; what is padding costs programs that end at once. ``width`` 0: it is a
+    chain, as long as all others.
+    """
+    size = tail.positions.shape[1]
+    if not width:
+        arguments = _arguments(config, projected, cache, layer, tail, new, is_chain=True)
+        return attention.attend(*arguments, deterministic=True, interpret=interpret)[0]
+    assert size <= width
+
+    def pad(array: jax.Array | None, axes: int = 1, fill: int = 0) -> Any:
+        if array is None:
+            return None
+        widths = [(0, width - array.shape[axis] if 0 < axis <= axes else 0) for axis in range(array.ndim)]
+        return jnp.pad(array, widths, constant_values=fill)
+
+    ancestor = jnp.broadcast_to(tail.ancestor, (tail.positions.shape[0], size, size))
+    padded = Tail(
+        # Before everything: such a query sees nothing.
+        pad(tail.positions, fill=-1), pad(ancestor, axes=2),
+        pad(jnp.where(tail.slot < size, tail.slot, width), fill=width), tail.slot_back,
+    )  # fmt: skip
+    wide = projected._replace(query=pad(projected.query), gates=pad(projected.gates))
+    fresh = LayerTail(*map(pad, new))
+    arguments = _arguments(config, wide, cache, layer, padded, fresh, is_chain=False)
+    return attention.attend(*arguments, deterministic=True, interpret=interpret)[0][:, :size]
+
+
+def _arguments(
+    config: NSAConfig, projected: Projected, cache: Cache, layer: LayerCache, tail: Tail, new: LayerTail, is_chain: bool
+) -> Any:
+    """The positional arguments of the kernels' ``attend``."""
+    return (
         sparsity(config),
         projected.query,
         projected.gates,
@@ -85,9 +142,3 @@ def attend(
             new.window_value, new.compressed_key, new.compressed_value,
         ),
     )  # fmt: skip
-    kernel_config = None
-    if group or group_mode == "shared":
-        kernel_config = AttentionConfig.heuristic(arguments[0], check(*arguments), group or None, group_mode)
-    return attention.attend(
-        *arguments, selected=selected, reuse_compressed=keep_compressed, config=kernel_config, interpret=interpret
-    )

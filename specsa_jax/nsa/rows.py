@@ -4,6 +4,17 @@ What the strict class needs: the bits of a row are the same whoever is computed 
 compiler gives that for a loop with a body of fixed shapes: the body is compiled on its own (nothing outside is fused
 into it, nothing of it moved out), so that it is the same code in the program that decodes one token and in the one
 that verifies a tree. Its trip count must be unknown to the compiler, which unrolls or inlines short loops.
+
+That leaves one thing that may differ between two executables of the same body. On a GPU, XLA chooses between cuBLAS's
+algorithms, its own Triton products (and, in newer versions, the tiles of other fusions) by measuring them at each
+compilation. Within a process its cache of choices usually makes equal instructions equal; but the key is the whole
+fusion, a program that comes from a compilation cache brings another process's choice, and not all choices are kept on
+disk (openxla/xla issue 37902). So the strict class compiles with :data:`STRICT_OPTIONS`: nothing is measured, and what
+is chosen is a function of the instruction alone. cuBLAS then takes the first of its heuristics for the shape, which is
+fixed here, and gives the same bits at every run on one kind of device (cuBLAS documentation, "Results
+Reproducibility"). Every product is of 8 rows, so what splits it along the inner dimension, if anything, does so for
+all rows alike. XLA's fusion passes themselves are reproducible within a process; between processes they are said not to
+be in near-ties (issue 49047), so bits are to be compared within one.
 """
 
 from __future__ import annotations
@@ -16,6 +27,9 @@ import jax.numpy as jnp
 
 # Rows of one matrix product in the strict class. More cost less a row, and waste more where there are few.
 BLOCK = 8
+
+# Of GPU executables: no choice by measurement.
+STRICT_OPTIONS = {"xla_gpu_autotune_level": 0}
 
 # run(function, *arrays): function maps arrays [B, T, …] to a pytree of arrays [B, T, …], row by row.
 Rows = Callable[..., Any]
