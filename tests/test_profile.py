@@ -362,9 +362,9 @@ def test_a_tiny_model_is_profiled_and_the_engine_finds_the_times_plausible(engin
 
 def test_a_timed_step_verifies_as_many_tokens_as_it_says(engine, text):
     """Nothing is timed in which the loop falls back to one token, or ends."""
+    bench = measure._Bench(engine, text, (2,), (128,), ())
     for tree in ("chain:4", "best:8:2"):
         strategy = Strategy(measure._Fixed(), tree)
-        bench = measure._Bench(engine, text, (2,), (128,), ())
         state, sampling = bench._filled(2, 128, strategy)
         arguments = (engine.params, state, sampling, jnp.int32(8))
         decode, _ = bench.timer._executable("decode", {"strategy": strategy}, *arguments, draft_params=())
@@ -372,6 +372,10 @@ def test_a_timed_step_verifies_as_many_tokens_as_it_says(engine, text):
         assert int(counts.steps) == 8 and not np.asarray(state.done).any()
         assert int(counts.nodes) == 2 * 8 * strategy.template.nodes
         assert int(counts.drafted[strategy.template.depth]) == 16
+        bench.held = ((2, 128, 16), state)  # what the next one goes on with, from the same place
+    assert int(bench._filled(2, 128, Strategy(None))[0].known[0]) == 64 and bench.held is not None
+    bench._filled(2, 64, Strategy(None))
+    assert bench.held is None  # of other shapes
 
 
 def test_overlap_counts_blocks_that_both_queries_selected():
