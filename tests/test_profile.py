@@ -13,7 +13,7 @@ from reference_params import random_params, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from specsa_jax import Engine, Strategy, checkpoints
-from specsa_jax.calibration import Calibration, CalibrationError
+from specsa_jax.calibration import Calibration, CalibrationError, edited
 from specsa_jax.checkpoints.records import AtContext, Measurement, Text
 from specsa_jax.cli import main
 from specsa_jax.config import PRESETS
@@ -376,6 +376,13 @@ def test_a_timed_step_verifies_as_many_tokens_as_it_says(engine, text):
     assert int(bench._filled(2, 128, Strategy(None))[0].known[0]) == 64 and bench.held is not None
     bench._filled(2, 64, Strategy(None))
     assert bench.held is None  # of other shapes
+
+
+def test_an_edit_is_a_copy_with_another_name(engine):
+    ids = [1, 2, 1, 3, 4, 5]
+    assert edited(engine.tokenizer, ids, 6) == [1, 2, 1, 3, 0, 2]  # the new name is no word of this tokenizer: 0
+    with pytest.raises(CalibrationError, match="without a name"):
+        edited(Tokenizer(models.WordLevel({"1": 0}, unk_token="1")), [0, 0, 0], 3)
 
 
 def test_overlap_counts_blocks_that_both_queries_selected():

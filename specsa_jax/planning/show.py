@@ -139,7 +139,7 @@ def draw_steps(profile: Profile, costs: Costs) -> Figure:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[0, 0].set_ylabel("milliseconds a step")
-    figure.suptitle("Dots: chains, triangles: trees, bars: fastest and slowest; lines: interpolated", fontsize=10)
+    figure.suptitle("dots: chains, triangles: trees, bars: fastest and slowest; lines: interpolated", fontsize=8)
     return figure
 
 
@@ -198,7 +198,13 @@ def draw_regions(profile: Profile, costs: Costs) -> Figure:
         row[0].set_ylabel("acceptance of a drafted token")
     names = {index: trees[index] if index < len(trees) else "one token at a time" for index in order}
     patches = [Patch(facecolor=palette[kind], label=names[kind], edgecolor="#888") for kind in order if kind in seen]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(6, len(patches)), fontsize=8, frameon=False)
+    figure.legend(
+        handles=patches,
+        loc="outside lower center",
+        ncols=min(2 * len(drafters), len(patches)),
+        fontsize=8,
+        frameon=False,
+    )
     return figure
 
 
