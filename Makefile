@@ -6,8 +6,9 @@ PYTHON312 ?= $(shell for p in python3.12 "$$(pyenv root 2>/dev/null)"/versions/3
 TESTS312 = $(wildcard tests/test_kernels*.py tests/test_engine*.py)
 # Workers start with adjacent tests, which share compiled programs, and steal from each other at the end.
 PYTEST = pytest -n 2 --dist worksteal
+BENCHES = bench-target bench-end-to-end bench-ablations bench-shapes bench-loop bench-kernels bench-model bench-report
 
-.PHONY: help demo test test312 embedded draft clean
+.PHONY: help demo test test312 embedded draft clean bench bench-cpu $(BENCHES)
 
 help:
 	@echo 'make demo     generate with and without speculation from the embedded model, and compare'
@@ -15,6 +16,8 @@ help:
 	@echo 'make test312  kernel and engine tests, but the slow ones, on Python 3.12 with the newest jax'
 	@echo 'make embedded train the embedded model again (two runs; a GPU and Python 3.12 to get the shipped one)'
 	@echo 'make draft    train the embedded model'"'"'s draft head again (a GPU and Python 3.12 to get the shipped one)'
+	@echo 'make bench    all benchmarks on a GPU, about half an hour; docs/reproduce.md has its parts'
+	@echo 'make bench-cpu  a few of them on a CPU'
 	@echo 'make clean    remove environments, caches and build products'
 
 demo: .venv/.stamp
@@ -52,6 +55,65 @@ draft: .venv/.stamp
 		--unroll 6 --generated 4096 --generation-batch 512 --prefill-chunk 64 --eval-rows 128 --eval-every 200 \
 		--save-every 0 --implementation xla
 
+# Benchmarks. The environment is .venv where there is one, else the Python at hand. Each part fits ten minutes; all go on
+# where they stopped, and *_SECONDS bound them: no row begins later.
+BENCH = PYTHONPATH=. JAX_COMPILATION_CACHE_DIR=bench-programs $(or $(wildcard .venv/bin/python),$(PYTHON)) benchmarks
+# XLA's pool is three quarters of a GPU's memory by default.
+LARGE = XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 $(BENCH)
+TARGET_SECONDS ?= 360
+END_TO_END_SECONDS ?= 300
+ABLATIONS_SECONDS ?= 150
+SHAPES_SECONDS ?= 240
+VERIFY_SECONDS ?= 100
+# The checkpoint that is measured: what bench-target leaves, where it has run.
+TRAINED = bench-run/long/checkpoint
+CHECKPOINT ?= $(if $(wildcard $(TRAINED)),$(TRAINED),embedded)
+
+bench:
+	@for part in $(BENCHES); do $(MAKE) $$part || failed="$$failed $$part"; done; \
+		test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+bench-target:
+	rm -rf bench-run
+	$(BENCH)/train_target.py --seconds $(TARGET_SECONDS) --measure 0 --keep bench-run --out
+
+bench-end-to-end:
+	$(BENCH)/end_to_end.py --checkpoint $(CHECKPOINT) --resume --budget $(END_TO_END_SECONDS) --out
+	$(BENCH)/dense_decode.py --checkpoint $(CHECKPOINT) --resume --budget 40 --out
+
+bench-ablations:
+	$(BENCH)/ablations.py --checkpoint $(CHECKPOINT) --resume --budget $(ABLATIONS_SECONDS) --out
+
+bench-shapes:
+	$(LARGE)/shapes.py --resume --budget $(SHAPES_SECONDS) --out
+	$(LARGE)/memory.py --out
+
+bench-loop:
+	$(BENCH)/overhead.py --checkpoint $(CHECKPOINT) --strategies none lookup@chain:4 --presets 8b --out
+
+bench-kernels:
+	$(BENCH)/verify_layer.py --stages --resume --budget $(VERIFY_SECONDS) --out
+	$(BENCH)/selection.py --seconds 0.05 --out
+	$(BENCH)/commit.py --seconds 0.05 --out
+
+bench-model:
+	$(LARGE)/refresh_reuse.py --preset 1b --context 65536 --batch 8 --refresh 16 6 1 --out
+	$(LARGE)/prefill.py --preset 8b --tokens 65536 --out
+
+bench-report:
+	$(BENCH)/plots.py
+	$(BENCH)/readme_table.py
+
+bench-cpu:
+	$(BENCH)/end_to_end.py --contexts 2048 --workloads code edit --temperatures 0 --precisions exact \
+		--strategies lookup@chain:4 lookup+head@best:16:6 --prompts 1 --budget 100 --resume --out
+	$(BENCH)/shapes.py --widths 1 4 16 --out
+	$(BENCH)/dense_decode.py --contexts 4096 --batches 1 --out
+	$(BENCH)/overhead.py --context 2048 --new-tokens 64 --strategies none lookup@chain:4 --buffers on --out
+	$(BENCH)/memory.py --out
+	$(BENCH)/plots.py
+	$(BENCH)/readme_table.py
+
 clean:
-	rm -rf .venv .venv312 build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv312 bench-run bench-programs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

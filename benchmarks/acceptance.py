@@ -4,20 +4,17 @@ Held-out: the embedded model continues pieces of files of the standard library t
 such a file, then the beginning of a copy in which an identifier has another name, which the model goes on copying.
 Greedy. Prints a table; writes JSON and, beside it, a plot.
 
-    python benchmarks/acceptance.py --out benchmarks/results/cpu/acceptance.json
+    python benchmarks/acceptance.py --out
 """
 
 from __future__ import annotations
 
-import argparse
-import collections
-import re
-from pathlib import Path
-
 import harness
+import plots
 from held_out import held_out_files
 
 from specsa_jax import Engine, Strategy
+from specsa_jax.calibration import edited
 from specsa_jax.drafting import drafter_from_name
 
 DRAFTERS = ["lookup", "self", "head", "lookup+head"]
@@ -30,30 +27,20 @@ def pieces(engine: Engine, count: int, tokens: int) -> list[tuple[str, list[int]
     return [(path, ids[len(ids) // 2 - tokens : len(ids) // 2]) for path, ids in files[:count]]
 
 
-def edited(engine: Engine, ids: list[int], tokens: int) -> list[int]:
-    """Two thirds of a piece, then the first half of a copy of that in which the commonest identifier is renamed."""
-    text = engine.tokenizer.decode(ids[: 2 * tokens // 3])
-    names = collections.Counter(name for name in re.findall(r"\b[a-z_]{4,}\b", text) if name not in ("self", "return"))
-    name = names.most_common(1)[0][0]
-    copy = engine.tokenizer.encode(re.sub(rf"\b{name}\b", f"new_{name}", text)).ids
-    return [*ids[: 2 * tokens // 3], *copy[: tokens // 3]]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=448, help="of each prompt")
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--drafters", nargs="+", default=DRAFTERS)
     parser.add_argument("--trees", nargs="+", default=TREES)
-    parser.add_argument("--out")
     args = parser.parse_args()
 
     engine, rows = Engine.from_pretrained("embedded"), []
     found = pieces(engine, args.prompts, args.tokens)
     sets = {
         "held-out": [ids for _, ids in found],
-        "edits": [edited(engine, ids, args.tokens) for _, ids in found],
+        "edits": [edited(engine.tokenizer, ids, args.tokens) for _, ids in found],
     }
     plain = {
         name: [g.tokens.tolist() for g in engine.generate(prompts, args.new_tokens, speculate=False)]
@@ -81,37 +68,10 @@ def main() -> None:
                 )
                 hidden = ("acceptance_per_position", "accepted_histogram")
                 harness.print_table([{key: value for key, value in rows[-1].items() if key not in hidden}])
-    if args.out:
+    if path := harness.out_path(args):
         summary = {"files": [path for path, _ in found], "prompt_tokens": args.tokens, "new_tokens": args.new_tokens}
-        harness.save(args.out, rows, **summary)
-        plot(rows, args.drafters, args.trees, list(sets), Path(args.out).with_suffix(".png"))
-
-
-def plot(rows: list[dict], drafters: list[str], trees: list[str], sets: list[str], path: Path) -> None:
-    """Above, tokens a step by tree; below, acceptance by position in the longest chain."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    longest = max((tree for tree in trees if tree.startswith("chain")), key=lambda tree: int(tree.split(":")[1]))
-    figure, axes = pyplot.subplots(2, len(sets), figsize=(5.5 * len(sets), 7), sharey="row", squeeze=False)
-    for column, name in enumerate(sets):
-        for place, drafter in enumerate(drafters):
-            mine = {row["tree"]: row for row in rows if row["prompts"] == name and row["drafter"] == drafter}
-            at = [index + place / (len(drafters) + 1) for index in range(len(trees))]
-            lengths = [mine[tree]["mean_acceptance_length"] for tree in trees]
-            axes[0][column].bar(at, lengths, 1 / (len(drafters) + 1), label=drafter)
-            rates = mine[longest]["acceptance_per_position"]
-            axes[1][column].plot(range(1, len(rates) + 1), rates, marker="o", label=drafter)
-        axes[0][column].set_title(name)
-        axes[0][column].set_xticks([index + 0.4 for index in range(len(trees))], trees)
-        axes[1][column].set_xlabel(f"drafted token of {longest}")
-    axes[0][0].set_ylabel("tokens a step")
-    axes[1][0].set_ylabel("accepted, of the steps that drafted it")
-    axes[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+        harness.save(path, rows, **summary)
+        plots.draw(path)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Commit of an accepted path: one Pallas kernel a layer against XLA's scatters, each in a captured loop.
 
-    python benchmarks/commit.py --out benchmarks/results/commit.json
+    python benchmarks/commit.py --out
     python benchmarks/commit.py --tune                        # every config of the search space
     python benchmarks/commit.py --interpret --tiny            # does the script run? (on a CPU)
 
@@ -76,29 +76,15 @@ def run(spec: specs.CommitSpec, args: argparse.Namespace) -> list[dict]:
         sizes = dict(iterations=1, repeats=1) if args.tiny else dict(seconds=args.seconds)
         timing = dataclasses.asdict(harness.measure(step, layers, buffers, **sizes))
         times = {field: value / args.layers for field, value in timing.items()}
-        floor = spec.bytes / (args.bandwidth * 1e6) / times["median"]
+        floor = harness.floor_fraction(spec.bytes, times)
         rows.append({"case": spec.name, "variant": name, **times, "floor": floor})
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", help="only cases whose name contains one of these")
-    parser.add_argument("--out", help="write JSON to this path")
-    parser.add_argument("--tune", action="store_true", help="measure every config of the search space")
-    parser.add_argument("--interpret", action="store_true", help="interpret the kernel")
-    parser.add_argument("--tiny", action="store_true", help="one small case, once")
+    parser = harness.kernel_arguments(__doc__)
     parser.add_argument("--layers", type=int, default=4, help="layers that a step commits")
-    parser.add_argument("--seconds", type=float, default=0.2, help="spent on each figure's repeats")
-    parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s, for the floor (an H200's measured copy)")
-    args = parser.parse_args()
-    tiny = specs.CommitSpec("tiny", (20, 9), (4, 3), width=4)
-    cases = [tiny] if args.tiny else specs.BENCHMARKS
-    cases = [case for case in cases if not args.cases or any(part in case.name for part in args.cases)]
-    rows = [row for case in cases for row in run(case, args)]
-    harness.print_table(rows)
-    if args.out:
-        harness.save(args.out, rows)
+    harness.run_cases(parser.parse_args(), specs.BENCHMARKS, specs.CommitSpec("tiny", (20, 9), (4, 3), width=4), run)
 
 
 if __name__ == "__main__":

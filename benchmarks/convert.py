@@ -9,7 +9,6 @@ generation from the converted one. The bound of a conversion is the two largest 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -96,10 +95,9 @@ def step(code: str, *arguments: object) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
     parser.add_argument("--keep", type=Path, help="work here, and leave the checkpoints")
-    parser.add_argument("--out", help="write the JSON here too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         work = args.keep or Path(scratch)
@@ -121,8 +119,8 @@ def main() -> None:
         ]
     for row in rows:
         print(json.dumps(row))
-    if args.out:
-        harness.save(args.out, rows, largest_tensor_bytes=largest, bound_bytes=bound)
+    if path := harness.out_path(args):
+        harness.save(path, rows, largest_tensor_bytes=largest, bound_bytes=bound)
     for row in rows[:2]:
         if int(str(row["peak_bytes"])) > bound:
             sys.exit(f"{row['step']}: peak {row['peak_bytes']:,} bytes, expected at most {bound:,}")

@@ -3,12 +3,11 @@
 Each prompt is the first half of a held-out file, of which the last ``--tokens`` tokens are kept. Both loops are
 compiled and warm; the best of ``--repeats`` runs counts for each, in turns. Prints a table, writes JSON.
 
-    python benchmarks/held_out.py --out benchmarks/results/cpu/held_out.json
+    python benchmarks/held_out.py --out
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sysconfig
 from pathlib import Path
@@ -39,12 +38,11 @@ def held_out_prompts(engine: Engine, count: int, tokens: int) -> list[tuple[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--prompts", type=int, default=8, help="at most so many files")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--new-tokens", type=int, default=192)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--out")
     args = parser.parse_args()
 
     engine, rows = Engine.from_pretrained("embedded"), []
@@ -77,8 +75,8 @@ def main() -> None:
         "mean_acceptance_length": statistics.mean(row["mean_acceptance_length"] for row in rows),
     }
     harness.print_table([summary])
-    if args.out:
-        harness.save(args.out, rows, **summary)
+    if path := harness.out_path(args):
+        harness.save(path, rows, **summary)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """Time and peak memory of prefilling a long prompt, for a preset with random weights.
 
-python benchmarks/prefill.py --preset 8b --tokens 65536 --out result.json
+python benchmarks/prefill.py --preset 8b --tokens 65536 --out
 """
 
 from __future__ import annotations
 
-import argparse
 import resource
 import sys
 import time
@@ -23,12 +22,11 @@ from specsa_jax.nsa import kernels
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.arguments(__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="embedded")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--chunk", type=int, default=512 if jax.default_backend() == "gpu" else 64)
     parser.add_argument("--implementation", choices=("pallas", "xla"), help="of attention; default: what runs here")
-    parser.add_argument("--out", help="write the JSON here too")
     args = parser.parse_args()
 
     config = preset(args.preset)
@@ -70,8 +68,8 @@ def main() -> None:
         "temporary_bytes": prefill.memory_analysis().temp_size_in_bytes,
     }
     harness.print_table([row])
-    if args.out:
-        harness.save(args.out, [row])
+    if path := harness.out_path(args, f"_{args.preset}_{args.tokens // 1024}k"):
+        harness.save(path, [row])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Block selection: the Pallas kernel against ``lax.top_k``, each in a captured loop.
 
-    python benchmarks/selection.py --out benchmarks/results/selection.json
+    python benchmarks/selection.py --out
     python benchmarks/selection.py --tune                     # every config of the search space
     python benchmarks/selection.py --interpret --tiny         # does the script run? (on a CPU)
 
@@ -67,27 +67,14 @@ def run(spec: specs.SelectionSpec, args: argparse.Namespace) -> list[dict]:
 
         timing = harness.measure(step, positions, buffers, **sizes)
         times = {field: value - empty for field, value in dataclasses.asdict(timing).items()}
-        floor = spec.bytes / (args.bandwidth * 1e6) / times["median"]
+        floor = harness.floor_fraction(spec.bytes, times)
         rows.append({"case": spec.name, "variant": name, **times, "link": empty, "floor": floor})
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", help="only cases whose name contains one of these")
-    parser.add_argument("--out", help="write JSON to this path")
-    parser.add_argument("--tune", action="store_true", help="measure every config of the search space")
-    parser.add_argument("--interpret", action="store_true", help="interpret the kernel")
-    parser.add_argument("--tiny", action="store_true", help="one small case, once")
-    parser.add_argument("--seconds", type=float, default=0.2, help="spent on each figure's repeats")
-    parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s, for the floor (an H200's measured copy)")
-    args = parser.parse_args()
-    cases = [specs.SelectionSpec("tiny", (1, 2, 2, 32), positions_shape=(1, 2, 1))] if args.tiny else specs.BENCHMARKS
-    cases = [case for case in cases if not args.cases or any(part in case.name for part in args.cases)]
-    rows = [row for case in cases for row in run(case, args)]
-    harness.print_table(rows)
-    if args.out:
-        harness.save(args.out, rows)
+    tiny = specs.SelectionSpec("tiny", (1, 2, 2, 32), positions_shape=(1, 2, 1))
+    harness.run_cases(harness.kernel_arguments(__doc__).parse_args(), specs.BENCHMARKS, tiny, run)
 
 
 if __name__ == "__main__":

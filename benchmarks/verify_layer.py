@@ -1,6 +1,6 @@
 """One NSA layer's verification of T draft tokens (class ``exact``), in a captured loop on inputs larger than L2.
 
-    python benchmarks/verify_layer.py --out benchmarks/results/verify_layer.json
+    python benchmarks/verify_layer.py --out
     python benchmarks/verify_layer.py --heads 32x8 --context 64 --batch 8 --width 8 --overlap 50,70,90 --group 1,2,4,8,T
     python benchmarks/verify_layer.py --batch 8 --width 8 --xla --stages
     python benchmarks/verify_layer.py --tiny --interpret      # does the script run? (on a CPU)
@@ -21,11 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
-import os
-import time
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -161,7 +157,7 @@ class Bench:
         count = 1 if args.tiny else max(1, min(24, math.ceil(2 * L2_BYTES / self.bytes)))
         self.buffers = [first, *(self.spec.arguments(seed) for seed in range(1, count))]
         jax.block_until_ready(self.buffers)
-        self.floor = self.bytes / (args.bandwidth * 1e6)
+        self.floor = self.bytes / harness.copy_bandwidth() * 1e6
         self.link = 0.0
         self.link = self.time(lambda arguments: arguments[4], self.buffers)["median"]
 
@@ -257,13 +253,6 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
     return {key: "-" if value is None else value for key, value in row.items() if key not in hidden}
 
 
-def write(path: str, rows: list[dict[str, Any]], complete: bool) -> None:
-    """Whole files only: a run that is cut off leaves the rows before."""
-    part = Path(path + ".part")
-    harness.save(part, rows, complete=complete)
-    os.replace(part, path)
-
-
 def cases(args: argparse.Namespace) -> list[Case]:
     if args.tiny:
         sparsity = Sparsity(8, 4, 16, 8, window=20, scale=0.25)
@@ -283,8 +272,8 @@ def cases(args: argparse.Namespace) -> list[Case]:
     ]  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = harness.arguments(__doc__, rows=True)
     parser.add_argument("--heads", default="32x8,64x4", help="query x KV heads")
     parser.add_argument("--context", default="64,16", help="in units of 1024 tokens, the draft included")
     parser.add_argument("--overlap", default="70", help="percent of their blocks that adjacent queries share")
@@ -295,51 +284,29 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--stages", action="store_true", help="the time of each of a refresh layer's launches, by the profiler"
     )
-    parser.add_argument("--out", help="write JSON to this path, anew after every case")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that --out holds and measure the others")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no other case begins")
     parser.add_argument("--seconds", type=float, default=0.2, help="spent on each figure's repeats")
-    parser.add_argument("--bandwidth", type=float, default=4.3, help="TB/s, for the floor (an H200's measured copy)")
     parser.add_argument("--interpret", action="store_true", help="interpret the kernels")
     parser.add_argument("--tiny", action="store_true", help="two small cases, once")
-    args = parser.parse_args(argv)
-    start, rows, complete = time.perf_counter(), [], True
-    if args.resume and args.out and Path(args.out).exists():
-        rows = json.loads(Path(args.out).read_text(encoding="utf-8"))["rows"]
-    known = {json.dumps([*(row[axis] for axis in ("heads", "context", "batch", "width", "overlap")), row["group"]])
-             for row in rows}  # fmt: skip
-    header = False
+    args = parser.parse_args()
+    rows = harness.Rows(args, ("heads", "context", "batch", "width", "overlap", "group"))
+    header = True
     for case in cases(args):
         width = case.spec.width
-        groups = list(dict.fromkeys(width if text == "T" else int(text) for text in args.group.split(",")))
-        groups = [group for group in groups if group <= width
-                  and json.dumps([*case.axes.values(), group]) not in known]  # fmt: skip
-        if not groups:
-            continue
-        if time.perf_counter() - start > args.budget:
-            complete = False
-            print(f"stopped before {case.spec.name}: {args.budget:.0f} s are over")
-            break
-        bench, found = Bench(case, args), []
-        xla = bench.xla() if args.xla else None
+        groups = dict.fromkeys(width if text == "T" else int(text) for text in args.group.split(","))
+        bench = xla = None
         for group in groups:
-            if found and time.perf_counter() - start > args.budget:
-                complete = False
-                break
-            found.append(bench.row(group) | ({"xla": xla} if args.xla else {}))
-        best = min(row["refresh"] for row in found)
-        found = [row | {"best": row["refresh"] == best} for row in found]
-        rows += found
-        for row in found:
-            print_row(shown(row), not header)
-            header = True
-        if args.out:
-            write(args.out, rows, complete=False)
-        del bench
-    if not rows:
+            if group > width or not rows.wanted(**case.axes, group=group):
+                continue
+            if bench is None:
+                bench = Bench(case, args)
+                xla = bench.xla() if args.xla else None
+            row = bench.row(group) | ({"xla": xla} if args.xla else {})
+            rows.add(row, None)
+            print_row(shown(row), header)
+            header = False
+    if not rows.rows:
         raise SystemExit("no case has these axes")
-    if args.out:
-        write(args.out, rows, complete)
+    rows.save()
 
 
 def print_row(row: dict[str, Any], header: bool) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -102,6 +104,23 @@ def read_calibration(
     if not documents:
         raise CalibrationError(f"calibration text: got no text in {source} (glob {glob!r}), expected some")
     return Calibration(corpus.encode(documents, tokenizer), source)
+
+
+def edited(tokenizer: Tokenizer, ids: Sequence[int], tokens: int) -> list[int]:
+    """A prompt of up to ``tokens`` tokens whose continuation is an edit: the first two thirds of ``ids``, then the
+    first half of a copy of them in which the commonest name (or word of four letters or more) is another.
+
+    Raises CalibrationError for text without any.
+    """
+    kept = list(ids[: 2 * tokens // 3])
+    text = tokenizer.decode(kept)
+    names = collections.Counter(name for name in re.findall(r"\b[a-z_]{4,}\b", text) if name not in ("self", "return"))
+    if not names:
+        raise CalibrationError(f"calibration text: got {text!r:.60} without a name in lower case, which an edit could "
+                               "change, expected words or code")  # fmt: skip
+    name = names.most_common(1)[0][0]
+    copy = tokenizer.encode(re.sub(rf"\b{name}\b", f"new_{name}", text)).ids
+    return [*kept, *copy[: tokens // 3]]
 
 
 def _read(file: Path) -> str:

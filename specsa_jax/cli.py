@@ -15,6 +15,7 @@ import typer
 from typer.exceptions import TyperException
 
 from specsa_jax.checkpoints.cli import convert, inspect
+from specsa_jax.planning.cli import profile
 from specsa_jax.precision_cli import precision as measure_precision
 from specsa_jax.precision_cli import schedule as search_schedule
 from specsa_jax.terminal import clear_errors
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from specsa_jax.engine import Engine
+    from specsa_jax.planning.planner import Decision, Planner
     from specsa_jax.results import Result
     from specsa_jax.strategy import Strategy
 
@@ -45,6 +47,7 @@ app.command()(inspect)
 app.command()(train_draft)
 app.command("schedule")(search_schedule)
 app.command("precision")(measure_precision)
+app.command()(profile)
 
 
 @app.callback()
@@ -56,6 +59,7 @@ def _app() -> None:
 
 @app.command()
 def generate(
+    context: typer.Context,
     prompt_file: Annotated[
         list[Path] | None,
         typer.Option(
@@ -112,6 +116,27 @@ def generate(
     implementation: Annotated[
         str, typer.Option(help="Attention by 'pallas' (GPU kernels) or 'xla'; 'auto': pallas where it runs.")
     ] = "auto",
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="A planner chooses drafter, tree, groups and (class approx) schedule, and goes on "
+            "choosing; in place of --drafter, --tree, --acceptance, --schedule, --shared.",
+        ),
+    ] = False,
+    profile: Annotated[
+        Path | None,
+        typer.Option(
+            help="What the planner goes by: a file of specsa profile. Default: the checkpoint's own for this "
+            "kind of device, or else counted bytes."
+        ),
+    ] = None,
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Take a profile of another device, dtype or implementation.")
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="As --plan; and print what was considered, predicted and observed.")
+    ] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Also decode one token at a time, and state what speculation brings.")
     ] = False,
@@ -120,6 +145,7 @@ def generate(
     """Continue text speculatively: the continuation as it comes, then a table.
 
     Example:  specsa generate --prompt-file src/main.py --max-new-tokens 128 --compare
+    Example:  specsa generate --prompt-file src/main.py --explain
 
     Exit codes: 0 done, 2 bad input, 130 interrupted.
     """
@@ -129,18 +155,26 @@ def generate(
     notes = Console(stderr=True, highlight=False)
     with clear_errors(notes):
         texts = _prompts(prompt_file or [])
-        strategy = _strategy(drafter, tree, acceptance, precision, checkpoint)
-        if shared:
-            strategy = replace(strategy, group=shared, group_mode="shared")
-        strategy = replace(strategy, schedule=schedule, keep_compressed=not drop_compressed)
+        plan = plan or explain
+        strategy: Strategy | Planner
+        if plan:
+            strategy = _planner(context, precision)
+        elif profile is not None or allow_mismatch:
+            raise ValueError("profile, allow_mismatch: got one without a planner, expected --plan or --explain too")
+        else:
+            strategy = _strategy(drafter, tree, acceptance, precision, checkpoint)
+            if shared:
+                strategy = replace(strategy, group=shared, group_mode="shared")
+            strategy = replace(strategy, schedule=schedule, keep_compressed=not drop_compressed)
         from specsa_jax.engine import Engine
         from specsa_jax.sampling import SamplingParams
 
         first = SamplingParams(temperature, top_k, top_p, seed, min_p, repetition_penalty)
         with notes.status("loading the model"):
             engine = Engine.from_pretrained(
-                checkpoint, implementation=None if implementation == "auto" else implementation
-            )
+                checkpoint, implementation=None if implementation == "auto" else implementation, profile=profile,
+                allow_mismatch=allow_mismatch,
+            )  # fmt: skip
         arguments: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "stop": stop or (), "max_kl": max_kl, "min_top1": min_top1,
             "sampling": [replace(first, seed=(first.seed + index) % 2**32) for index in range(len(texts))],
@@ -150,6 +184,8 @@ def generate(
         if compare:
             report |= _compare(engine, texts, {**arguments, "strategy": strategy}, notes)
         _table(report, notes)
+        if explain:
+            _explain(shown.stats.plan, engine, notes)
     if json_output:
         print(json.dumps(report))
 
@@ -193,6 +229,18 @@ def _strategy(drafter: str, tree: str, acceptance: Any, precision: Any, checkpoi
     from specsa_jax.strategy import Strategy
 
     return Strategy(drafter_from_name(drafter, checkpoint), tree, acceptance=acceptance, precision=precision)
+
+
+def _planner(context: typer.Context, precision: Any) -> Planner:
+    """A planner for the class. Raises ValueError where the command line names what it is to choose."""
+    from specsa_jax.planning.planner import Planner
+
+    chosen = ("drafter", "tree", "traversal", "acceptance", "schedule", "drop_compressed", "shared")
+    sources = {name: context.get_parameter_source(name) for name in chosen}
+    named = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if named:
+        raise ValueError(f"{', '.join(named)}: got a value with --plan, which chooses it, expected one or the other")
+    return Planner(precision)
 
 
 def _prompts(files: list[Path]) -> list[tuple[str, str]]:
@@ -260,12 +308,14 @@ def _compare(
     """Both loops, compiled and warm, without streaming: best of three each, in turns."""
     import numpy as np
 
-    texts = [text for _, text in prompts]
+    from specsa_jax.strategy import Strategy
+
+    texts, strategy = [text for _, text in prompts], arguments["strategy"]
+    if not isinstance(strategy, Strategy):  # a planner
+        strategy = Strategy(None, precision=strategy.precision)
+    plain = {**arguments, "strategy": strategy, "speculate": False}
     with notes.status("comparing with one token at a time"):
-        runs = [
-            (engine.generate(texts, speculate=False, **arguments), engine.generate(texts, **arguments))
-            for _ in range(3)
-        ]
+        runs = [(engine.generate(texts, **plain), engine.generate(texts, **arguments)) for _ in range(3)]
     baseline = min((run[0].stats for run in runs), key=lambda stats: stats.decode_seconds)
     speculative = min((run[1].stats for run in runs), key=lambda stats: stats.decode_seconds)
     identical = all(
@@ -311,9 +361,37 @@ def _table(report: dict[str, Any], notes: Console) -> None:
         row("acceptance per position", "  ".join(f"{rate:.2f}" for rate in report["acceptance_per_position"]))
         row("steps by drafts accepted", _histogram(report["accepted_histogram"]))
     row("drafted, accepted", f"{report['drafted']:,}, {report['accepted']:,} in {report['steps']:,} steps")
+    if report["plan"]:
+        row("planning", f"{1e3 * report['planning_seconds']:.1f} ms, "
+                        f"{report['planning_seconds'] / report['decode_seconds']:.1%} of decoding")  # fmt: skip
     row("seconds", f"prefill {report['prefill_seconds']:.2f}, decode {report['decode_seconds']:.2f}, "
                    f"compile {report['compile_seconds']:.1f}")  # fmt: skip
     row("cache", f"{report['cache_bytes'] / 2**20:.1f} MiB of {report['dtype']} on {report['device']}")
+    notes.print(table)
+
+
+def _explain(plan: Sequence[Decision], engine: Engine, notes: Console) -> None:
+    """What a planner considered, predicted and observed: a table of its decisions, each with its best options."""
+    from rich.table import Table
+
+    basis = "counted bytes and measured bandwidth" if engine.profile is None else "a profile"
+    table = Table(title=f"the planner's decisions, from {basis}; tokens and ms of a step", title_justify="left")
+    for name in ("step", "strategy", "tokens", "ms", "tokens/s", ""):
+        table.add_column(name, justify="left" if name in ("strategy", "") else "right", no_wrap=name == "strategy")
+    for decision in plan:
+        shown = list(decision.options[:4])
+        shown += [one for one in decision.options[4:] if one.strategy in (decision.chosen, "autoregressive")]
+        for index, one in enumerate(shown):
+            taken = one.strategy == decision.chosen
+            table.add_row(
+                f"{decision.steps}" if not index else "", ("> " if taken else "  ") + one.strategy,
+                f"{one.acceptance_length:.2f}", f"{1e3 * one.step_seconds:.2f}", f"{one.tokens_per_second:,.0f}",
+                decision.reason if taken else "" if one.compiled else "not compiled",
+            )  # fmt: skip
+        table.add_row(
+            "", f"  observed in {decision.observed_steps} steps", f"{decision.observed_acceptance_length:.2f}", "",
+            f"{decision.observed_tokens_per_second:,.0f}", "", end_section=True, style="dim",
+        )  # fmt: skip
     notes.print(table)
 
 

@@ -38,7 +38,7 @@ from specsa_jax.nsa.rows import STRICT_OPTIONS
 from specsa_jax.planning import profile as profiles
 from specsa_jax.planning import replay, space
 from specsa_jax.planning.costs import Costs, measure_bandwidth
-from specsa_jax.planning.planner import Fixed, Plan, Planner, cheapest, describe
+from specsa_jax.planning.planner import Fixed, Plan, Planner, cheapest
 from specsa_jax.planning.predict import Acceptance
 from specsa_jax.planning.profile import Profile
 from specsa_jax.planning.space import Space
@@ -76,6 +76,7 @@ class Engine:
       profile: what planners go by (:mod:`specsa_jax.planning`), or its file; None: the checkpoint's own for this kind
         of device, if there is one, else counted bytes and measured bandwidth. ProfileError for one of another model,
         device, dtype or implementation.
+      allow_mismatch: take a profile's file all the same, if it is of this model.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Engine:
         end_tokens: Sequence[int] | None = None,
         checkpoint: Path | None = None,
         profile: Profile | str | os.PathLike[str] | None = None,
+        allow_mismatch: bool = False,
     ):
         on_gpu = jax.default_backend() == "gpu"
         if dtype is None:
@@ -113,7 +115,7 @@ class Engine:
         self._draft_params: dict[Drafter, Any] = {}
         self._decoders: set[tuple[Strategy, Any]] = set()  # compiled loops, by strategy and shapes
         self._compile_times: list[float] = []
-        self.checkpoint, self._profile = checkpoint, profile
+        self.checkpoint, self._profile, self._allow_mismatch = checkpoint, profile, allow_mismatch
         if profile is not None:
             _ = self.profile
 
@@ -136,7 +138,8 @@ class Engine:
             return given
         if given is not None:
             return profiles.load(
-                Path(given), fingerprint=self.fingerprint, device=device, dtype=dtype, implementation=implementation
+                Path(given), fingerprint=self.fingerprint, device=device, allow_mismatch=self._allow_mismatch,
+                dtype=dtype, implementation=implementation,
             )  # fmt: skip
         if self.checkpoint is None or not (path := profiles.default_path(self.checkpoint, device)).exists():
             return None
@@ -259,7 +262,7 @@ class Engine:
             return self._fixed(strategy, speculate, bound, reach)
         if not speculate:
             raise PromptError("speculate: got False with a planner, expected a Strategy, or None")
-        return self._space(strategy, bound, reach)
+        return self.space(strategy, bound, reach)
 
     def _fixed(self, strategy: Strategy | None, speculate: bool, bound: Bound, reach: int) -> Strategy:
         """The strategy of a call without a planner. Raises ValueError and PrecisionError where it may not be used."""
@@ -276,11 +279,12 @@ class Engine:
         self._load_drafter(strategy.drafter)
         return strategy
 
-    def _space(self, planner: Planner, bound: Bound, reach: int) -> Space:
-        """The strategies among which ``planner`` may choose. Raises ValueError for what cannot be had."""
+    def space(self, planner: Planner, bound: Bound = Bound(), reach: int = 0) -> Space:
+        """The strategies among which ``planner`` may choose, in class approx within ``bound``, for contexts of up to
+        ``reach`` tokens. Raises ValueError for what cannot be had."""
         precision = planner.precision or self.precision
         check_bound(Strategy(None, precision=precision), Sharing(), bound)
-        profile = self.profile
+        profile, _ = self.profile, self.costs  # measured now where there is no profile, once
         drafters = planner.drafters or (() if profile is None else space.profiled(profile))
         found = space.candidates(drafters, self.config, str(self.checkpoint or ""), precision)
         sharings = [Sharing()]
@@ -462,17 +466,17 @@ class Engine:
         pages, _ = self._plan_pages(rows, max_new_tokens, choice if isinstance(choice, Strategy) else choice.largest)
         state = self._initial_state(rows, pages, max_new_tokens)
         if isinstance(choice, Strategy):
-            strategies, observer = [choice], choice.drafter
+            strategies, observer, names = [choice], choice.drafter, None
         else:
             plan, _ = self._plan(choice, rows, max_new_tokens, state)
-            strategies, observer = plan.contenders(), Watching(None, plan.watchers)
+            strategies, observer, names = plan.contenders(), Watching(None, plan.watchers), plan.words
         state = state._replace(draft=self._draft_state(observer, batch, pages.shape[1], abstract=True))
         precision = strategies[0].precision
         self._prefill_program(state, self._chunk(prompt_tokens, precision), observer, precision)
         params = batch_sampling([SamplingParams()] * batch)
         for one in strategies:
             self._decode_program(one, state, params)
-        return [describe(one) for one in strategies]
+        return [one.describe() if names is None else names[one] for one in strategies]
 
     # --- scoring ------------------------------------------------------------------------------------------------------
 

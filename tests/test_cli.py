@@ -46,6 +46,18 @@ def test_several_prompt_files_make_a_batch(tmp_path):
     assert b"a.py" in run.stderr and b"b.py" in run.stderr
 
 
+@pytest.mark.slow
+def test_the_planner_explains_itself_and_gives_the_same_tokens():
+    run = specsa("generate", "--prompt-file", "-", "--max-new-tokens", 24, "--explain", "--compare", "--json",
+                 stdin="import os\nimport sys\nimport os\nimport ")  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    report = json.loads(run.stdout.decode().splitlines()[-1])
+    assert report["identical"] is True and report["strategy"].startswith("planned: ")
+    assert sum(decision["observed_steps"] for decision in report["plan"]) == report["steps"]
+    shown = run.stderr.decode()
+    assert "the planner's decisions, from " in shown and "autoregressive" in shown and "observed" in shown
+
+
 @pytest.fixture
 def refusal(monkeypatch, capsys):
     """Runs a command that is to be refused: the line that it ends with."""
@@ -85,6 +97,15 @@ def refusal(monkeypatch, capsys):
         (["--acceptance", "block"], "whose drafts are not drawn from a law, expected 'coupled'"),
         (["--precision", "fp8"], "precision: got 'fp8', expected one of 'exact'"),
         (["--precision", "strict", "--implementation", "pallas"], "expected"),
+        (
+            ["--plan", "--drafter", "head", "--shared", "2"],
+            "drafter, shared: got a value with --plan, which chooses it",
+        ),
+        (["--plan", "--precision", "fp8"], "precision: got 'fp8', expected one of"),
+        (["--plan", "--max-kl", "0.1"], "max_kl: got 0.1 in precision 'exact'"),
+        (["--profile", "{tmp}/empty"], "profile, allow_mismatch: got one without a planner"),
+        (["--explain", "--profile", "{tmp}/absent.json"], "profile: got '{tmp}/absent.json', expected a readable file"),
+        (["--explain", "--profile", "{tmp}/empty"], "profile: {tmp}/empty: truncated or damaged"),
         (["--min-p", "2"], "min_p: got 2.0"),
         (["--repetition-penalty", "0"], "repetition_penalty: got 0.0"),
         (["--temperature", "-1"], "temperature: got -1.0"),

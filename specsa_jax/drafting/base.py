@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +99,14 @@ class Drafter:
 
     Only :meth:`propose` has to be written. All but :meth:`load` is traced.
     """
+
+    name: ClassVar[str] = ""  # as :func:`drafter_from_name` reads it
+
+    def __str__(self) -> str:
+        """The name, and the fields that are not their defaults."""
+        fields = [field for field in dataclasses.fields(self) if field.init and field.repr]
+        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields if getattr(self, f.name) != f.default]
+        return (self.name or type(self).__name__) + (f"({', '.join(changed)})" if changed else "")
 
     @property
     def features(self) -> tuple[int, ...]:

@@ -30,6 +30,9 @@ class Combined(Drafter):
         if self.first.has_law or self.first.observes:
             raise ValueError(f"Combined.first: got {self.first}, expected a drafter without a model, such as lookup")
 
+    def __str__(self) -> str:
+        return f"{self.first}+{self.second}"
+
     @property
     def features(self) -> tuple[int, ...]:
         return self.second.features

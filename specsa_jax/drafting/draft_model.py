@@ -86,7 +86,7 @@ class DraftModel(Drafter):
             object.__setattr__(self, "config", load_config(self.checkpoint))
 
     def __str__(self) -> str:
-        return f"DraftModel({self.checkpoint!r})"
+        return f"model:{self.checkpoint}"
 
     @property
     def has_law(self) -> bool:
@@ -148,6 +148,8 @@ class SelfDraft(Drafter):
 
     Raises ValueError for a number below 1.
     """
+
+    name = "self"
 
     num_selected: int = 3
 

@@ -39,7 +39,7 @@ class TrainedHead(Drafter):
         object.__setattr__(self, "config", draft_head.read_config(self.path))
 
     def __str__(self) -> str:
-        return f"TrainedHead({self.path!r})"
+        return f"head:{self.path}"
 
     @property
     def features(self) -> tuple[int, ...]:

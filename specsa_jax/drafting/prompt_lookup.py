@@ -27,6 +27,8 @@ class PromptLookup(Drafter):
     matches: at most so many matches are merged into a tree.
     """
 
+    name = "lookup"
+
     max_ngram: int = 8
     min_ngram: int = 2
     matches: int = 8

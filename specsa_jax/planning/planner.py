@@ -32,6 +32,9 @@ from specsa_jax.strategy import Precision, Strategy
 _WORTH_WATCHING = 0.7
 # Weight of the newest segment in the corrections of predicted times.
 _NEWEST = 0.5
+# A strategy that has not run yet is taken to be off by this power of what those that have are off by: with a profile a
+# strategy that is slower than predicted is a reason to try others; counted times are all off together.
+_SHARED_MEASURED, _SHARED_COUNTED = 0.8, 1.0
 # Of a segment's time, what choosing may take.
 _SHARE = 0.01
 
@@ -73,6 +76,13 @@ class Candidate:
 
     drafter: str
     strategy: Strategy
+
+    def describe(self) -> str:
+        """The strategy in words, by the drafter's name, watchers left out."""
+        drafter = self.strategy.drafter
+        drafter = drafter.drafter if isinstance(drafter, Watching) else drafter
+        words = dataclasses.replace(self.strategy, drafter=drafter).describe()
+        return words.replace(str(drafter), self.drafter, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +166,7 @@ class Plan:
         self.batch, self.context, self.layers = batch, context, layers
         self._compiled, self._compile_seconds = compiled, compile_seconds
         self._counted: dict[tuple[Strategy, int], float] = {}
-        self._words = {candidate.strategy: describe(candidate.strategy) for candidate in candidates}
+        self.words = {candidate.strategy: candidate.describe() for candidate in candidates}
         self._factors: dict[Strategy, float] = {}
         self._factor = 1.0
         self.decisions: list[Decision] = []
@@ -184,7 +194,7 @@ class Plan:
             Candidate(c.drafter, watching(c.strategy, self.watchers))
             for c in candidates if watcher(c.strategy.drafter) in kept
         ]  # fmt: skip
-        self._words |= {candidate.strategy: describe(candidate.strategy) for candidate in found}
+        self.words |= {candidate.strategy: candidate.describe() for candidate in found}
         return found
 
     def contenders(self) -> list[Strategy]:
@@ -217,8 +227,8 @@ class Plan:
             # Where nobody in the batch has a draft, a step decodes one token.
             some = 1.0 - (1.0 - rate) ** running
             seconds = some * self._step_seconds(candidate, strategy.width) + (1.0 - some) * seconds
-        seconds *= self._factors.get(strategy, self._factor)
-        return Option(self._words[strategy], length, seconds, running * length / seconds, self._compiled(strategy))
+        seconds = float(seconds * self._factors.get(strategy, self._factor))
+        return Option(self.words[strategy], length, seconds, running * length / seconds, self._compiled(strategy))
 
     def _step_seconds(self, candidate: Candidate, width: int) -> float:
         """Of drafting and verifying ``width`` tokens; 1: of a step without a draft, the search for one included."""
@@ -260,7 +270,7 @@ class Plan:
         self._length = max(length, math.ceil(share))
         self.strategy = best
         ranked = tuple(sorted(options.values(), key=lambda option: -option.tokens_per_second))
-        self.decisions.append(Decision(self._steps, running, self._words[best], reason, ranked))
+        self.decisions.append(Decision(self._steps, running, self.words[best], reason, ranked))
 
     @property
     def steps_left(self) -> int:
@@ -301,7 +311,8 @@ class Plan:
         ratio = known * (seconds / steps) / expected.step_seconds
         factor = ratio if self.strategy not in self._factors else known * (ratio / known) ** _NEWEST
         self._factors[self.strategy] = factor
-        self._factor = math.exp(float(np.mean(np.log(list(self._factors.values())))))
+        shared = _SHARED_MEASURED if self.costs.measured else _SHARED_COUNTED
+        self._factor = math.exp(shared * float(np.mean(np.log(list(self._factors.values())))))
         self._steps += steps
         accepted = float(counts.accepted @ np.arange(len(counts.accepted)))
         self.decisions[-1] = dataclasses.replace(
@@ -321,13 +332,6 @@ def watching(strategy: Strategy, watchers: tuple[Drafter, ...]) -> Strategy:
         return strategy
     tree = "chain:1" if strategy.drafter is None else strategy.tree
     return dataclasses.replace(strategy, drafter=Watching(strategy.drafter, watchers), tree=tree)
-
-
-def describe(strategy: Strategy) -> str:
-    """In words, the watchers left out."""
-    if isinstance(strategy.drafter, Watching):
-        strategy = dataclasses.replace(strategy, drafter=strategy.drafter.drafter)
-    return strategy.describe()
 
 
 def cheapest(strategy: Strategy, sharings: Iterable[Sharing], costs: Costs, batch: int, context: int) -> Strategy:

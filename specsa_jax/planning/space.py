@@ -49,10 +49,12 @@ def candidates(
 
 
 def profiled(profile: Profile) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """The drafters (name, trees) whose acceptance a profile knows."""
+    """The drafters whose acceptance a profile knows (name, trees): on the trees that it names, of which one chain
+    stands for all, and on those of :data:`DRAFTERS`."""
+    usual = dict(DRAFTERS)
     trees: dict[str, dict[str, None]] = {}
     for prior in profile.priors:
-        trees.setdefault(prior.drafter, {})[prior.tree] = None
+        trees.setdefault(prior.drafter, dict.fromkeys(usual.get(prior.drafter, ())))[prior.tree] = None
     return tuple((name, tuple(found)) for name, found in trees.items())
 
 

@@ -1,0 +1,163 @@
+"""Tokens a second of decoding, by ``Engine.generate``: one token at a time, and speculating by each strategy.
+
+Rows: precision class, workload (benchmarks/workloads.py), context (the new tokens included), batch, temperature,
+strategy. ``none`` is the same loop with the same kernels without drafts. Programs are compiled and have run before they
+are timed; time is the wall time of decoding, prefill left out. ``speedup`` is over ``none`` in class exact; whether
+tokens are identical is said of ``none`` in the same class and schedule. A strategy that does not run here has its
+reason under ``not_run``. Classes other than exact run the first two strategies alone. Rows come in the order of their
+importance: what --budget leaves out is the least important.
+
+    python benchmarks/end_to_end.py --contexts 4096 --batches 1 --out                    # on a CPU
+    python benchmarks/end_to_end.py --checkpoint run/checkpoint --resume --out           # on a GPU
+
+``not identical`` on a GPU, in bfloat16, is what docs/drafting.md says of near-ties: ``same_tokens`` is how many tokens
+the two begin with alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+from typing import Any
+
+import harness
+import jax
+from workloads import WORKLOADS, prompts
+
+from specsa_jax import Engine, Strategy
+from specsa_jax.drafting import drafter_from_name
+
+STRATEGIES = ["lookup@chain:4", "lookup+head@best:16:6", "auto", "head@chain:4", "lookup+head@chain:4",
+              "lookup@chain:16"]  # fmt: skip
+AXES = ("precision", "workload", "context", "batch", "temperature", "strategy")
+SHOWN = (*AXES, "tokens_per_second", "speedup", "mean_acceptance_length", "identical", "not_run")
+
+
+def named(name: str, checkpoint: str, **options: Any) -> Strategy | str:
+    """``none``, ``auto`` (the engine's own choice), or a drafter and a tree: ``lookup@chain:4``."""
+    if name == "auto":
+        return name
+    drafter, _, tree = name.partition("@")
+    return Strategy(drafter_from_name(drafter, checkpoint), tree or "chain:4", **options)
+
+
+def measure(
+    engine: Engine,
+    batches: list[list[list[int]]],
+    new_tokens: int,
+    strategy: Strategy | str,
+    temperature: float,
+    repeats: int,
+) -> dict[str, Any]:
+    """Figures of continuing each of the batches, and the tokens themselves; or why there are none."""
+    options: dict[str, Any] = {"temperature": temperature, "strategy": strategy}
+    if isinstance(strategy, Strategy) and strategy.precision == "approx":
+        options["max_kl"] = math.inf  # whatever it does: benchmarks/refresh_reuse.py measures that
+    runs = []
+    try:
+        for batch in batches:
+            engine.generate(batch, new_tokens, **options)
+            runs.append([engine.generate(batch, new_tokens, **options) for _ in range(repeats)])
+    except (ValueError, *harness.FAILURES) as error:
+        return harness.not_run(error)
+    stats = [run[0].stats for run in runs]
+    times = [[result.stats.decode_seconds for result in run] for run in runs]
+    count, steps = sum(s.new_tokens for s in stats), sum(s.steps for s in stats)
+    sequence_steps = sum(s.sequence_steps for s in stats)
+    seconds = sum(map(statistics.median, times))
+    return {
+        "tokens_per_second": count / seconds,
+        "low": count / sum(map(max, times)),
+        "high": count / sum(map(min, times)),
+        "step_ms": 1e3 * seconds / steps,
+        "new_tokens": count,
+        "mean_acceptance_length": 1 + sum(s.accepted for s in stats) / max(1, sequence_steps),
+        "drafted_per_step": sum(s.drafted for s in stats) / max(1, sequence_steps),
+        "acceptance_per_position": [round(rate, 4) for rate in stats[0].acceptance_per_position],
+        "prefill_seconds": statistics.median(result.stats.prefill_seconds for run in runs for result in run),
+        "strategy_used": stats[0].strategy,
+        "tokens": [" ".join(map(str, generation.tokens.tolist())) for run in runs for generation in run[0]],
+    }
+
+
+def against(row: dict[str, Any], base: dict[str, Any] | None, exact: dict[str, Any] | None) -> dict[str, Any]:
+    """The row with its speed-up over ``exact``, and how its tokens compare with those of ``base`` in place of them.
+
+    Without a ``base`` it keeps them: it is one.
+    """
+    if "not_run" in row:
+        return row
+    speedup = {} if exact is None or "not_run" in exact else {
+        "speedup": row["tokens_per_second"] / exact["tokens_per_second"]
+    }  # fmt: skip
+    if base is None:
+        return row | speedup
+    row = row | speedup
+    tokens = [text.split() for text in row.pop("tokens")]
+    if "not_run" not in base:
+        wanted = [text.split() for text in base["tokens"]]
+        pairs = list(zip(tokens, wanted, strict=True))
+        row["identical"] = f"{sum(a == b for a, b in pairs)} of {len(pairs)}"
+        row["same_tokens"] = statistics.mean(len(os.path.commonprefix(pair)) for pair in pairs)
+    return row
+
+
+def points(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All but the strategies, the most important first: greedy, small batches."""
+    return [
+        {"precision": precision, "workload": workload, "context": context, "batch": batch, "temperature": temperature}
+        for temperature in args.temperatures
+        for batch in args.batches
+        for context in args.contexts
+        for precision in args.precisions
+        for workload in args.workloads
+    ]
+
+
+def main() -> None:
+    gpu = jax.default_backend() == "gpu"
+    parser = harness.arguments(__doc__, rows=True)
+    parser.add_argument("--checkpoint", default="embedded")
+    parser.add_argument("--precisions", nargs="+", default=["exact", "approx", "strict"],
+                        choices=["exact", "approx", "strict"])  # fmt: skip
+    parser.add_argument("--schedule", default="every:3", help="of class approx")
+    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
+    parser.add_argument("--contexts", type=int, nargs="+", default=[65536, 16384, 4096, 32768] if gpu else [4096])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32] if gpu else [1])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7])
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, help="DRAFTER@TREE, or auto; none comes first")
+    parser.add_argument("--new-tokens", type=int, default=256 if gpu else 96)
+    parser.add_argument("--prompts", type=int, default=2, help="batches of prompts, one after the other")
+    parser.add_argument("--repeats", type=int, default=2, help="timed runs of each")
+    args = parser.parse_args()
+
+    engine = Engine.from_pretrained(args.checkpoint)
+    rows = harness.Rows(args, AXES, checkpoint=args.checkpoint, fingerprint=engine.fingerprint, dtype=str(engine.dtype),
+                        implementation=engine.implementation, new_tokens=args.new_tokens, prompts=args.prompts,
+                        schedule=args.schedule)  # fmt: skip
+    for point in points(args):
+        precision, batches = point["precision"], None
+        options = {"precision": precision} | ({"schedule": args.schedule} if precision == "approx" else {})
+        for name in ["none", *(args.strategies if precision == "exact" else args.strategies[:2])]:
+            axes = point | {"strategy": name}
+            if not rows.wanted(**axes):
+                continue
+            try:
+                strategy = named(name, args.checkpoint, **options)
+                if batches is None:
+                    size = point["context"] - args.new_tokens
+                    found = prompts(engine, args.checkpoint, point["workload"], size, args.prompts * point["batch"])
+                    batches = [found[i :: args.prompts] for i in range(args.prompts)]
+                row = measure(engine, batches, args.new_tokens, strategy, point["temperature"], args.repeats)
+            except ValueError as error:
+                row = harness.not_run(error)
+            base = rows.find(**(axes | {"strategy": "none"}))
+            exact = rows.find(**(axes | {"strategy": "none", "precision": "exact"}))
+            rows.add(axes | against(row, base, exact or (row if precision == "exact" else None)), SHOWN)
+    rows.save()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The planner on a mixed workload, against every strategy of its space fixed, and against the best of them per prompt.
+
+Cells: workload (edit-like, fresh code, prose; benchmarks/workloads.py), context (of the prompt), batch, temperature. In
+each, the planner (``strategy="auto"``, with the checkpoint's profile or the one that --profile names) and each member
+of its space run in turns, compiled and warm; a figure is the median of --repeats runs. Time is that of decoding, the
+planner's own work included. ``best`` is the fastest fixed strategy of the cell, found by trying all; ``default`` is
+prompt lookup with chain:4, no groups, all layers refreshing. Over all cells: tokens by seconds.
+
+    specsa profile embedded --budget 600 --out profile.json
+    python benchmarks/planner.py --profile profile.json --out
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import harness
+import jax
+import matplotlib
+import numpy as np
+from workloads import WORKLOADS, prompts
+
+from specsa_jax import Engine, Strategy
+from specsa_jax.planning.planner import Planner
+
+AXES = ("workload", "context", "batch", "temperature", "strategy")
+DEFAULT = "lookup chain:4"
+
+
+def fixed(engine: Engine) -> dict[str, Strategy]:
+    """The planner's space in class exact, by name, and the default."""
+    found = {one.describe(): one.strategy for one in engine.space(Planner()).candidates}
+    return {DEFAULT: Strategy(tree="chain:4"), **found}
+
+
+def cell(
+    engine: Engine, rows: list[list[list[int]]], strategies: dict[str, Any], temperature: float, args: Any
+) -> list[dict[str, Any]]:
+    """Figures of each strategy on batches of prompts."""
+    times: dict[str, list[float]] = {name: [] for name in strategies}
+    stats: dict[str, Any] = {}
+    tokens: dict[str, Any] = {}
+    for turn in range(args.repeats + 1):
+        for name, strategy in strategies.items():
+            results = [
+                engine.generate(batch, args.new_tokens, temperature=temperature, seed=3, strategy=strategy)
+                for batch in rows
+            ]
+            if turn:  # the first one compiles
+                times[name].append(sum(r.stats.decode_seconds + r.stats.planning_seconds for r in results))
+            stats[name] = [r.stats for r in results]
+            tokens[name] = [g.tokens.tolist() for r in results for g in r]
+    found = []
+    for name, taken in times.items():
+        new = sum(s.new_tokens for s in stats[name])
+        found.append(
+            {
+                "strategy": name,
+                "tokens": new,
+                "seconds": statistics.median(taken),
+                "low": min(taken),
+                "high": max(taken),
+                "tokens_per_second": new / statistics.median(taken),
+                "mean_acceptance_length": 1 + sum(s.accepted for s in stats[name])
+                / sum(s.sequence_steps for s in stats[name]),
+                "planning": sum(s.planning_seconds for s in stats[name]) / sum(s.decode_seconds for s in stats[name]),
+                "identical": tokens[name] == tokens[DEFAULT],
+                "used": [s.strategy for s in stats[name]] if name == "planner" else [],
+            }
+        )  # fmt: skip
+    return found
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Tokens by seconds over all cells: of the planner, each fixed strategy, and the best of each cell."""
+    cells: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault(tuple(row[axis] for axis in AXES[:-1]), {})[row["strategy"]] = row
+    names = [name for name in next(iter(cells.values())) if all(name in each for each in cells.values())]
+    best = {key: min((r for n, r in each.items() if n != "planner"), key=lambda r: r["seconds"])
+            for key, each in cells.items()}  # fmt: skip
+    total = sum(row["tokens"] for row in best.values())
+    speed = {
+        name: sum(each[name]["tokens"] for each in cells.values()) / sum(each[name]["seconds"]
+                                                                        for each in cells.values())
+        for name in names
+    }  # fmt: skip
+    exhaustive = total / sum(row["seconds"] for row in best.values())
+    planned = [each["planner"] for each in cells.values()]
+    ratios = [each["planner"]["tokens_per_second"] / best[key]["tokens_per_second"] for key, each in cells.items()]
+    return {
+        "tokens_per_second": speed,
+        "best_per_cell_tokens_per_second": exhaustive,
+        "planner_of_best": speed["planner"] / exhaustive,
+        "planner_of_best_by_cell": float(np.exp(np.mean(np.log(ratios)))),
+        "planner_over_default": speed["planner"] / speed[DEFAULT],
+        "planner_over_default_by_cell": float(np.exp(np.mean([
+            np.log(each["planner"]["tokens_per_second"] / each[DEFAULT]["tokens_per_second"])
+            for each in cells.values()
+        ]))),
+        "planning_share": float(np.average([r["planning"] for r in planned], weights=[r["seconds"] for r in planned])),
+        "identical": all(row["identical"] for row in rows),
+    }  # fmt: skip
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """For each cell: the fixed strategies as dots, the planner as a bar."""
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    keys = list(dict.fromkeys(tuple(row[axis] for axis in AXES[:-1]) for row in rows))
+    figure, axis = pyplot.subplots(figsize=(1.2 * len(keys) + 3, 4.5))
+    for place, key in enumerate(keys):
+        mine = {row["strategy"]: row["tokens_per_second"] for row in rows if tuple(row[a] for a in AXES[:-1]) == key}
+        base = mine[DEFAULT]
+        axis.bar(place, mine["planner"] / base, color="tab:blue", label=None if place else "planner")
+        others = [speed / base for name, speed in mine.items() if name != "planner"]
+        axis.plot([place] * len(others), others, "o", color="black", alpha=0.5, ms=4,
+                  label=None if place else "each fixed strategy")  # fmt: skip
+    axis.axhline(1.0, color="gray", lw=0.8)
+    axis.set_xticks(range(len(keys)), [f"{w}\n{c} tokens\nbatch {b}, T={t:g}" for w, c, b, t in keys], fontsize=7)
+    axis.set_ylabel(f"tokens/s, of {DEFAULT}'s")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    gpu = jax.default_backend() == "gpu"
+    parser = harness.arguments(__doc__, rows=True)
+    parser.add_argument("--checkpoint", default="embedded")
+    parser.add_argument("--profile", help="a file of specsa profile; default: the checkpoint's own, if there is one")
+    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
+    parser.add_argument("--cells", nargs="+", default=["1:4096", "1:32768", "8:4096", "8:16384"] if gpu
+                        else ["1:256", "1:1024", "8:256"], help="BATCH:CONTEXT")  # fmt: skip
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0])
+    parser.add_argument("--new-tokens", type=int, default=256 if gpu else 128)
+    parser.add_argument("--prompts", type=int, default=4, help="batches of prompts in cells of batch 1; else one")
+    parser.add_argument("--repeats", type=int, default=3 if gpu else 2)
+    args = parser.parse_args()
+
+    engine = Engine.from_pretrained(args.checkpoint, profile=args.profile)
+    strategies: dict[str, Any] = {"planner": "auto", **fixed(engine)}
+    rows = harness.Rows(args, AXES, checkpoint=args.checkpoint, dtype=str(engine.dtype), new_tokens=args.new_tokens,
+                        implementation=engine.implementation, profiled=engine.profile is not None)  # fmt: skip
+    for text in args.cells:
+        batch, context = map(int, text.split(":"))
+        for temperature in args.temperatures:
+            for workload in args.workloads:
+                key = {"workload": workload, "context": context, "batch": batch, "temperature": temperature}
+                if not rows.wanted(**key, strategy="planner"):
+                    continue
+                count = args.prompts if batch == 1 else 1
+                found = prompts(engine, args.checkpoint, workload, context, count * batch)
+                for row in cell(engine, [found[i::count] for i in range(count)], strategies, temperature, args):
+                    rows.add(key | row, (*AXES, "tokens_per_second", "mean_acceptance_length", "planning"))
+    rows.save(**summary(rows.rows))
+    for name, value in summary(rows.rows).items():
+        print(f"{name}: {value}")
+    if rows.path is not None:
+        plot(rows.rows, rows.path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

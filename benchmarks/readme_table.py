@@ -1,0 +1,188 @@
+"""Writes the table of results in README.md, between its two marker comments, from the files in benchmarks/results.
+
+python benchmarks/readme_table.py            # writes it
+python benchmarks/readme_table.py --check    # exit code 1 if README.md has another one
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- results: python benchmarks/readme_table.py -->", "<!-- end of results -->"
+Result = dict[str, Any]
+Lines = Iterator[tuple[str, str]]
+
+
+def thousands(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
+
+
+def held_out(result: Result) -> Lines:
+    rows = result["rows"]
+    ups = [row["speedup"] for row in rows]
+    same = sum(row["identical"] for row in rows)
+    yield (
+        f"embedded model, prompt lookup, {len(rows)} held-out files, {result['prompt_tokens']} tokens of prompt",
+        f"{statistics.median(ups):.2f}x decoding one token at a time ({min(ups):.2f} to {max(ups):.2f}), "
+        f"{result['mean_acceptance_length']:.2f} tokens a step, identical tokens in {same} of {len(rows)}",
+    )
+
+
+def acceptance(result: Result) -> Lines:
+    for name in dict.fromkeys(row["prompts"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["prompts"] == name and row["drafter"] != "self"]
+        best = max(rows, key=lambda row: row["mean_acceptance_length"])
+        yield (
+            f"embedded model, longest drafts accepted, {name}",
+            f"{best['mean_acceptance_length']:.2f} tokens a step ({best['drafter']}, {best['tree']})",
+        )
+
+
+def prefill(result: Result) -> Lines:
+    for row in result["rows"]:
+        yield (
+            f"prefill of {row['tokens']:,} tokens, {row['preset']}",
+            f"{row['seconds']:.1f} s, {row['peak_bytes'] / 1e9:.1f} GB at most",
+        )
+
+
+def verify_layer(result: Result) -> Lines:
+    for row in result["rows"]:
+        peer = "" if row["peer"] is None else f", peer {row['peer']} µs"
+        yield (
+            f"one layer, {thousands(1024 * row['context'])}, {row['heads'].replace('x', '/')} heads, batch "
+            f"{row['batch']}, T = {row['width']}, C = {row['group']}",
+            f"{row['refresh']:.0f} µs{peer}, HBM floor {row['floor']:.0f} µs; reuse layer {row['reuse']:.0f} µs",
+        )
+
+
+def selection(result: Result) -> Lines:
+    cases = list(dict.fromkeys(row["case"] for row in result["rows"]))
+    times = {(row["case"], row["variant"].split()[0]): row["median"] for row in result["rows"]}
+    largest = max(cases, key=lambda case: times[case, "top_k"])
+    ours, theirs = times[largest, "pallas"], times[largest, "top_k"]
+    yield f"block selection, {largest}", f"{ours:.0f} µs, lax.top_k {theirs:.0f} µs"
+
+
+def refresh_reuse(result: Result) -> Lines:
+    kept = [row for row in result["rows"] if row["compressed"] == "kept" and row["schedules"] != "all refresh"]
+    best = max(kept, key=lambda row: row["speed-up"])
+    yield (
+        f"reuse layers, {result['model']}, {thousands(result['context'])}, batch {result['batch']}, "
+        f"T = {result['width']}",
+        f"{best['speed-up']:.2f}x all refresh with {best['schedule']}",
+    )
+
+
+def end_to_end(result: Result) -> Lines:
+    """Of each workload the best strategy, greedy, in class exact, at the longest context, batch 1."""
+    rows = [row for row in result["rows"] if "speedup" in row and row["precision"] == "exact" and row["batch"] == 1
+            and row["temperature"] == 0 and row["strategy"] != "none"]  # fmt: skip
+    for workload in dict.fromkeys(row["workload"] for row in rows):
+        mine = [row for row in rows if row["workload"] == workload]
+        longest = max(row["context"] for row in mine)
+        best = max((row for row in mine if row["context"] == longest), key=lambda row: row["speedup"])
+        yield (
+            f"end to end, {workload}, {thousands(longest)}, batch 1, greedy, class exact",
+            f"{best['speedup']:.2f}x one token at a time ({best['strategy']}), "
+            f"{best['tokens_per_second']:.0f} tokens/s, {best['mean_acceptance_length']:.2f} tokens a step, "
+            f"identical {best.get('identical', '-')}",
+        )
+
+
+def shapes(result: Result) -> Lines:
+    for row in result["rows"]:
+        if row.get("over_decode") and row["width"] == 16:
+            yield (
+                f"a step of {row['preset']}, {thousands(row['context'])}, batch {row['batch']}, T = 16",
+                f"{row['step_us'] / 1e3:.2f} ms, {row['over_decode']:.2f}x T = 1, {row['of_floor']:.2f} of the floor",
+            )
+
+
+def dense_decode(result: Result) -> Lines:
+    rows = [row for row in result["rows"] if "tokens_per_second" in row]
+    for context, batch in dict.fromkeys((row["context"], row["batch"]) for row in rows):
+        mine = [row for row in rows if (row["context"], row["batch"]) == (context, batch)]
+        best = max(mine, key=lambda row: row["tokens_per_second"])
+        yield (
+            f"dense attention, shape of {result['model']}, {thousands(context)}, batch {batch}",
+            f"{best['tokens_per_second']:.0f} tokens/s ({best['implementation']})",
+        )
+
+
+def overhead(result: Result) -> Lines:
+    for row in result["rows"]:
+        if "overhead" in row:
+            yield (
+                f"loop of {row['model']}, {row['case']}, command buffers {row['command_buffers']}",
+                f"step {row['step_us']:.0f} µs, {100 * row['overhead']:.1f} % over its kernels, "
+                f"{row['launches']:.0f} launches",
+            )  # fmt: skip
+
+
+def memory(result: Result) -> Lines:
+    for row in result["rows"]:
+        if row["kind"] == "longest":
+            ran = f", a step takes {row['step_us'] / 1e3:.1f} ms" if "step_us" in row else " (computed)"
+            yield (
+                f"longest context, {row['preset']}, batch 1, {row['memory'] / 1e9:.0f} GB",
+                f"{row['longest_context']:,} tokens{ran}",
+            )
+
+
+# By the beginning of a file's name.
+TABLES: dict[str, Callable[[Result], Lines]] = {
+    "train_target": end_to_end, "end_to_end": end_to_end, "dense_decode": dense_decode, "held_out": held_out,
+    "acceptance": acceptance, "shapes": shapes, "overhead": overhead, "memory": memory, "refresh_reuse": refresh_reuse,
+    "verify_layer": verify_layer, "selection": selection, "prefill": prefill,
+}  # fmt: skip
+
+
+def table(results: Path = ROOT / "benchmarks" / "results") -> str:
+    """Markdown: a row a figure, with device, commit and file. Files of searches for a config (``…_tune``) have none."""
+    lines = ["| measured | result | device, commit | file |", "| --- | --- | --- | --- |"]
+    for kind, rows_of in TABLES.items():
+        for file in sorted(results.rglob(f"{kind}*.json")):
+            if file.stem.endswith("_tune"):
+                continue
+            result = json.loads(file.read_text(encoding="utf-8"))
+            device = result["device"] if result["device"] != "cpu" else f"{result['cpus']} CPU cores"
+            where = file.relative_to(results.parents[1]).as_posix()
+            for measured, found in rows_of(result):
+                lines.append(f"| {measured} | {found} | {device}, {result['commit']} | [`{file.name}`]({where}) |")
+    return "\n".join(lines)
+
+
+def replaced(text: str, new: str) -> str:
+    """README's ``text`` with the ``new`` table. SystemExit where it lacks a marker."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"README.md: got no pair of markers, expected {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the table is another one")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    old = readme.read_text(encoding="utf-8")
+    new = replaced(old, table())
+    if args.check and new != old:
+        raise SystemExit("README.md: its table is not that of the result files; run python benchmarks/readme_table.py")
+    if new != old:
+        part = readme.with_suffix(".part")
+        part.write_text(new, encoding="utf-8")
+        os.replace(part, readme)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,587 @@
+"""What ``specsa profile`` measures, in the order of what a planner needs most, until a budget is spent."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+import specsa_jax
+from pallas_kernels import UnsupportedError
+from specsa_jax import model as transformer
+from specsa_jax import precision
+from specsa_jax.cache import Cache, CapacityError, chain, chain_slots, make_tail, pages_for
+from specsa_jax.calibration import Calibration, CalibrationError, edited
+from specsa_jax.checkpoints import CheckpointError
+from specsa_jax.checkpoints.records import measured_as
+from specsa_jax.config import NSAConfig
+from specsa_jax.decoding import Decoder, State
+from specsa_jax.drafting import Combined, Context, Draft, Drafter, Seen, TreeTemplate, drafter_from_name, parse_tree
+from specsa_jax.engine import Engine, _bucket
+from specsa_jax.nsa.cached import Backend
+from specsa_jax.planning.costs import interpolation_error, measure_bandwidth
+from specsa_jax.planning.profile import DraftTime, Overlap, Point, PrefillTime, Prior, Profile, StepTime
+from specsa_jax.planning.space import DRAFTERS
+from specsa_jax.sampling import Sampling, SamplingParams, batch_sampling
+from specsa_jax.schedule import Sharing
+from specsa_jax.strategy import Strategy
+
+BATCHES = (1, 8)
+WIDTHS = (1, 5, 9, 17, 3, 33, 2, 6)  # most wanted first
+CORNERS = (1, 5, 17)  # those at every batch and context
+GROUPS = (1, 2, 4, 8)
+SCHEDULES = ("every:2", "every:3")  # beside those of the records
+REACH = 16  # tokens of the chains that acceptance is measured on, at most
+DISTANCES = (1, 2, 4, 8, 16)
+PRIOR_TOKENS, PLACES, OVERLAP_QUERIES = 64, 8, 33
+# A call of the loop has at least so many steps: the host's part in it is paid once.
+STEPS, REPEATS, SECONDS = 8, 5, 1.0
+
+TextKind = Literal["continuation", "edit"]
+TEXTS: tuple[TextKind, ...] = ("continuation", "edit")
+
+# progress(number of tasks done, of all tasks, name of the next one)
+Progress = Callable[[int, int, str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fixed(Drafter):
+    """Drafts what stands elsewhere in the text, at no cost: steps that only verify, of any tree."""
+
+    def propose(self, params: Any, state: Any, context: Context, template: TreeTemplate) -> Draft:
+        parents = _parents(template)
+        depth = np.zeros(template.nodes + 1, np.int32)
+        for node, parent in enumerate(parents, 1):
+            depth[node] = depth[parent] + 1
+        at = context.known[:, None] // 2 + depth[1:]  # text from elsewhere: it seldom stands, so steps stay in place
+        tokens = jnp.take_along_axis(context.tokens, at, axis=1)
+        grown = None if template.is_static else jnp.broadcast_to(jnp.asarray(parents, jnp.int32), tokens.shape)
+        return Draft(tokens, jnp.ones(tokens.shape, bool), grown)
+
+
+def _parents(template: TreeTemplate) -> Sequence[int]:
+    """Of nodes 1 … K; grown trees as chains side by side, as long as they may be."""
+    if template.is_static:
+        return template.parents[1:]
+    side = -(-template.nodes // template.depth)
+    return [max(0, node - side) for node in range(1, template.nodes + 1)]
+
+
+class _Task(NamedTuple):
+    """Something to measure: its name, what it is found by in a profile, and what gives the new entries by field."""
+
+    name: str
+    key: tuple[Any, ...]
+    run: Callable[[], dict[str, tuple[Any, ...]]]
+
+
+def default_contexts(max_length: int) -> tuple[int, ...]:
+    """512, 2048, … fourfold each, up to ``max_length``, which is the last."""
+    powers = [512 * 4**i for i in range(12) if 512 * 4**i < max_length]
+    return (*powers, max_length)
+
+
+def new_profile(engine: Engine, contexts: Sequence[int]) -> Profile:
+    """Of the engine's model on the present device, with nothing but its rates measured."""
+    bandwidth, flops, overhead = measure_bandwidth(engine.dtype)
+    return Profile(
+        fingerprint=engine.fingerprint, device=jax.devices()[0].device_kind, versions=versions(),
+        dtype=str(engine.dtype), implementation=engine.implementation, max_context=max(contexts),
+        bandwidth=bandwidth, flops=flops, overhead=overhead, measurements=engine.records.measurements,
+    )  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """What a measurement depends on beside the device."""
+    return {
+        "specsa-jax": specsa_jax.__version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__,
+        "python": platform.python_version(), "processor": platform.processor() or platform.machine(),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+    }  # fmt: skip
+
+
+def measure(
+    engine: Engine,
+    calibration: Calibration,
+    profile: Profile,
+    *,
+    batches: Sequence[int] = BATCHES,
+    contexts: Sequence[int],
+    drafters: Sequence[tuple[str, Sequence[str]]] = DRAFTERS,
+    budget: float = float("inf"),
+    keep: Callable[[Profile], object] = lambda profile: None,
+    progress: Progress = lambda done, total, name: None,
+) -> tuple[Profile, list[str]]:
+    """Adds to ``profile`` what it lacks, most important first.
+
+    Args:
+      engine: of the model.
+      calibration: text of priors, overlaps and divergence.
+      profile: what is known; :func:`new_profile` to begin with.
+      batches, contexts: the axes; drafters: by name, each with its trees.
+      budget: seconds; compilation counts. Nothing is begun behind it, nor what would end behind it if it took as long
+        as the longest of its kind so far.
+      keep: called with the profile after each thing measured.
+      progress: called before each.
+
+    Returns the profile, and what is missing: names, with the reason where it cannot be measured.
+
+    Raises ValueError for an axis that is none, CalibrationError for text too small to state anything; before any work.
+    """
+    bench = _Bench(engine, calibration, tuple(sorted(set(batches))), tuple(sorted(set(contexts))), drafters)
+    begun, known = time.perf_counter(), _keys(profile)
+    wanted, missing = [task for task in bench.tasks() if task.key not in known], bench.missing
+    text = calibration.text
+    longest: dict[str, float] = {}  # seconds, by kind of task
+    for done, task in enumerate(wanted):
+        kind = task.key[0]
+        if time.perf_counter() - begun + longest.get(kind, 0.0) >= budget:
+            missing.append(task.name)
+            continue
+        progress(done, len(wanted), task.name)
+        started = time.perf_counter()
+        try:
+            found = task.run()
+        except (CapacityError, CalibrationError, UnsupportedError) as error:
+            missing.append(f"{task.name}: {error}")
+            continue
+        added: dict[str, Any] = {name: (*getattr(profile, name), *new) for name, new in found.items()}
+        profile = dataclasses.replace(profile, **added, text=text,
+                                      max_context=max(profile.max_context, *contexts))  # fmt: skip
+        if "steps" in found:
+            profile = dataclasses.replace(profile, interpolation=interpolation_error(profile, engine.config))
+        took = time.perf_counter() - started
+        longest[kind] = max(longest.get(kind, 0.0), took)
+        profile = dataclasses.replace(profile, seconds=profile.seconds + took)
+        keep(profile)
+    progress(len(wanted), len(wanted), "")
+    return profile, missing
+
+
+def _keys(profile: Profile) -> set[tuple[Any, ...]]:
+    """By what the entries of a profile are found."""
+    return {
+        *(("step", s.point) for s in profile.steps),
+        *(("draft", d.drafter, d.tree, d.batch, d.context) for d in profile.drafts),
+        *(("prefill", p.batch, p.tokens) for p in profile.prefills),
+        *(("prior", p.drafter, p.tree, p.text, p.context) for p in profile.priors),
+        *(("overlap", o.context) for o in profile.overlaps),
+        *(("divergence", *m.key) for m in profile.measurements),
+    }
+
+
+class _Bench:
+    """Measures one engine's parts.
+
+    Args: as of :func:`measure`; ``contexts`` ascending.
+    """
+
+    def __init__(
+        self, engine: Engine, calibration: Calibration, batches: Sequence[int], contexts: Sequence[int],
+        drafters: Sequence[tuple[str, Sequence[str]]],
+    ):  # fmt: skip
+        for name, values, most in (("batch", batches, 4096), ("context", contexts, engine.max_length)):
+            if not values or min(values) < 1 or max(values) > most:
+                raise ValueError(f"{name}: got {list(values)}, expected whole numbers from 1 to {most}")
+        self.engine, self.calibration, self.batches, self.contexts = engine, calibration, batches, contexts
+        self.missing: list[str] = []
+        for tree in (tree for _, trees in drafters for tree in trees):
+            parse_tree(tree)
+        self.drafters = {name: self._drafter(name) for name, _ in drafters}
+        self.drafts = [(name, tree) for name, trees in drafters for tree in trees if self._takes(name, tree)]
+        # Timed steps go on behind an end token.
+        self.timer = copy.copy(engine)
+        self.timer.decoder, self.timer._compiled = Decoder(engine.config, engine.dtype, (), engine.implementation), {}
+        self.prefilled = functools.lru_cache(maxsize=4)(self._prefilled)
+
+    def _drafter(self, name: str) -> Drafter | None:
+        """None, and a line in ``missing``, where the checkpoint has none such. Raises ValueError for other names."""
+        where = self.engine.checkpoint
+        try:
+            drafter = drafter_from_name(name, "" if where is None else str(where))
+            if drafter is not None:
+                self.engine._load_drafter(drafter)
+        except CheckpointError as error:
+            self.missing.append(f"drafter {name}: {error}")
+            return None
+        return drafter
+
+    def _takes(self, name: str, tree: str) -> bool:
+        """Whether the drafter drafts such trees for this model."""
+        if self.drafters[name] is None:
+            return False
+        try:
+            Strategy(self.drafters[name], tree).check(self.engine.config)
+        except ValueError as error:
+            self.missing.append(f"drafts of {name}, {tree}: {error}")
+            return False
+        return True
+
+    # --- what to measure ----------------------------------------------------------------------------------------------
+
+    def tasks(self) -> list[_Task]:
+        """All, most important first. Raises CalibrationError for text too small for any context."""
+        found: dict[tuple[Any, ...], _Task] = {}
+        for task in self._ordered():
+            found.setdefault(task.key, task)
+        return list(found.values())
+
+    def _ordered(self) -> Iterator[_Task]:
+        """Coarse to fine, some more than once."""
+        few, most, contexts = self.batches[0], self.batches[-1], self.contexts
+        middle = contexts[(len(contexts) - 1) // 2]
+        places = [(batch, context) for batch in self.batches for context in contexts]
+        behind = self._behind_text()
+        # One chain speaks for the drafter's others: the third token of a chain fares alike in all.
+        longest = sorted(self.drafts, key=lambda draft: parse_tree(draft[1]).nodes)
+        chains = {name: tree for name, tree in longest if parse_tree(tree).is_chain and parse_tree(tree).nodes <= REACH}
+        trees = [(name, tree) for name, tree in self.drafts if not parse_tree(tree).is_chain]
+        told = [*chains.items(), *trees]
+        shapes = list(dict.fromkeys(tree for _, tree in trees))
+
+        # What decides between decoding one token at a time and common chains, for one user.
+        yield from (self._step(few, middle, width) for width in WIDTHS[:3])
+        yield from (self._draft(*draft, few, middle) for draft in chains.items())
+        yield from (self._prior(*draft, TEXTS[0], behind[0]) for draft in chains.items())
+        # How it changes along each axis; trees.
+        yield from (self._step(few, context, width) for width in CORNERS for context in contexts)
+        yield from (self._step(batch, middle, width) for width in CORNERS for batch in self.batches)
+        yield from (self._prefill(few, context) for context in contexts)
+        yield from (self._prior(*draft, TEXTS[1], behind[0]) for draft in chains.items())
+        yield from (self._tree_step(few, middle, tree) for tree in shapes)
+        yield from (self._draft(*draft, few, middle) for draft in self.drafts)
+        yield from (self._prior(*draft, kind, behind[0]) for draft in trees for kind in TEXTS)
+        yield self._overlap(behind[-1])
+        # What layers and queries share.
+        yield from (self._step(few, middle, WIDTHS[1], **options) for options in self._approximations())
+        if self.engine.implementation == "pallas":
+            for group in GROUPS:
+                yield from (self._step(batch, middle, width, group=group) for width in (9, 33) for batch in (few, most))
+        # The rest, finer.
+        yield from (self._step(batch, middle, width) for batch in (few, most) for width in WIDTHS)
+        yield from (self._step(*place, width) for place in places for width in CORNERS)
+        yield from (self._draft(*draft, *place) for place in places for draft in chains.items())
+        yield from (self._prefill(*place) for place in places)
+        yield from (self._tree_step(most, middle, tree) for tree in shapes)
+        yield from (self._step(few, middle, 1, **options) for options in self._approximations()
+                    if options["group_mode"] == "merged")  # fmt: skip
+        yield from (self._step(few, contexts[-1], width, precision="strict") for width in WIDTHS[:2])
+        for context in behind:
+            yield from (self._prior(*draft, kind, context) for draft in told for kind in TEXTS)
+            yield self._overlap(context)
+        yield from (self._divergence(one) for one in SCHEDULES if self._sharing(one).approximates)
+
+    def _behind_text(self) -> list[int]:
+        """Contexts, at most two, behind which real text is read: those that text and model have room for.
+
+        Raises CalibrationError where there is none.
+        """
+        room, refused = max(PRIOR_TOKENS, OVERLAP_QUERIES), None
+        found = []
+        for context in self.contexts:
+            if context + room > self.engine.max_length:
+                context = max(1, self.engine.max_length - room)
+            try:
+                self.calibration.windows(context, room, PLACES)
+                found.append(context)
+            except CalibrationError as error:
+                refused = error
+        if not found:
+            assert refused is not None
+            raise refused
+        return sorted(set(found))[:2]
+
+    def _sharing(self, schedule: str) -> Sharing:
+        strategy = Strategy(None, precision="approx", schedule=schedule)
+        return self.engine.resolve(strategy).sharing(self.engine.config.layers)
+
+    def _approximations(self) -> list[dict[str, Any]]:
+        """Options of strategies: those whose divergence is on record, and the uniform schedules."""
+        found = [m.sharing for m in self.engine.records.measurements] + [self._sharing(one) for one in SCHEDULES]
+        return [
+            {"precision": "approx", **dataclasses.asdict(sharing), "schedule": sharing.schedule or "all"}
+            for sharing in dict.fromkeys(found) if sharing.approximates
+        ]  # fmt: skip
+
+    # --- times --------------------------------------------------------------------------------------------------------
+
+    def _step(self, batch: int, context: int, width: int, **options: Any) -> _Task:
+        drafts: dict[str, Any] = {"tree": f"chain:{width - 1}"} if width > 1 else {}
+        return self._step_of(batch, context, Strategy(_Fixed() if width > 1 else None, **drafts, **options))
+
+    def _tree_step(self, batch: int, context: int, tree: str) -> _Task:
+        return self._step_of(batch, context, Strategy(_Fixed(), tree))
+
+    def _step_of(self, batch: int, context: int, strategy: Strategy) -> _Task:
+        columns = _columns(self.engine, context, strategy)
+        if self.engine.implementation == "xla":  # which computes over the whole table
+            context = columns * self.engine.config.nsa.select_block
+        sharing = strategy.sharing(self.engine.config.layers)
+        precise: Any = "strict" if strategy.precision == "strict" else "exact"
+        is_chain = strategy.drafter is None or strategy.template.is_chain
+        point = Point(batch, context, strategy.width, is_chain, sharing, precise)
+
+        def run() -> dict[str, tuple[Any, ...]]:
+            state, sampling = self._filled(batch, context, strategy)
+            decode, _ = self.timer._executable(
+                "decode", {"strategy": strategy}, self.engine.params, state, sampling, jnp.int32(0), draft_params=()
+            )
+            known, lengths = np.asarray(state.known), np.asarray(state.cache.lengths)
+
+            def steps(state: State, count: int) -> State:
+                cache = state.cache._replace(lengths=jnp.asarray(lengths))
+                state = state._replace(cache=cache, known=jnp.asarray(known), done=jnp.zeros(batch, bool))
+                return decode(self.engine.params, state, sampling, jnp.int32(count), draft_params=())[0]
+
+            return {"steps": (StepTime(point, *_timed(steps, state, _room(context, strategy.width) // 2)),)}
+
+        name = f"step of {point.width} tokens, batch {batch}, context {context:,}"
+        words = [strategy.tree] if not is_chain else []
+        words += [sharing.describe()] if sharing.approximates else []
+        words += [f"groups of {sharing.group}"] if sharing.group and not sharing.approximates else []
+        words += ["strict"] if precise == "strict" else []
+        return _Task(", ".join([name, *words]), ("step", point), run)
+
+    def _draft(self, name: str, tree: str, batch: int, context: int) -> _Task:
+        def run() -> dict[str, tuple[Any, ...]]:
+            drafter, engine = self.drafters[name], self.engine
+            assert drafter is not None
+            strategy = Strategy(drafter, tree)
+            params = engine._load_drafter(drafter)
+            state, sampling = self._filled(batch, context, strategy)
+            columns = state.cache.page_table.shape[1]
+            draft = _with_values(engine._draft_state(drafter, batch, columns), np.asarray(state.cache.lengths))
+            loop = jax.jit(functools.partial(_draft_steps, engine.decoder, strategy), donate_argnums=2)
+            with jax.default_matmul_precision("highest" if engine.dtype == jnp.float32 else "default"):
+                compiled = loop.lower(engine.params, params, draft, state, sampling, jnp.int32(0)).compile()
+
+            def steps(draft: Any, count: int) -> Any:
+                return compiled(engine.params, params, draft, state, sampling, jnp.int32(count))[0]
+
+            seconds, _, _ = _timed(steps, draft, _room(context, strategy.width) // 2)
+            return {"drafts": (DraftTime(name, tree, batch, context, seconds),)}
+
+        return _Task(f"drafts of {name}, {tree}, batch {batch}, context {context:,}",
+                     ("draft", name, tree, batch, context), run)  # fmt: skip
+
+    def _prefill(self, batch: int, tokens: int) -> _Task:
+        def run() -> dict[str, tuple[Any, ...]]:
+            engine = self.engine
+            rows = self._rows(batch, tokens)
+            state = self._initial(rows, tokens, Strategy(None))
+            chunk = engine._chunk(tokens)
+            static = {"chunk": chunk, "drafter": None, "precision": "exact"}
+            prefill, _ = engine._executable("prefill", static, engine.params, state, jnp.int32(1))
+            state = jax.block_until_ready(prefill(engine.params, state, jnp.int32(1)))
+            chunks = -(-(tokens - 1) // chunk)
+            # On XLA's path each chunk computes over the whole table, and so takes as long as any other.
+            some = chunks if engine.implementation == "pallas" else min(chunks, 4)
+            state = state._replace(cache=state.cache._replace(lengths=jnp.zeros(batch, jnp.int32)))
+            begun = time.perf_counter()
+            jax.block_until_ready(prefill(engine.params, state, jnp.int32(some)))
+            seconds = (time.perf_counter() - begun) * max(chunks, 1) / max(some, 1)
+            return {"prefills": (PrefillTime(batch, tokens, seconds),)}
+
+        return _Task(f"prefill of {tokens:,} tokens, batch {batch}", ("prefill", batch, tokens), run)
+
+    def _rows(self, batch: int, tokens: int) -> list[np.ndarray]:
+        """Text, from several places where it is long enough, over and over where it is short."""
+        stream = self.calibration.stream
+        return [np.resize(np.roll(stream, -row * len(stream) // batch), tokens) for row in range(batch)]
+
+    def _initial(self, rows: list[np.ndarray], capacity: int, strategy: Strategy) -> State:
+        """State of ``rows``, nothing of them read, with room for ``capacity`` tokens each. Raises CapacityError."""
+        full = [np.zeros(capacity, np.int32)] * len(rows)
+        pages, _ = self.engine._plan_pages(full, 0, strategy)
+        state = self.engine._initial_state(rows, pages, 0)
+        return state._replace(limit=jnp.full(len(rows), capacity, jnp.int32))
+
+    def _filled(self, batch: int, context: int, strategy: Strategy) -> tuple[State, Sampling]:
+        """State of sequences that fill ``context`` tokens but for the room of timed steps, without a drafter's.
+
+        The kernels' time depends on which blocks queries share, so there the cache holds text; XLA's does not.
+        """
+        rows = self._rows(batch, max(1, context - _room(context, strategy.width)))
+        state = self._initial(rows, context, strategy)
+        if self.engine.implementation == "pallas":
+            state = self._read(state, len(rows[0]), None)
+        else:
+            state = _with_values(state, np.asarray(state.known) - 1)
+        return state, batch_sampling([SamplingParams()] * batch)
+
+    def _read(self, state: State, longest: int, drafter: Drafter | None) -> State:
+        """Prefilled, shown to a drafter that observes."""
+        engine = self.engine
+        shown = {} if drafter is None else {"draft_params": engine._load_drafter(drafter)}
+        static = {"chunk": engine._chunk(longest), "drafter": drafter, "precision": "exact"}
+        arguments = (engine.params, state, jnp.int32(longest))
+        return engine._executable("prefill", static, *arguments, **shown)[0](*arguments, **shown)
+
+    # --- what real text shows -----------------------------------------------------------------------------------------
+
+    def _prior(self, name: str, tree: str, text: TextKind, context: int) -> _Task:
+        def run() -> dict[str, tuple[Any, ...]]:
+            drafter, engine = self.drafters[name], self.engine
+            assert drafter is not None
+            strategy = Strategy(drafter, tree)
+            params = engine._load_drafter(drafter)
+            observer = drafter.second if isinstance(drafter, Combined) else drafter
+            state = jax.tree.map(jnp.copy, self.prefilled(observer if observer.observes else None, text, context))
+            if not observer.observes:
+                state = state._replace(draft=engine._draft_state(drafter, PLACES, state.cache.page_table.shape[1]))
+            arguments = (batch_sampling([SamplingParams()] * PLACES), jnp.int32(PRIOR_TOKENS))
+            decode, _ = engine._executable(
+                "decode", {"strategy": strategy}, engine.params, state, *arguments, draft_params=params
+            )
+            _, counts = decode(engine.params, state, *arguments, draft_params=params)  # a step gives at least a token
+            drafted, accepted = (tuple(map(int, column)) for column in (counts.drafted, counts.accepted))
+            found = Prior(name, tree, text, context, sum(accepted), drafted, accepted, int(counts.nodes))
+            return {"priors": (found,)}
+
+        return _Task(f"acceptance of {name}, {tree}, {text} behind {context:,}", ("prior", name, tree, text, context),
+                     run)  # fmt: skip
+
+    def _prefilled(self, observer: Drafter | None, text: TextKind, context: int) -> State:
+        """Read prompts of the calibration text, with room for PRIOR_TOKENS more."""
+        rows = list(self.calibration.windows(context, PRIOR_TOKENS, PLACES)[:, :context])
+        if text == "edit":
+            rows = [np.asarray(edited(self.engine.tokenizer, row.tolist(), context), np.int32) for row in rows]
+        state = self._initial(rows, context + PRIOR_TOKENS, Strategy(None))
+        columns = state.cache.page_table.shape[1]
+        state = state._replace(limit=state.known + PRIOR_TOKENS,
+                               draft=self.engine._draft_state(observer, len(rows), columns))  # fmt: skip
+        return self._read(state, context, observer)
+
+    def _overlap(self, context: int) -> _Task:
+        def run() -> dict[str, tuple[Any, ...]]:
+            rows = self.calibration.windows(context, OVERLAP_QUERIES, PLACES)
+            cache = self.engine.prefill(list(rows[:, : context + 1]), OVERLAP_QUERIES)
+            tokens = jnp.asarray(rows[:, context:-1])
+            selected = np.asarray(jax.jit(functools.partial(_selected, self.engine))(self.engine.params, tokens, cache))
+            return {"overlaps": tuple(overlaps(selected, context, self.engine.config.nsa))}
+
+        return _Task(f"overlap of selected blocks behind {context:,}", ("overlap", context), run)
+
+    def _divergence(self, schedule: str) -> _Task:
+        strategy = Strategy(None, precision="approx", schedule=schedule)
+
+        def run() -> dict[str, tuple[Any, ...]]:
+            found = precision.measure(self.engine, [strategy], self.calibration, contexts=self._behind_text())
+            return {"measurements": tuple(found)}
+
+        return _Task(f"divergence of {schedule}", ("divergence", *measured_as(self._sharing(schedule), 0)), run)
+
+
+def _columns(engine: Engine, context: int, strategy: Strategy) -> int:
+    """Width of the page table for so many tokens, as the engine plans it."""
+    longest = engine.max_length if strategy.precision == "strict" else context
+    return _bucket(pages_for(engine.config.nsa, longest))
+
+
+def _room(context: int, width: int) -> int:
+    """Tokens of ``context`` that are left free for timed steps."""
+    return min(128 + width, context // 2)
+
+
+def _with_values(state: Any, lengths: np.ndarray) -> Any:
+    """A state with all its caches filled with values of no meaning, ``lengths`` int32 [B] of them committed."""
+    values = np.random.default_rng(0).standard_normal(1 << 16).astype(np.float32)
+
+    def filled(node: Any) -> Any:
+        if not isinstance(node, Cache):
+            return node
+        layers = jax.tree.map(lambda leaf: jnp.asarray(np.resize(values, leaf.shape), leaf.dtype), node.layers)
+        return node._replace(layers=layers, lengths=jnp.asarray(lengths, jnp.int32))
+
+    return jax.tree.map(filled, state, is_leaf=lambda node: isinstance(node, Cache))
+
+
+def _timed(steps: Callable[[Any, int], Any], state: Any, most: int) -> tuple[float, float, float]:
+    """Seconds of a step: median, fastest and slowest call of ``steps(state, count)``, which gives the next state.
+
+    ``most``: steps of a call, at least STEPS all the same.
+    """
+
+    def call(count: int) -> float:
+        nonlocal state
+        begun = time.perf_counter()
+        state = jax.block_until_ready(steps(state, count))
+        return (time.perf_counter() - begun) / count
+
+    call(1)
+    count = max(STEPS, min(most, int(0.05 / call(1))))
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < REPEATS and sum(times) * count < SECONDS):
+        times.append(call(count))
+    return statistics.median(times), min(times), max(times)
+
+
+def _draft_steps(
+    decoder: Decoder, strategy: Strategy, params: Any, draft_params: Any, draft: Any, state: State, sampling: Sampling,
+    count: jax.Array,
+) -> Any:  # fmt: skip
+    """The drafter's state, and ``known``, after ``count`` steps that propose, and observe one token each."""
+    drafter, reach = strategy.drafter, strategy.reach
+    assert drafter is not None
+    place = jnp.arange(reach, dtype=jnp.int32)
+    shape = (*state.known.shape, reach, len(drafter.features), decoder.config.hidden)
+    features = jnp.zeros(shape, decoder.dtype) if drafter.features else None
+
+    def body(carry: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, jax.Array, jax.Array]:
+        draft, known, step = carry
+        here = state._replace(known=known, cache=state.cache._replace(lengths=known - 1))
+        context = decoder._context(params, here, sampling, sampling.keys, strategy)
+        made = drafter.propose(draft_params, draft, context, strategy.template)
+        # Token ids are never negative; but XLA does not know, so each step waits for the draft of the one before.
+        size = jnp.where((made.valid & (made.tokens < 0)).any(axis=1), 2, 1).astype(jnp.int32)
+        if drafter.observes:
+            at = known[:, None] - 1 + place
+            taken = jnp.take_along_axis(state.tokens, jnp.minimum(at, state.tokens.shape[1] - 1), axis=1)
+            following = jnp.take_along_axis(state.tokens, jnp.minimum(at + 1, state.tokens.shape[1] - 1), axis=1)
+            seen = Seen(taken, following, known - 1, size, features, decoder.backend)
+            draft = drafter.observe(draft_params, draft, seen)
+        return draft, known + size, step + 1
+
+    # Both are given back: without a use, drafts that nobody observes would not be computed.
+    return jax.lax.while_loop(lambda carry: carry[2] < count, body, (draft, state.known, jnp.int32(0)))[:2]
+
+
+def _selected(engine: Engine, params: Any, tokens: jax.Array, cache: Cache) -> jax.Array:
+    """Block ids int32 [layers, B, T, Hkv, n] that the queries of a chain int32 [B, T] behind the cache select."""
+    config, nsa, width = engine.config, engine.config.nsa, tokens.shape[1]
+    tail = make_tail(nsa, chain(width, nsa.compress_block), cache.lengths, chain_slots(nsa, width))
+    model = transformer.bind(config, params, engine.dtype)
+    x, found = model.embedded(tokens), []
+    for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
+        x, _, selected = layer.tail(x, cache, layer_cache, tail, Backend("xla"))
+        found.append(selected)
+    return jnp.stack(found)
+
+
+def overlaps(selected: np.ndarray, context: int, nsa: NSAConfig) -> Iterator[Overlap]:
+    """What adjacent queries share of the blocks int32 [layers, B, T, Hkv, n] that they select (−1: none).
+
+    Query t stands at position ``context`` + t.
+    """
+    own = (context + np.arange(selected.shape[2])) // nsa.select_block
+    back = own[:, None, None] - selected
+    forced = (selected < nsa.num_initial) | ((back >= 0) & (back < nsa.num_local))
+    for layer, (blocks, is_forced) in enumerate(zip(selected, forced, strict=True)):
+        for distance in (one for one in DISTANCES if one < selected.shape[2]):
+            later, before = blocks[:, distance:], blocks[:, :-distance]
+            real = later >= 0
+            found = (later[..., :, None] == before[..., None, :]).any(axis=-1) & real
+            free = real & ~is_forced[:, distance:]
+            yield Overlap(layer, context, distance, float(found.sum() / real.sum()),
+                          float(found[free].mean()) if free.any() else 0.0)  # fmt: skip

@@ -1,0 +1,190 @@
+"""The benchmarks: their index, README's table, result files that grow, and what is computed from them."""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import end_to_end
+import harness
+import jax
+import jax.numpy as jnp
+import overhead
+import plots
+import pytest
+import readme_table
+import steps
+
+from specsa_jax import model
+from specsa_jax.config import PRESETS
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "benchmarks"
+INDEX = (FOLDER / "README.md").read_text(encoding="utf-8")
+LISTED = re.findall(r"^\| \[`(\w+\.py)`\]", INDEX, flags=re.MULTILINE)
+
+
+def test_the_index_lists_every_script():
+    scripts = {
+        file.name for file in FOLDER.glob("*.py") if '__name__ == "__main__"' in file.read_text(encoding="utf-8")
+    }
+    assert sorted(LISTED) == sorted(scripts)
+
+
+@pytest.mark.parametrize("script", LISTED)
+def test_every_script_answers_help(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(FOLDER / script), run_name="__main__")
+    assert ended.value.code == 0
+    assert "usage: " + script in capsys.readouterr().out
+
+
+def test_make_runs_options_that_the_scripts_have(monkeypatch, capsys):
+    """A part that ends at its command line would cost a GPU's time."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^\t\$\((?:BENCH|LARGE)\)/(\w+\.py)(.*)$", makefile, flags=re.MULTILINE)
+    assert len(lines) >= 15
+    for script, options in lines:
+        monkeypatch.setattr(sys, "argv", [script, "--help"])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(FOLDER / script), run_name="__main__")
+        known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+        assert set(re.findall(r"--[\w-]+", options)) <= known, (script, options)
+
+
+def test_the_readmes_table_is_that_of_the_result_files():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme_table.replaced(readme, readme_table.table()) == readme
+
+
+def test_the_readmes_table_has_what_the_files_say(tmp_path):
+    file = tmp_path / "benchmarks" / "results" / "nvidia-h100" / "end_to_end.json"
+    rows = [
+        {"precision": "exact", "workload": "code", "context": context, "batch": 1, "temperature": 0.0,
+         "strategy": strategy, "tokens_per_second": 100 * speedup, "speedup": speedup, "mean_acceptance_length": 2.0,
+         "identical": "2 of 2"}
+        for context in (4096, 65536) for strategy, speedup in (("none", 1.0), ("auto", 3.0), ("head@chain:4", 2.0))
+    ]  # fmt: skip
+    harness.save(file, rows)
+    line = readme_table.table(file.parents[1]).splitlines()[-1]
+    assert "64K" in line and "3.00x" in line and "auto" in line and "identical 2 of 2" in line
+    assert "benchmarks/results/nvidia-h100/end_to_end.json" in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "folder"),
+    [("cpu", "cpu"), ("NVIDIA H100 80GB HBM3", "nvidia-h100"), ("NVIDIA H200", "nvidia-h200"),
+     ("NVIDIA GeForce RTX 4090", "nvidia-geforce-rtx-4090"), ("NVIDIA A100-SXM4-80GB", "nvidia-a100")],
+)  # fmt: skip
+def test_results_go_to_a_folder_of_the_device(kind, folder):
+    assert harness.device_folder(kind) == FOLDER / "results" / folder
+
+
+def options(path, resume=True, budget=math.inf):
+    return argparse.Namespace(out=str(path), resume=resume, budget=budget)
+
+
+def test_a_result_file_grows_and_is_gone_on_with(tmp_path, capsys):
+    path = tmp_path / "rows.json"
+    rows = harness.Rows(options(path), ("a", "b"), model="m")
+    assert rows.wanted(a=1, b=2)
+    rows.add({"a": 1, "b": 2, "time": 3.0})
+    assert json.loads(path.read_text())["complete"] is False  # cut off here, the file is whole
+    again = harness.Rows(options(path), ("a", "b"), model="m")
+    assert not again.wanted(a=1, b=2) and again.wanted(a=1, b=3) and again.find(a=1)["time"] == 3.0
+    again.save()
+    assert json.loads(path.read_text())["complete"] is True
+    again.add({"a": 1, "b": 3, "not_run": "out of memory"})
+    assert harness.Rows(options(path), ("a", "b"), model="m").wanted(a=1, b=3)  # perhaps it runs now
+    # Another model's rows are not these.
+    assert harness.Rows(options(path), ("a", "b"), model="n").rows == []
+    assert harness.Rows(options(path, resume=False), ("a", "b"), model="m").rows == []
+
+
+def test_no_row_begins_behind_the_budget(tmp_path):
+    rows = harness.Rows(options(tmp_path / "rows.json", budget=-1.0), ("a",))
+    assert not rows.wanted(a=1)
+    rows.save()
+    assert json.loads((tmp_path / "rows.json").read_text())["complete"] is False
+
+
+def test_speedup_and_identity_are_against_the_right_rows():
+    exact = {"tokens_per_second": 10.0, "tokens": ["1 2 3", "4 5 6"]}
+    row = {"tokens_per_second": 25.0, "tokens": ["1 2 3", "4 5 7"]}
+    found = end_to_end.against(row, exact, exact)
+    assert found == {"tokens_per_second": 25.0, "speedup": 2.5, "identical": "1 of 2", "same_tokens": 2.5}
+    assert end_to_end.against(exact, None, exact)["tokens"] == exact["tokens"]  # a base keeps them
+    assert end_to_end.against({"not_run": "no"}, exact, exact) == {"not_run": "no"}
+    assert "speedup" not in end_to_end.against(row, exact, {"not_run": "no"})
+
+
+def test_needed_bytes_are_counted_by_hand():
+    config = PRESETS["8b"]
+    needed = steps.needed_bytes(config, 65536, 2, jnp.bfloat16)
+    token = 2 * 8 * 128 * 32 * 2  # bytes a sequence of a key in all layers, times two sequences
+    assert needed.compressed == 2 * token * (65536 // 16 - 1)
+    assert needed.selected == 2 * token * 16 * 64 and needed.window == 2 * token * 512
+    # All but the embedding's rows, of the size that prefill_8b_64k.json has.
+    assert needed.weights == 18_270_920_704 - 2 * 128256 * 4096
+    assert needed.total == needed.weights + needed.compressed + needed.selected + needed.window
+
+
+def test_a_step_gives_the_next_tokens_and_leaves_its_place():
+    config = dataclasses.replace(PRESETS["embedded"], layers=1, vocab_size=300)
+    params = model.init_params(config, 0)
+    cache = steps.random_cache(config, 200, 2, 1, jnp.float32)
+    step = steps.make_step(config, steps.Sharing(), "xla", jnp.float32, 2)
+    after, chosen = jax.jit(step)((cache, jnp.arange(2, dtype=jnp.int32)[None]), params)
+    assert chosen.shape == (1, 2) and after.lengths.tolist() == [200]
+    key, before = after.layers[0].key, cache.layers[0].key
+    assert (key != before).any(axis=(1, 3)).sum() == 1  # one token is committed
+
+
+EVENTS = [
+    harness.Event(name, stream, 100.0 * step + start, duration)
+    for step in range(10)
+    for name, stream, start, duration in (("nsa_scores", "Stream #1", 0.0, 30.0), ("gemm_x", "Stream #1", 35.0, 40.0),
+                                          ("fusion_3", "Stream #2", 40.0, 20.0))
+]  # fmt: skip
+
+
+def test_overhead_is_step_time_over_kernels():
+    found = overhead.figures(EVENTS, 10, 99.0)
+    assert found["kernel_us"] == 90.0 and found["launches"] == 3.0 and found["overhead"] == pytest.approx(0.1)
+    assert overhead.figures([], 10, 99.0) == {}
+    starts = [float(line.split("\t")[0]) for line in found["timeline"]]
+    assert starts[0] == 0.0 and max(starts) < 120.0
+
+
+def result(rows, **summary):
+    return {**harness.environment(), **summary, "rows": rows}
+
+
+def test_every_kind_of_file_has_its_picture(tmp_path, monkeypatch):
+    step = overhead.figures(EVENTS, 10, 99.0) | {"step_us": 99.0, "model": "8b", "case": "T = 1", "context": 65536}
+    decoded = {"precision": "exact", "workload": "code", "context": 65536, "batch": 1, "temperature": 0.0}
+    tokens = {"tokens_per_second": 3.0, "speedup": 1.5, "mean_acceptance_length": 2.0}
+    files = {
+        "overhead": result([step | {"command_buffers": "on"}]),
+        "end_to_end": result([decoded | tokens | {"strategy": "lookup+head@best:16:6"}], checkpoint="embedded"),
+        "shapes": result([
+            {"preset": "8b", "context": 65536, "batch": 1, "width": width, "step_us": 1000.0 + width, "floor_us": 800.0,
+             "kernels": {"nsa_scores": 500.0, "gemm_x": 400.0, "others": 10.0}} for width in (1, 16)
+        ]),
+        "ablations": result([tokens | {"workload": "code", "set": "trees", "case": "chain:4"}], checkpoint="embedded",
+                            context=4096, batch=1),
+    }  # fmt: skip
+    for name, found in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
+    for name in files:
+        assert plots.draw(tmp_path / f"{name}.json")
+        assert (tmp_path / f"{name}.png").stat().st_size > 1000
+    assert (tmp_path / "shapes_kernels.png").exists()
+    assert plots.measured_lengths(tmp_path)[-1] == ("end_to_end, code 65536", 2.0)
+    for name in ("acceptance", "refresh_reuse"):
+        assert plots.draw(FOLDER / "results" / "cpu" / f"{name}.json", tmp_path / f"{name}.png")

@@ -1,0 +1,361 @@
+"""The planner: what it predicts, chooses and never chooses; and the engine under it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from reference_params import random_params, random_tokens, tiny_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from specsa_jax import Engine, PromptError, PromptLookup, Strategy
+from specsa_jax.checkpoints import records
+from specsa_jax.decoding import Counts
+from specsa_jax.drafting import DraftModel
+from specsa_jax.drafting.watching import Watching
+from specsa_jax.engine import Bound
+from specsa_jax.planning import replay, space
+from specsa_jax.planning.planner import Candidate, Plan, Planner, cheapest
+from specsa_jax.planning.predict import Acceptance
+from specsa_jax.planning.profile import Point, Prior, Profile, StepTime
+from specsa_jax.schedule import Sharing
+
+CHAINS = ("chain:2", "chain:4", "chain:16")
+CANDIDATES = [Candidate("none", Strategy(None)), *(Candidate("lookup", Strategy(tree=tree)) for tree in CHAINS)]
+
+
+class Costs:
+    """A step takes 1 and ``slope`` for each drafted token; drafting nothing."""
+
+    measured = True
+
+    def __init__(self, slope):
+        self.slope = slope
+
+    def step(self, point):
+        return 1.0 + self.slope * (point.width - 1)
+
+    def draft(self, *args):
+        return 0.0
+
+
+def make(slope, *, compiled=lambda strategy: True, acceptance=None, new_tokens=1000, **planner):
+    return Plan(
+        Planner(**planner), CANDIDATES, Costs(slope), acceptance or Acceptance(), batch=1, context=64, layers=2,
+        compiled=compiled, compile_seconds=100.0, new_tokens=new_tokens,
+    )  # fmt: skip
+
+
+def run(plan, accepted_of, slope, segments=12, remaining=1000):
+    """Steps whose drafts stand for the first ``accepted_of(step)`` tokens (None: there is no draft)."""
+    used = []
+    for _ in range(segments):
+        strategy, count = plan.strategy, plan.steps_left
+        depth = strategy.reach - 1
+        drafted, accepted, seconds = np.zeros(depth + 1, int), np.zeros(depth + 1, int), 0.0
+        for step in range(count):
+            stood = accepted_of(len(used) + step)
+            has = depth > 0 and stood is not None
+            drafted[depth if has else 0] += 1
+            accepted[min(stood, depth) if has else 0] += 1
+            seconds += 1.0 + slope * depth * has
+        used += [strategy.tree if strategy.drafter else "none"] * count
+        counts = Counts(np.array(count), drafted, accepted, np.array(depth * count))
+        plan.observe(counts, seconds, int(count + accepted @ np.arange(depth + 1)), 1, remaining)
+    return used
+
+
+def test_it_drafts_as_far_as_drafts_stand():
+    assert run(make(0.1), lambda step: 16, 0.1)[-1] == "chain:16"
+    assert run(make(0.1), lambda step: 0, 0.1)[-1] == "none"
+    assert run(make(0.1), lambda step: 2, 0.1)[-1] == "chain:2"
+
+
+def test_it_follows_a_text_that_changes():
+    used = run(make(0.1), lambda step: 16 if step < 100 else 0, 0.1, segments=24)
+    assert used[99] == "chain:16"
+    assert used[-100:].count("none") > 60 and "chain:2" in used[-100:]  # as evidence fades, it tries again, briefly
+
+
+def test_it_goes_by_the_times_that_it_sees():
+    """Costs say that drafts are all but free; steps show that a drafted token costs as much as a decoded one."""
+    plan = make(0.01)
+    assert set(run(plan, lambda step: 1, 1.0, segments=30)[-100:]) <= {"none", "chain:2"}
+
+
+def test_a_draftless_step_does_not_make_a_strategy_look_fast():
+    plan = make(0.5)
+    run(plan, lambda step: None, 0.5)
+    chain = CANDIDATES[-1].strategy
+    assert plan.option(CANDIDATES[-1], 1, rate=1.0).step_seconds == pytest.approx(1.0 + 0.5 * 16, rel=0.01)
+    assert chain.width == 17
+
+
+def test_a_switch_must_repay_compilation_and_promise_enough():
+    ready = {Strategy(tree="chain:4")}
+    stays = make(0.1, compiled=ready.__contains__, new_tokens=50)
+    assert stays.strategy.tree == "chain:4"
+    assert set(run(stays, lambda step: 16, 0.1, remaining=50)) == {"chain:4"}  # 50 tokens gain less than 100 s
+    assert run(stays, lambda step: 16, 0.1, remaining=5000)[-1] == "chain:16"
+    assert set(run(make(0.1, hysteresis=100.0), lambda step: 0, 0.1)) == {make(0.1).strategy.tree}
+    once = make(0.1, switch=False)
+    assert len(set(run(once, lambda step: 0, 0.1))) == 1
+
+
+def test_segments_grow_while_the_strategy_stays():
+    plan = make(0.1, segment=4)
+    lengths = []
+    for _ in range(12):
+        lengths.append(plan.steps_left)
+        run(plan, lambda step: 16, 0.1, segments=1)
+    assert lengths[0] == 4 and lengths[-1] == 32 and sorted(lengths[-4:]) == lengths[-4:]
+
+
+def test_every_decision_says_what_was_predicted_and_observed():
+    plan = make(0.1)
+    run(plan, lambda step: 16, 0.1, segments=3)
+    first = plan.decisions[0]
+    assert {option.strategy for option in first.options} == {"autoregressive", *(f"lookup {tree}" for tree in CHAINS)}
+    speeds = [option.tokens_per_second for option in first.options]
+    assert speeds == sorted(speeds, reverse=True)
+    assert first.observed_steps == 4 and first.observed_acceptance_length == min(16, plan_depth(first.chosen)) + 1
+    assert all(decision.reason for decision in plan.decisions)
+
+
+def plan_depth(words):
+    return int(words.rsplit(":", 1)[1])
+
+
+def test_contenders_are_all_that_win_at_some_acceptance():
+    assert {strategy.tree for strategy in make(0.1).contenders()} >= {"chain:16"}
+    assert Strategy(None) in make(0.1).contenders()
+    assert make(1.0).contenders()[0] == make(1.0).strategy
+
+
+@pytest.mark.parametrize("bad", [{"hysteresis": -1}, {"hysteresis": float("nan")}, {"segment": 0}, {"segment": True},
+                                 {"precision": "fp8"}])  # fmt: skip
+def test_a_planner_of_no_sense_is_refused(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))}: got"):
+        Planner(**bad)
+
+
+# --- prediction -------------------------------------------------------------------------------------------------------
+
+
+def histogram(depth, lengths, draftless=0):
+    drafted = np.zeros(depth + 1)
+    drafted[depth], drafted[0] = len(lengths), draftless
+    return drafted, np.bincount([*lengths, *[0] * draftless], minlength=depth + 1).astype(float)
+
+
+def test_prediction_tends_to_what_is_observed():
+    random, chance = np.random.default_rng(0), 0.7
+    lengths = [int(np.argmin([*(random.random(4) < chance), False])) for _ in range(4000)]
+    acceptance = Acceptance()
+    acceptance.add("lookup", "chain:4", *histogram(4, lengths, draftless=1000))
+    assert acceptance.rate("lookup") == pytest.approx(0.8, abs=0.01)
+    np.testing.assert_allclose(acceptance.chances("lookup", "chain:4", 4), chance, atol=0.04)  # 4 errors at the last
+    assert acceptance.length("lookup", "chain:4", 4) == pytest.approx(1 + 0.8 * np.mean(lengths), abs=0.02)
+
+
+def test_chains_of_other_lengths_and_other_trees_learn_too():
+    def prior(tree, depth):
+        drafted, accepted = histogram(depth, [1, 2] * 50)
+        return Prior("lookup", tree, "continuation", 64, 100, tuple(map(int, drafted)), tuple(map(int, accepted)), 0)
+
+    acceptance = Acceptance([prior("chain:4", 4), prior("best:8:4", 4)])
+    before = [acceptance.length("lookup", tree, 4) for tree in ("chain:4", "best:8:4")]
+    acceptance.add("lookup", "chain:2", *histogram(2, [2] * 50))
+    after = [acceptance.length("lookup", tree, 4) for tree in ("chain:4", "best:8:4")]
+    assert after[0] > before[0] + 0.2 and after[1] > before[1] + 0.2
+    assert acceptance.length("head", "chain:4", 4) == Acceptance().length("head", "chain:4", 4)
+
+
+def test_old_evidence_fades():
+    acceptance = Acceptance()
+    acceptance.add("lookup", "chain:4", *histogram(4, [4] * 100))
+    acceptance.decay(200)
+    acceptance.add("lookup", "chain:4", *histogram(4, [0] * 20))
+    assert acceptance.chances("lookup", "chain:4", 1)[0] < 0.2
+
+
+def test_a_replay_is_what_lookup_would_have_drafted_of_the_prompt():
+    """By hand: of a text of period 5, all drafts behind the first period and the shortest match stand."""
+    row = np.array([1, 2, 3, 4, 5] * 12, np.int32)
+    known = replay.places(len(row), 8)
+    assert known[0] >= 1 and known[-1] == len(row) - 8 and len(known) == replay.PLACES
+    padded = jnp.asarray(np.pad(row, (0, 17)))
+    chains, valid = jax.device_get(replay.drafts(padded, jnp.asarray(known), drafter=PromptLookup(), depth=8))
+    drafted, accepted = replay.fates(row, known, chains, valid)
+    late = int((known >= 7).sum())
+    assert drafted[8] == late and accepted[8] == late and drafted[0] == accepted[0] == len(known) - late
+    drafted, accepted = replay.fates(np.roll(row, 1), known, chains, valid)  # another text: nothing stands
+    assert accepted[0] == len(known) and drafted[8] == late
+
+
+# --- the space --------------------------------------------------------------------------------------------------------
+
+CONFIG = tiny_model(layers=2)
+
+
+def tiny_engine(**options):
+    words = Tokenizer(WordLevel({f"t{token}": token for token in range(50)}, "t0"))
+    return Engine(CONFIG, random_params(CONFIG, seed=3), words, max_length=160, **options)
+
+
+def measurement(schedule, kl, shared=0, width=0):
+    at = records.AtContext(64, 8, 4096, 2.0, kl / 2, 0.0, kl, kl, 0.99, 0.0, 0.98, 0.0, 0.0)
+    sharing = Sharing(schedule, group=shared, group_mode="shared" if shared else "merged")
+    return records.Measurement(sharing, width, 0.95, "float32", records.Text("a text", 4096, "0" * 64), (at,))
+
+
+@st.composite
+def profiles(draw):
+    """Profiles in which approximate steps may be much faster, and anything may be measured of drafts."""
+    sharings = [Sharing(), Sharing("FS"), Sharing("FS", False), Sharing(group=4, group_mode="shared"), Sharing(group=2)]
+    steps = []
+    for sharing in sharings:
+        for width in draw(st.lists(st.sampled_from([1, 3, 5, 17]), min_size=1, unique=True)):
+            seconds = draw(st.floats(1e-5, 1e-1))
+            steps.append(StepTime(Point(1, 160, width, True, sharing), seconds, seconds, seconds))
+    priors = []
+    for tree in draw(st.lists(st.sampled_from(["chain:1", "chain:2", "chain:4"]), min_size=1, unique=True)):
+        drafted, accepted = histogram(plan_depth(tree), draw(st.lists(st.integers(0, 1), min_size=1)))
+        total = int(drafted.sum())
+        priors.append(
+            Prior("lookup", tree, "edit", 64, total, tuple(map(int, drafted)), tuple(map(int, accepted)), 0)
+        )  # fmt: skip
+    return Profile(
+        "model", "cpu", {}, "float32", "xla", 160, 1e10, 1e11, 1e-6, tuple(steps), (), (), tuple(priors), (),
+        (measurement("FS", 1e-6), measurement("", 1e-6, shared=4, width=5)),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return tiny_engine()
+
+
+@given(profile=profiles(), precision=st.sampled_from(["exact", "strict"]), pallas=st.booleans())
+def test_no_profile_makes_a_lossless_class_choose_an_approximation(engine, profile, precision, pallas):
+    from specsa_jax.planning.costs import Costs as Measured
+
+    engine.__dict__["profile"], engine.__dict__["costs"] = profile, Measured.from_profile(profile, CONFIG)
+    found = engine.space(Planner(precision), Bound(), 160)
+    for candidate in found.candidates:
+        sharings = found.sharings_of(candidate.strategy)
+        strategy = cheapest(candidate.strategy, sharings, engine.costs, 1, 160)
+        assert strategy.precision == precision and strategy.acceptance == "coupled"
+        assert not strategy.sharing(CONFIG.layers).approximates
+
+
+def test_class_approx_chooses_among_what_the_bound_admits(engine):
+    class Cheap(Costs):
+        def step(self, point):
+            return super().step(point) / (2 if point.sharing.schedule else 1)
+
+    measured = [measurement("FS", 0.01), measurement("", 0.01, shared=4, width=5)]
+
+    def choice(max_kl, tree="chain:4"):
+        admitted = [m for m in measured if Bound(max_kl).admits(m)]
+        strategy = Strategy(tree=tree, precision="approx")
+        found = space.Space(Planner("approx"), [], [Sharing()], admitted)
+        return cheapest(strategy, found.sharings_of(strategy), Cheap(0.1), 1, 160), found.sharings_of(strategy)
+
+    assert choice(0.02)[0].schedule == "FS" and choice(0.005)[0].schedule == "all"
+    assert len(choice(0.02)[1]) == 3 and len(choice(0.02, "chain:2")[1]) == 2  # shared groups: of their width alone
+
+
+# --- the engine -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def restless(monkeypatch):
+    """Plans that take the next candidate after each segment, whatever was observed."""
+
+    def choose(self, running, remaining):
+        original(self, running, remaining)
+        self.strategy = self.candidates[len(self.decisions) % len(self.candidates)].strategy
+        words = self.words[self.strategy]
+        self.decisions[-1] = dataclasses.replace(self.decisions[-1], chosen=words)
+        self._length = 2
+
+    original = Plan.choose
+    monkeypatch.setattr(Plan, "choose", choose)
+
+
+def prompts(count=2):
+    return [random_tokens(CONFIG, 6 + index, seed=index).tolist() * 3 for index in range(count)]
+
+
+TREES = Planner(drafters=(("lookup", ("chain:2", "chain:4")),))
+
+
+@pytest.mark.slow
+def test_tokens_do_not_depend_on_switches_and_each_strategy_is_traced_once(restless):
+    engine = tiny_engine(precision="strict")
+    plain = engine.generate(prompts(), 40, temperature=0.8, seed=5, speculate=False)
+    for _ in range(2):
+        planned = engine.generate(prompts(), 40, temperature=0.8, seed=5, strategy=TREES)
+        assert len({decision.chosen for decision in planned.stats.plan}) == 3
+        for a, b in zip(plain, planned, strict=True):
+            assert a.tokens.tolist() == b.tokens.tolist() and a.logprobs.tobytes() == b.logprobs.tobytes()
+    decoded = {strategy: count for strategy, count in engine.decoder.traces.items() if isinstance(strategy, Strategy)}
+    assert len(decoded) == 3 and set(decoded.values()) == {1}
+    assert planned.stats.compile_seconds == 0 and planned.stats.new_tokens == 80
+    assert sum(decision.observed_steps for decision in planned.stats.plan) == planned.stats.steps
+
+
+@pytest.mark.slow
+def test_a_drafter_that_watches_takes_over_in_the_middle(restless):
+    """A draft model whose state is kept while lookup drafts, or nobody: it drafts as if it had drafted all along."""
+    engine = tiny_engine()
+    other = DraftModel("the same", config=CONFIG)
+    engine._draft_params[other] = engine.params
+    alone = engine.generate(prompts(1), 70, strategy=Strategy(other, "chain:4"))
+    candidates = [
+        Candidate("none", Strategy(None)), Candidate("lookup", Strategy(PromptLookup(min_ngram=1), "chain:2")),
+        Candidate("model", Strategy(other, "chain:4")),
+    ]  # fmt: skip
+    found = space.Space(Planner(), candidates, [Sharing()], [])
+    engine.space, engine.__dict__["costs"] = lambda *args: found, Costs(0.1)
+    planned = engine.generate(prompts(1), 70, strategy="auto")
+    assert planned[0].tokens.tolist() == alone[0].tokens.tolist()
+    modelled = [d for d in planned.stats.plan if d.chosen.startswith("model") and d.observed_steps == 2]
+    assert len(modelled) > 2
+    # The target drafts for itself: every draft stands, if its state is that of the text.
+    assert all(decision.observed_acceptance_length == 5 for decision in modelled[:-1])
+
+
+@pytest.mark.slow
+def test_warmup_leaves_nothing_to_compile():
+    engine = tiny_engine()
+    words = engine.warmup(TREES, batch=2, prompt_tokens=18, max_new_tokens=40)
+    assert "autoregressive" in words and len(words) >= 2
+    rows = [random_tokens(CONFIG, 18, seed=index).tolist() for index in range(2)]
+    stats = engine.generate(rows, 40, strategy=TREES).stats
+    assert stats.compile_seconds < 1.0  # the replay's program alone
+    assert {decision.chosen for decision in stats.plan} <= set(words)
+    assert engine.warmup(Strategy(tree="chain:2"), prompt_tokens=18, max_new_tokens=40) == ["lookup chain:2"]
+
+
+def test_a_planner_and_no_speculation_contradict_each_other(engine):
+    with pytest.raises(PromptError, match="speculate: got False with a planner"):
+        engine.generate(prompts(), 4, strategy="auto", speculate=False)
+    with pytest.raises(PromptError, match="strategy: got 'best', expected a Strategy, a Planner or 'auto'"):
+        engine.generate(prompts(), 4, strategy="best")
+    with pytest.raises(ValueError, match="max_kl: got 0.1 in precision 'exact'"):
+        engine.generate(prompts(), 4, strategy="auto", max_kl=0.1)
+
+
+def test_watchers_and_drafters_must_fit():
+    model = DraftModel("another", config=CONFIG)
+    with pytest.raises(ValueError, match=r"watchers\[0\]: got lookup, expected a drafter with a state"):
+        Watching(None, (PromptLookup(),))
+    with pytest.raises(ValueError, match="drafter: got model:another, expected its model:another among the watchers"):
+        Watching(model, ())
+    assert str(Watching(model, (model,))) == "model:another"
