@@ -304,10 +304,11 @@ def test_log_probabilities_are_those_of_the_reference():
         ({"acceptance": "typical"}, "acceptance: got 'typical', which is lossy, in precision 'exact'"),
         ({"acceptance": "typical", "precision": "strict"}, "which is lossy, in precision 'strict'"),
         ({"drafter": SelfDraft(), "acceptance": "rejection", "precision": "strict"}, "in precision 'strict'"),
-        ({"acceptance": "rejection"}, "acceptance: got 'rejection' for drafter PromptLookup.*not drawn from a law"),
+        ({"acceptance": "rejection"}, "acceptance: got 'rejection' for drafter lookup.*not drawn from a law"),
         ({"drafter": None, "acceptance": "block"}, "acceptance: got 'block' for drafter None"),
         ({"drafter": SelfDraft(), "acceptance": "rejection", "tree": "best:8"}, "'rejection' for tree best:8"),
         ({"drafter": SelfDraft(), "acceptance": "block", "tree": "2-2"}, "'block' for tree 2-2, expected a chain"),
+        ({"group": 4, "precision": "strict"}, "group: got 4 in precision 'strict', where queries are served one by"),
         ({"traversal": "random"}, "traversal: got 'random'"),
     ],
 )  # fmt: skip
