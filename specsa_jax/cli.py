@@ -191,7 +191,12 @@ def generate(
         report = _report(shown, engine)
         if compare:
             report |= _compare(engine, texts, {**arguments, "strategy": strategy}, notes)
-        _table(report, notes)
+        # Why tokens may differ although nothing is wrong.
+        reason = ""
+        if temperature > 0 and not plan and acceptance != "coupled":
+            reason = f"{acceptance} acceptance keeps the law of tokens, not the tokens"
+            reason = "typical acceptance is lossy" if acceptance == "typical" else reason
+        _table(report, notes, reason)
         if explain:
             _explain(shown.stats.plan, engine, notes)
     if json_output:
@@ -357,7 +362,8 @@ def _histogram(counts: Sequence[int]) -> str:
     return "\n".join(f"{n:3} {count:6,} {'█' * round(24 * count / most)}" for n, count in enumerate(counts))
 
 
-def _table(report: dict[str, Any], notes: Console) -> None:
+def _table(report: dict[str, Any], notes: Console, reason: str = "") -> None:
+    """Prints what there is to know of a run; ``reason``: why its tokens may differ from those of one at a time."""
     from rich.table import Table
 
     table = Table(title=report["strategy"], show_header=False, title_justify="left")
@@ -372,7 +378,7 @@ def _table(report: dict[str, Any], notes: Console) -> None:
     if "speedup" in report:
         row("  one at a time", f"{report['baseline_tokens_per_second']:,.1f}")
         row("  speed-up", f"{report['speedup']:.2f}x")
-        row("  tokens identical", "yes" if report["identical"] else "NO")
+        row("  tokens identical", "yes" if report["identical"] else f"no: {reason}" if reason else "NO")
     row("mean acceptance length", f"{report['mean_acceptance_length']:.2f} tokens a step, the target's own included")
     if report["acceptance_per_position"]:
         row("acceptance per position", "  ".join(f"{rate:.2f}" for rate in report["acceptance_per_position"]))

@@ -58,6 +58,22 @@ def test_the_planner_explains_itself_and_gives_the_same_tokens():
     assert "the planner's decisions, from " in shown and "autoregressive" in shown and "observed" in shown
 
 
+def test_the_table_says_why_tokens_may_differ_and_shouts_where_they_should_not():
+    from rich.console import Console
+
+    from specsa_jax.cli import _table
+
+    numbers = ("prompt_tokens", "batch", "new_tokens", "tokens_per_second", "baseline_tokens_per_second", "speedup",
+               "mean_acceptance_length", "drafted", "accepted", "steps", "prefill_seconds", "decode_seconds",
+               "compile_seconds", "cache_bytes")  # fmt: skip
+    report = {"strategy": "self chain:2 block", "finish": ["length"], "identical": False, "dtype": "float32",
+              "device": "cpu", "acceptance_per_position": [0.5], "accepted_histogram": [3, 3], "plan": None}  # fmt: skip
+    for reason, words in (("block acceptance keeps the law", "no: block acceptance keeps the law"), ("", "NO")):
+        out = io.StringIO()
+        _table(report | dict.fromkeys(numbers, 1), Console(file=out, width=100), reason)
+        assert f" {words} " in out.getvalue()
+
+
 @pytest.fixture
 def refusal(monkeypatch, capsys):
     """Runs a command that is to be refused: the line that it ends with."""
