@@ -86,9 +86,14 @@ def generate(
     tree: Annotated[
         str,
         typer.Option(
-            help="Shape of a draft: chain:K, K tokens in a row; 4-2-1, branchings; best:K, the K likeliest nodes."
+            help="Shape of a draft: chain:K, K tokens in a row; 4-2-1, so many children a node, by depth; best:K or "
+            "best:K:DEPTH, the K likeliest nodes. At most 127 tokens, a page deep."
         ),
     ] = "chain:5",
+    traversal: Annotated[
+        str,
+        typer.Option(help="Order of a tree's nodes, breadth or depth first; kernels serve adjacent ones together."),
+    ] = "breadth",
     acceptance: Annotated[
         str, typer.Option(help="Which drafts stand: coupled, rejection, block, or (lossy) typical.")
     ] = "coupled",
@@ -162,7 +167,10 @@ def generate(
         elif profile is not None or allow_mismatch:
             raise ValueError("profile, allow_mismatch: got one without a planner, expected --plan or --explain too")
         else:
-            strategy = _strategy(drafter, tree, acceptance, precision, checkpoint)
+            strategy = _strategy(context, drafter, tree, traversal, acceptance, precision, checkpoint)
+            if drop_compressed and schedule == "all":
+                raise ValueError("drop_compressed: given with schedule 'all', which has no reuse layers, expected one "
+                                 "that has")  # fmt: skip
             if shared:
                 strategy = replace(strategy, group=shared, group_mode="shared")
             strategy = replace(strategy, schedule=schedule, keep_compressed=not drop_compressed)
@@ -183,7 +191,12 @@ def generate(
         report = _report(shown, engine)
         if compare:
             report |= _compare(engine, texts, {**arguments, "strategy": strategy}, notes)
-        _table(report, notes)
+        # Why tokens may differ although nothing is wrong.
+        reason = ""
+        if temperature > 0 and not plan and acceptance != "coupled":
+            reason = f"{acceptance} acceptance keeps the law of tokens, not the tokens"
+            reason = "typical acceptance is lossy" if acceptance == "typical" else reason
+        _table(report, notes, reason)
         if explain:
             _explain(shown.stats.plan, engine, notes)
     if json_output:
@@ -224,11 +237,22 @@ def main() -> None:
         sys.exit(2)
 
 
-def _strategy(drafter: str, tree: str, acceptance: Any, precision: Any, checkpoint: str) -> Strategy:
+def _strategy(
+    context: typer.Context, drafter: str, tree: str, traversal: Any, acceptance: Any, precision: Any, checkpoint: str
+) -> Strategy:
     from specsa_jax.drafting import drafter_from_name
     from specsa_jax.strategy import Strategy
 
-    return Strategy(drafter_from_name(drafter, checkpoint), tree, acceptance=acceptance, precision=precision)
+    made = drafter_from_name(drafter, checkpoint)
+    if made is None and (named := _named(context, ("tree", "traversal", "acceptance"))):
+        raise ValueError(f"{', '.join(named)}: got a value with drafter 'none', which drafts nothing, expected none")
+    return Strategy(made, tree, traversal, acceptance, precision)
+
+
+def _named(context: typer.Context, names: Sequence[str]) -> list[str]:
+    """Those options that the command line names."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
 def _planner(context: typer.Context, precision: Any) -> Planner:
@@ -236,9 +260,7 @@ def _planner(context: typer.Context, precision: Any) -> Planner:
     from specsa_jax.planning.planner import Planner
 
     chosen = ("drafter", "tree", "traversal", "acceptance", "schedule", "drop_compressed", "shared")
-    sources = {name: context.get_parameter_source(name) for name in chosen}
-    named = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    if named:
+    if named := _named(context, chosen):
         raise ValueError(f"{', '.join(named)}: got a value with --plan, which chooses it, expected one or the other")
     return Planner(precision)
 
@@ -340,7 +362,8 @@ def _histogram(counts: Sequence[int]) -> str:
     return "\n".join(f"{n:3} {count:6,} {'█' * round(24 * count / most)}" for n, count in enumerate(counts))
 
 
-def _table(report: dict[str, Any], notes: Console) -> None:
+def _table(report: dict[str, Any], notes: Console, reason: str = "") -> None:
+    """Prints what there is to know of a run; ``reason``: why its tokens may differ from those of one at a time."""
     from rich.table import Table
 
     table = Table(title=report["strategy"], show_header=False, title_justify="left")
@@ -355,7 +378,7 @@ def _table(report: dict[str, Any], notes: Console) -> None:
     if "speedup" in report:
         row("  one at a time", f"{report['baseline_tokens_per_second']:,.1f}")
         row("  speed-up", f"{report['speedup']:.2f}x")
-        row("  tokens identical", "yes" if report["identical"] else "NO")
+        row("  tokens identical", "yes" if report["identical"] else f"no: {reason}" if reason else "NO")
     row("mean acceptance length", f"{report['mean_acceptance_length']:.2f} tokens a step, the target's own included")
     if report["acceptance_per_position"]:
         row("acceptance per position", "  ".join(f"{rate:.2f}" for rate in report["acceptance_per_position"]))

@@ -128,8 +128,9 @@ class Decoder:
     def _backend(
         self, precision: Precision, is_chain: bool = True, sharing: Sharing = Sharing(), width: int = 0
     ) -> Backend:
+        strict = precision == "strict"
         return dataclasses.replace(
-            self.backend, is_chain=is_chain, deterministic=precision == "strict", width=width, group=sharing.group,
+            self.backend, is_chain=is_chain, deterministic=strict, width=width if strict else 0, group=sharing.group,
             group_mode=sharing.group_mode,
         )  # fmt: skip
 

@@ -101,7 +101,7 @@ class Engine:
             dtype = jnp.bfloat16 if on_gpu else jnp.float32
         if prefill_chunk is None:
             prefill_chunk = 512 if on_gpu else 64
-        self.config, self.tokenizer, self.dtype = config, tokenizer, jnp.dtype(dtype)
+        self.config, self.tokenizer, self.dtype = config, tokenizer, _floating(dtype)
         self.max_length = _whole("max_length", config.max_length if max_length is None else max_length)
         self.max_cache_bytes, self.precision = max_cache_bytes, precision
         Strategy(precision=precision)  # refused here rather than in each call
@@ -288,7 +288,7 @@ class Engine:
         drafters = planner.drafters or (() if profile is None else space.profiled(profile, self.config))
         found = space.candidates(drafters, self.config, str(self.checkpoint or ""), precision)
         sharings = [Sharing()]
-        if self.implementation == "pallas" and profile is not None:
+        if self.implementation == "pallas" and precision != "strict" and profile is not None:
             sharings += [s for s in dict.fromkeys(t.point.sharing for t in profile.steps) if not s.approximates]
         measured = self.records.measurements if precision == "approx" and bound.given else ()
         for candidate in found:
@@ -651,6 +651,16 @@ class Engine:
 def _signature(state: State) -> Any:
     """What a compiled loop's shapes depend on, but for the drafter's state, which the strategy determines."""
     return tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state._replace(draft=())))
+
+
+def _floating(dtype: Any) -> jnp.dtype:
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ValueError(f"dtype: got {dtype!r}, expected bfloat16 or float32") from error
+    if found not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"dtype: got {found}, expected bfloat16 or float32")
+    return found
 
 
 def _whole(name: str, value: Any) -> int:

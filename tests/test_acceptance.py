@@ -141,6 +141,10 @@ def rejection_children(p, q, count):
     return chance
 
 
+def by_path(table):
+    return {path: table[index(path)].astype(np.float64) for path in PATHS}
+
+
 def rejection_law(branching):
     p, q = (table.astype(np.float64) for table in tables())
     law = np.zeros(len(branching) + 1)
@@ -177,20 +181,23 @@ def coupled_law():
     return law
 
 
-def block_law():
-    """Of chains of 3 by the paper's equations, over all drafts."""
-    p, q = (table.astype(np.float64) for table in tables())
-    law = np.zeros(DEPTH + 1)
-    for path in itertools.product(range(VOCABULARY), repeat=DEPTH):
+def block_law(p, q, depth, vocabulary):
+    """Of chains by the paper's equations, over all drafts; ``p`` and ``q`` have the law after each path."""
+    law = np.zeros(depth + 1)
+    for path in itertools.product(range(vocabulary), repeat=depth):
         drawn, mass, stand = 1.0, 1.0, []
         for place, token in enumerate(path):
-            here = index(path[:place])
+            here, after = path[:place], path[: place + 1]
             drawn *= q[here][token]
+            if not drawn:
+                break  # nothing of it counts
             mass = min(1.0, mass * p[here][token] / q[here][token])
-            after = index(path[: place + 1])
-            left = np.maximum(mass * p[after] - q[after], 0).sum()
-            stand.append(mass if place == DEPTH - 1 else left / (left + 1 - mass))
-        for length in range(DEPTH, -1, -1):
+            if place < depth - 1:
+                left = np.maximum(mass * p[after] - q[after], 0).sum()
+                stand.append(left / (left + 1 - mass) if left else 0.0)
+            else:
+                stand.append(mass)
+        for length in range(depth, -1, -1) if drawn else ():
             chance = 1.0 if length == 0 else stand[length - 1]
             law[length] += drawn * chance
             drawn *= 1 - chance
@@ -200,7 +207,7 @@ def block_law():
 CASES = [
     (CHAIN, "rejection", lambda: rejection_law((1, 1, 1))),
     (TREE, "rejection", lambda: rejection_law((3, 2, 1))),
-    (CHAIN, "block", block_law),
+    (CHAIN, "block", lambda: block_law(*map(by_path, tables()), DEPTH, VOCABULARY)),
     (CHAIN, "coupled", coupled_law),
     (TREE, "coupled", None),
 ]

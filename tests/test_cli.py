@@ -58,6 +58,22 @@ def test_the_planner_explains_itself_and_gives_the_same_tokens():
     assert "the planner's decisions, from " in shown and "autoregressive" in shown and "observed" in shown
 
 
+def test_the_table_says_why_tokens_may_differ_and_shouts_where_they_should_not():
+    from rich.console import Console
+
+    from specsa_jax.cli import _table
+
+    numbers = ("prompt_tokens", "batch", "new_tokens", "tokens_per_second", "baseline_tokens_per_second", "speedup",
+               "mean_acceptance_length", "drafted", "accepted", "steps", "prefill_seconds", "decode_seconds",
+               "compile_seconds", "cache_bytes")  # fmt: skip
+    report = {"strategy": "self chain:2 block", "finish": ["length"], "identical": False, "dtype": "float32",
+              "device": "cpu", "acceptance_per_position": [0.5], "accepted_histogram": [3, 3], "plan": ()}  # fmt: skip
+    for reason, words in (("block acceptance keeps the law", "no: block acceptance keeps the law"), ("", "NO")):
+        out = io.StringIO()
+        _table(report | dict.fromkeys(numbers, 1), Console(file=out, width=100), reason)
+        assert f" {words} " in out.getvalue()
+
+
 @pytest.fixture
 def refusal(monkeypatch, capsys):
     """Runs a command that is to be refused: the line that it ends with."""
@@ -86,9 +102,18 @@ def refusal(monkeypatch, capsys):
         (["--prompt-file", "-"], "prompt_file: -: is empty"),
         (["--prompt-file", "-", "--prompt-file", "-"], "prompt_file: got '-' twice"),
         (["--drafter", "oracle"], "drafter: got 'oracle', expected one of lookup, head"),
-        (["--drafter", "model:nonesuch"], "checkpoint: got 'nonesuch', expected an existing directory"),
+        (["--drafter", "model:nonesuch"], "drafter: model:nonesuch: checkpoint: got 'nonesuch', expected an"),
         (["--drafter", "model:"], "checkpoint: got '', expected an existing directory"),
         (["--drafter", "lookup+none"], "drafter: got 'lookup+none', expected two drafters"),
+        (["--drafter", "lookup:8"], "drafter: got 'lookup:8', expected 'lookup', with nothing behind it"),
+        (["--drafter", ":Parrot"], "drafter: got ':Parrot', expected one of lookup, head"),
+        (["--drafter", "json:loads"], "drafter: got 'json:loads', expected one of lookup, head"),
+        (["--drafter", "head:{tmp}"], "drafter: head:{tmp}: {tmp}/config.json: missing"),
+        (["--drafter", "head+lookup"], "Combined.first: got head:embedded, expected a drafter without a model"),
+        (["--drafter", "none", "--tree", "best:16"], "tree: got a value with drafter 'none', which drafts nothing"),
+        (["--drop-compressed"], "drop_compressed: given with schedule 'all', which has no reuse layers"),
+        (["--traversal", "random"], "traversal: got 'random', expected one of 'breadth', 'depth'"),
+        (["--tree", "chain:128"], "tree: got chain:128, more than 127 drafted tokens"),
         (["--tree", "bush"], "tree: got 'bush', expected chain:K"),
         (["--tree", "8-8-8"], "tree: got 8-8-8, more than 127 drafted tokens"),
         (["--tree", "chain:65"], "tree: got chain:65, 65 tokens deep, expected at most a page, select_block = 64"),

@@ -199,6 +199,12 @@ def test_an_engine_of_no_precision_class_is_refused():
         Engine.from_pretrained("embedded", precision="fp8")
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float64", "half a float"])
+def test_an_engine_of_another_dtype_is_refused(dtype):
+    with pytest.raises(ValueError, match=f"dtype: got '?{dtype}'?, expected bfloat16 or float32"):
+        Engine.from_pretrained("embedded", dtype=dtype)
+
+
 def test_statistics_are_consistent(engine, held_out):
     prompts = cut(held_out, 2, (1, 2), seed=8)
     result = engine.generate(prompts, max_new_tokens=24)

@@ -36,6 +36,14 @@ def test_templates_have_the_sizes_that_their_texts_say(text, nodes, depth, width
     assert template.is_static == (not text.startswith("best"))
 
 
+@pytest.mark.parametrize("traversal", ["breadth", "depth"])
+def test_the_best_of_one_node_is_a_chain_of_one(traversal):
+    """Its parent is known before it is grown, and drafters may rely on it: a chain has a layout."""
+    for text in ("best:1", "best:1:1"):
+        template = parse_tree(text, traversal)
+        assert template.is_chain and template.is_static and template.parents == (-1, 0)
+
+
 @pytest.mark.parametrize(
     "text, words",
     [

@@ -1,5 +1,7 @@
 """Drafters: frozen rules that propose tokens inside the jitted loop, as trees within a template."""
 
+from collections.abc import Callable
+
 from specsa_jax.drafting.base import (
     Context,
     Draft,
@@ -23,8 +25,20 @@ __all__ = [
     "register_drafter",
 ]  # fmt: skip
 
-register_drafter("lookup", lambda where, checkpoint: PromptLookup())
+
+def _plain(name: str, make: Callable[[], Drafter | None]) -> None:
+    """Registers a drafter that there is one of: nothing may stand behind a colon."""
+
+    def checked(where: str, checkpoint: str) -> Drafter | None:
+        if where:
+            raise ValueError(f"drafter: got '{name}:{where}', expected {name!r}, with nothing behind it")
+        return make()
+
+    register_drafter(name, checked)
+
+
+_plain("lookup", PromptLookup)
 register_drafter("head", lambda where, checkpoint: TrainedHead(where or checkpoint))
-register_drafter("self", lambda where, checkpoint: SelfDraft())
+_plain("self", SelfDraft)
 register_drafter("model", lambda where, checkpoint: DraftModel(where))
-register_drafter("none", lambda where, checkpoint: None)
+_plain("none", lambda: None)

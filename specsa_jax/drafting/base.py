@@ -208,14 +208,19 @@ def drafter_from_name(name: str, checkpoint: str = "embedded") -> Drafter | None
         return Combined(left, right)
     kind, colon, where = name.partition(":")
     if kind in _REGISTERED:
-        return _REGISTERED[kind](where, checkpoint)
+        try:
+            return _REGISTERED[kind](where, checkpoint)
+        except ValueError as error:
+            if str(error).startswith("drafter:"):
+                raise
+            raise type(error)(f"drafter: {name}: {error}") from error
     known = ", ".join([*_REGISTERED, "a+b", "package.module:Name"])
-    if not colon:
+    if not (colon and kind and where):
         raise ValueError(f"drafter: got {name!r}, expected one of {known}")
     try:
         made = getattr(importlib.import_module(kind), where)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"drafter: got {name!r}, expected one of {known}: {error}") from error
+    except Exception as error:  # whatever the code of others raises
+        raise ValueError(f"drafter: got {name!r}, expected one of {known}: {error!r}") from error
     if not isinstance(made, Drafter):
         raise ValueError(f"drafter: {name} makes {made!r}, expected a Drafter")
     return made

@@ -160,7 +160,8 @@ def parse_tree(text: Any, traversal: Any = "breadth") -> TreeTemplate:
         if not 1 <= depth <= nodes:
             raise ValueError(f"tree: got {text}, {depth} deep, expected a depth from 1 to its {nodes} nodes")
         width = min(nodes, _BEST_WIDTH)
-        return TreeTemplate(text, traversal, nodes, depth, (), width, width)
+        # The best of one node leaves nothing to choose: its parent is the pending token.
+        return TreeTemplate(text, traversal, nodes, depth, (1,) if nodes == 1 else (), width, width)
     else:
         raise ValueError(f"tree: got {text!r}, expected {forms}")
     widths = [1]
