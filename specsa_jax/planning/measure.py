@@ -205,7 +205,10 @@ class _Bench:
         self.drafts = [(name, tree) for name, trees in drafters for tree in trees if self._takes(name, tree)]
         # Timed steps go on behind an end token.
         self.timer = copy.copy(engine)
-        self.timer.decoder, self.timer._compiled = Decoder(engine.config, engine.dtype, (), engine.implementation), {}
+        self.timer._compiled = {}
+        self.timer.decoder = Decoder(
+            engine.config, engine.dtype, (), engine.implementation, engine.decoder.backend.interpret
+        )
         self.held: tuple[Any, State] | None = None  # a state behind timed steps, for others of its shapes
         self.prefilled = functools.lru_cache(maxsize=4)(self._prefilled)
 
