@@ -6,7 +6,8 @@ PYTHON312 ?= $(shell for p in python3.12 "$$(pyenv root 2>/dev/null)"/versions/3
 TESTS312 = $(wildcard tests/test_kernels*.py tests/test_engine*.py)
 # Workers start with adjacent tests, which share compiled programs, and steal from each other at the end.
 PYTEST = pytest -n 2 --dist worksteal
-BENCHES = bench-target bench-end-to-end bench-ablations bench-shapes bench-loop bench-kernels bench-model bench-report
+BENCHES = bench-target bench-profile bench-end-to-end bench-shapes bench-loop bench-kernels bench-model \
+	bench-ablations bench-planner bench-report
 
 .PHONY: help demo test test312 embedded draft clean bench bench-cpu $(BENCHES)
 
@@ -63,6 +64,8 @@ LARGE = XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 $(BENCH)
 TARGET_SECONDS ?= 360
 END_TO_END_SECONDS ?= 300
 ABLATIONS_SECONDS ?= 150
+PROFILE_SECONDS ?= 120
+PLANNER_SECONDS ?= 120
 SHAPES_SECONDS ?= 240
 VERIFY_SECONDS ?= 100
 # The checkpoint that is measured: what bench-target leaves, where it has run.
@@ -81,11 +84,19 @@ bench-end-to-end:
 	$(BENCH)/end_to_end.py --checkpoint $(CHECKPOINT) --resume --budget $(END_TO_END_SECONDS) --out
 	$(BENCH)/dense_decode.py --checkpoint $(CHECKPOINT) --resume --budget 40 --out
 
+# The engine finds the profile in the checkpoint's directory: what comes after is planned by it.
+bench-profile:
+	$(subst benchmarks,-m specsa_jax,$(BENCH)) profile $(CHECKPOINT) --budget $(PROFILE_SECONDS)
+
+bench-planner:
+	$(BENCH)/planner.py --checkpoint $(CHECKPOINT) --resume --budget $(PLANNER_SECONDS) --out
+
 bench-ablations:
 	$(BENCH)/ablations.py --checkpoint $(CHECKPOINT) --resume --budget $(ABLATIONS_SECONDS) --out
 
 bench-shapes:
 	$(LARGE)/shapes.py --resume --budget $(SHAPES_SECONDS) --out
+	$(LARGE)/dense_decode.py --preset 8b --contexts 65536 --batches 1 --resume --budget 60 --out
 	$(LARGE)/memory.py --out
 
 bench-loop:

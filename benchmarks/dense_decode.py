@@ -120,7 +120,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="spent on each figure's repeats")
     args = parser.parse_args()
     config = PRESETS[args.preset] if args.preset else checkpoints.load(args.checkpoint).config
-    rows = harness.Rows(args, ("context", "batch", "implementation"), model=args.preset or args.checkpoint,
+    rows = harness.Rows(args, ("context", "batch", "implementation"),
+                        f"_{args.preset}" if args.preset else "", model=args.preset or args.checkpoint,
                         dtype=str(model_dtype()))  # fmt: skip
     implementations = ["cudnn", "xla"] if jax.default_backend() == "gpu" else ["xla"]
     for context in args.contexts:

@@ -2,10 +2,10 @@
 
 Rows: precision class, workload (benchmarks/workloads.py), context (the new tokens included), batch, temperature,
 strategy. ``none`` is the same loop with the same kernels without drafts. Programs are compiled and have run before they
-are timed; time is the wall time of decoding, prefill left out. ``speedup`` is over ``none`` in class exact; whether
-tokens are identical is said of ``none`` in the same class and schedule. A strategy that does not run here has its
-reason under ``not_run``. Classes other than exact run the first two strategies alone. Rows come in the order of their
-importance: what --budget leaves out is the least important.
+are timed; time is the wall time of decoding (and planning), prefill left out. ``speedup`` is over ``none`` in class
+exact; whether tokens are identical is said of ``none`` in the same class and schedule. A strategy that does not run
+here has its reason under ``not_run``. Classes other than exact run the first two strategies alone. Rows come in the
+order of their importance: what --budget leaves out is the least important.
 
     python benchmarks/end_to_end.py --contexts 4096 --batches 1 --out                    # on a CPU
     python benchmarks/end_to_end.py --checkpoint run/checkpoint --resume --out           # on a GPU
@@ -63,7 +63,7 @@ def measure(
     except (ValueError, *harness.FAILURES) as error:
         return harness.not_run(error)
     stats = [run[0].stats for run in runs]
-    times = [[result.stats.decode_seconds for result in run] for run in runs]
+    times = [[result.stats.decode_seconds + result.stats.planning_seconds for result in run] for run in runs]
     count, steps = sum(s.new_tokens for s in stats), sum(s.steps for s in stats)
     sequence_steps = sum(s.sequence_steps for s in stats)
     seconds = sum(map(statistics.median, times))

@@ -276,8 +276,8 @@ class Rows:
     another file is begun anew.
     """
 
-    def __init__(self, args: argparse.Namespace, axes: Sequence[str], **summary: Any):
-        self.path, self.axes, self.summary = out_path(args), axes, summary
+    def __init__(self, args: argparse.Namespace, axes: Sequence[str], suffix: str = "", **summary: Any):
+        self.path, self.axes, self.summary = out_path(args, suffix), axes, summary
         self.rows: list[dict[str, Any]] = []
         self._end, self.complete = time.perf_counter() + args.budget, True
         if args.resume and self.path is not None and self.path.exists():

@@ -13,13 +13,12 @@ prompt lookup with chain:4, no groups, all layers refreshing. Over all cells: to
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import Any
 
 import harness
 import jax
-import matplotlib
 import numpy as np
+import plots
 from workloads import WORKLOADS, prompts
 
 from specsa_jax import Engine, Strategy
@@ -105,29 +104,6 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """For each cell: the fixed strategies as dots, the planner as a bar."""
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    keys = list(dict.fromkeys(tuple(row[axis] for axis in AXES[:-1]) for row in rows))
-    figure, axis = pyplot.subplots(figsize=(1.2 * len(keys) + 3, 4.5))
-    for place, key in enumerate(keys):
-        mine = {row["strategy"]: row["tokens_per_second"] for row in rows if tuple(row[a] for a in AXES[:-1]) == key}
-        base = mine[DEFAULT]
-        axis.bar(place, mine["planner"] / base, color="tab:blue", label=None if place else "planner")
-        others = [speed / base for name, speed in mine.items() if name != "planner"]
-        axis.plot([place] * len(others), others, "o", color="black", alpha=0.5, ms=4,
-                  label=None if place else "each fixed strategy")  # fmt: skip
-    axis.axhline(1.0, color="gray", lw=0.8)
-    axis.set_xticks(range(len(keys)), [f"{w}\n{c} tokens\nbatch {b}, T={t:g}" for w, c, b, t in keys], fontsize=7)
-    axis.set_ylabel(f"tokens/s, of {DEFAULT}'s")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
 def main() -> None:
     gpu = jax.default_backend() == "gpu"
     parser = harness.arguments(__doc__, rows=True)
@@ -161,7 +137,7 @@ def main() -> None:
     for name, value in summary(rows.rows).items():
         print(f"{name}: {value}")
     if rows.path is not None:
-        plot(rows.rows, rows.path.with_suffix(".png"))
+        plots.draw(rows.path)
 
 
 if __name__ == "__main__":

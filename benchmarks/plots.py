@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,12 @@ Result = dict[str, Any]
 
 
 def title(result: Result, text: str) -> str:
-    return f"{text}\n{result['device']}, commit {result['commit']}, {result['command']}"
+    return textwrap.fill(f"{text}: {result['device']}, commit {result['commit']}, {result['command']}", 110)
+
+
+def middle(bars: int) -> float:
+    """Of a group of ``bars`` bars, each as wide as 1 of their number and one."""
+    return (bars - 1) / 2 / (bars + 1)
 
 
 def acceptance(result: Result, path: Path) -> None:
@@ -41,7 +47,7 @@ def acceptance(result: Result, path: Path) -> None:
             rates = mine[longest]["acceptance_per_position"]
             axes[1][column].plot(range(1, len(rates) + 1), rates, marker="o", label=drafter)
         axes[0][column].set_title(name)
-        axes[0][column].set_xticks([index + 0.4 for index in range(len(trees))], trees)
+        axes[0][column].set_xticks([index + middle(len(drafters)) for index in range(len(trees))], trees)
         axes[1][column].set_xlabel(f"drafted token of {longest}")
     axes[0][0].set_ylabel("tokens a step")
     axes[1][0].set_ylabel("accepted, of the steps that drafted it")
@@ -98,7 +104,7 @@ def end_to_end(result: Result, path: Path) -> None:
                      1 / (len(strategies) + 1), label=strategy)  # fmt: skip
         axis.axhline(1, color="black", linewidth=0.8)
         names = [f"{workload}\n{context}, batch {batch}" for workload, context, batch in groups]
-        axis.set_xticks([index + 0.4 for index in range(len(groups))], names, fontsize=7)
+        axis.set_xticks([index + middle(len(strategies)) for index in range(len(groups))], names, fontsize=7)
         axis.set_ylabel("times as fast")
         axis.set_title(f"class {panel[0]}, temperature {panel[1]:g}", fontsize=9)
         axis.legend(fontsize=7)
@@ -142,9 +148,7 @@ def shapes(result: Result, path: Path) -> None:
                                        for time in times.values()))  # fmt: skip
         above.set_title(f"{preset}, random weights")
         above.legend(fontsize=7, loc="lower left")
-        below.set_xlabel(
-            "mean acceptance length (numbered: measured, on the models named, which are others)", fontsize=8
-        )
+        below.set_xlabel("mean acceptance length (numbered: measured, on other models, as named)", fontsize=8)
         below.set_ylabel("times as fast as T = 1\nby step times alone: drafting is free here")
         below.axhline(1, color="black", linewidth=0.8)
         below.legend(fontsize=6)
@@ -177,7 +181,7 @@ def measured_lengths(folder: Path) -> list[tuple[str, float]]:
 
 def kernel_class(name: str) -> str:
     """What a kernel's name says of its work."""
-    if name.startswith("nsa_") or name == "others":
+    if name.startswith(("nsa_", "commit")) or name == "others":
         return name.split(".")[0]
     if any(part in name.lower() for part in ("gemm", "nvjet", "cutlass", "cublas", "xmma", "dot")):
         return "matrix products"
@@ -260,7 +264,7 @@ def ablations(result: Result, path: Path) -> None:
             axis.barh([at + place / (len(workloads) + 1) for at, _ in found], [value for _, value in found],
                       1 / (len(workloads) + 1), label=workload)  # fmt: skip
         axis.axvline(1, color="black", linewidth=0.8)
-        axis.set_yticks([index + 0.3 for index in range(len(cases))], cases, fontsize=7)
+        axis.set_yticks([index + middle(len(workloads)) for index in range(len(cases))], cases, fontsize=7)
         axis.invert_yaxis()
         notes = {row["note"] for row in rows if row["set"] == name and row.get("note")}
         axis.set_title(f"{name}{' (' + '; '.join(sorted(notes)) + ')' if notes else ''}", fontsize=8)
@@ -271,25 +275,51 @@ def ablations(result: Result, path: Path) -> None:
     write(figure, path, dpi=110)
 
 
+def planner(result: Result, path: Path) -> None:
+    """For each cell: the fixed strategies as dots, the planner as a bar."""
+    rows, axes, default = result["rows"], ("workload", "context", "batch", "temperature"), "lookup chain:4"
+    keys = list(dict.fromkeys(tuple(row[axis] for axis in axes) for row in rows))
+    figure, axis = pyplot.subplots(figsize=(1.2 * len(keys) + 3, 4.5))
+    for place, key in enumerate(keys):
+        mine = {row["strategy"]: row["tokens_per_second"] for row in rows if tuple(row[a] for a in axes) == key}
+        base = mine[default]
+        axis.bar(place, mine["planner"] / base, color="tab:blue", label=None if place else "planner")
+        others = [speed / base for name, speed in mine.items() if name != "planner"]
+        axis.plot([place] * len(others), others, "o", color="black", alpha=0.5, ms=4,
+                  label=None if place else "each fixed strategy")  # fmt: skip
+    axis.axhline(1.0, color="gray", lw=0.8)
+    axis.set_xticks(range(len(keys)), [f"{w}\n{c} tokens\nbatch {b}, T={t:g}" for w, c, b, t in keys], fontsize=7)
+    axis.set_ylabel(f"tokens/s, of {default}'s")
+    axis.legend()
+    axis.set_title(title(result, f"the planner, {result['checkpoint']}"), fontsize=8)
+    write(figure, path, dpi=110)
+
+
 def write(figure: pyplot.Figure, path: Path, dpi: int) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=dpi)
     pyplot.close(figure)
 
 
-# By the beginning of a file's name.
+# By the script that wrote the file.
 PLOTS: dict[str, Callable[[Result, Path], None]] = {
     "acceptance": acceptance, "refresh_reuse": refresh_reuse, "end_to_end": end_to_end, "train_target": end_to_end,
-    "shapes": shapes, "overhead": overhead, "ablations": ablations,
+    "shapes": shapes, "overhead": overhead, "ablations": ablations, "planner": planner,
 }  # fmt: skip
 
 
 def draw(file: Path, path: Path | None = None) -> bool:
     """Draws a result file to ``path``, by default beside it; False where its kind has no picture."""
-    plot = next((plot for kind, plot in PLOTS.items() if file.stem.startswith(kind)), None)
+    result = json.loads(file.read_text(encoding="utf-8"))
+    plot = PLOTS.get(script_of(result))
     if plot is not None:
-        plot(json.loads(file.read_text(encoding="utf-8")), path or file.with_suffix(".png"))
+        plot(result, path or file.with_suffix(".png"))
     return plot is not None
+
+
+def script_of(result: Result) -> str:
+    """The name of the script that wrote a result, from its command line."""
+    return Path(result["command"].split()[0]).stem
 
 
 def main() -> None:

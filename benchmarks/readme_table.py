@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from plots import script_of
+
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results: python benchmarks/readme_table.py -->", "<!-- end of results -->"
 Result = dict[str, Any]
@@ -97,6 +99,27 @@ def end_to_end(result: Result) -> Lines:
         )
 
 
+def train_target(result: Result) -> Lines:
+    runs = [run for run in result["runs"] if run["command"][0] == "train"]
+    if "parameters" in result:
+        loss, tokens = runs[-1]["summary"]["held_out_loss"], sum(run["summary"]["tokens"] for run in runs)
+        yield (
+            f"target of {result['parameters'] / 1e6:.0f}M parameters, trained on the spot",
+            f"held-out loss {loss:.2f} nats a token after {tokens / 1e6:.1f}M tokens; "
+            f"{sum(run['wall_seconds'] for run in result['runs']):.0f} s with its draft head",
+        )
+    yield from end_to_end(result)
+
+
+def planner(result: Result) -> Lines:
+    if "planner_over_default" in result:  # there when the run has ended
+        yield (
+            f"the planner over all cells, {result['checkpoint']}",
+            f"{result['planner_over_default']:.2f}x lookup chain:4, {result['planner_of_best']:.2f} of the best "
+            f"strategy of each cell; planning {100 * result['planning_share']:.1f} % of decoding",
+        )
+
+
 def shapes(result: Result) -> Lines:
     for row in result["rows"]:
         if row.get("over_decode") and row["width"] == 16:
@@ -137,22 +160,22 @@ def memory(result: Result) -> Lines:
             )
 
 
-# By the beginning of a file's name.
+# By the script that wrote the file, in the table's order.
 TABLES: dict[str, Callable[[Result], Lines]] = {
-    "train_target": end_to_end, "end_to_end": end_to_end, "dense_decode": dense_decode, "held_out": held_out,
-    "acceptance": acceptance, "shapes": shapes, "overhead": overhead, "memory": memory, "refresh_reuse": refresh_reuse,
-    "verify_layer": verify_layer, "selection": selection, "prefill": prefill,
+    "train_target": train_target, "end_to_end": end_to_end, "dense_decode": dense_decode, "held_out": held_out,
+    "planner": planner, "acceptance": acceptance, "shapes": shapes, "overhead": overhead, "memory": memory,
+    "refresh_reuse": refresh_reuse, "verify_layer": verify_layer, "selection": selection, "prefill": prefill,
 }  # fmt: skip
 
 
 def table(results: Path = ROOT / "benchmarks" / "results") -> str:
-    """Markdown: a row a figure, with device, commit and file. Files of searches for a config (``…_tune``) have none."""
+    """Markdown: a row a figure, with device, commit and file. Searches for a kernel's config (--tune) have none."""
     lines = ["| measured | result | device, commit | file |", "| --- | --- | --- | --- |"]
-    for kind, rows_of in TABLES.items():
-        for file in sorted(results.rglob(f"{kind}*.json")):
-            if file.stem.endswith("_tune"):
+    files = {file: json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.rglob("*.json"))}
+    for script, rows_of in TABLES.items():
+        for file, result in files.items():
+            if script_of(result) != script or "--tune" in result["command"]:
                 continue
-            result = json.loads(file.read_text(encoding="utf-8"))
             device = result["device"] if result["device"] != "cpu" else f"{result['cpus']} CPU cores"
             where = file.relative_to(results.parents[1]).as_posix()
             for measured, found in rows_of(result):

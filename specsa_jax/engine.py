@@ -285,7 +285,7 @@ class Engine:
         precision = planner.precision or self.precision
         check_bound(Strategy(None, precision=precision), Sharing(), bound)
         profile, _ = self.profile, self.costs  # measured now where there is no profile, once
-        drafters = planner.drafters or (() if profile is None else space.profiled(profile))
+        drafters = planner.drafters or (() if profile is None else space.profiled(profile, self.config))
         found = space.candidates(drafters, self.config, str(self.checkpoint or ""), precision)
         sharings = [Sharing()]
         if self.implementation == "pallas" and precision != "strict" and profile is not None:

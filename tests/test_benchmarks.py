@@ -71,7 +71,7 @@ def test_the_readmes_table_has_what_the_files_say(tmp_path):
          "identical": "2 of 2"}
         for context in (4096, 65536) for strategy, speedup in (("none", 1.0), ("auto", 3.0), ("head@chain:4", 2.0))
     ]  # fmt: skip
-    harness.save(file, rows)
+    harness.save(file, rows, command="end_to_end.py --out")
     line = readme_table.table(file.parents[1]).splitlines()[-1]
     assert "64K" in line and "3.00x" in line and "auto" in line and "identical 2 of 2" in line
     assert "benchmarks/results/nvidia-h100/end_to_end.json" in line
@@ -162,8 +162,8 @@ def test_overhead_is_step_time_over_kernels():
     assert starts[0] == 0.0 and max(starts) < 120.0
 
 
-def result(rows, **summary):
-    return {**harness.environment(), **summary, "rows": rows}
+def result(script, rows, **summary):
+    return {**harness.environment(), "command": f"{script}.py --out", **summary, "rows": rows}
 
 
 def test_every_kind_of_file_has_its_picture(tmp_path, monkeypatch):
@@ -171,14 +171,14 @@ def test_every_kind_of_file_has_its_picture(tmp_path, monkeypatch):
     decoded = {"precision": "exact", "workload": "code", "context": 65536, "batch": 1, "temperature": 0.0}
     tokens = {"tokens_per_second": 3.0, "speedup": 1.5, "mean_acceptance_length": 2.0}
     files = {
-        "overhead": result([step | {"command_buffers": "on"}]),
-        "end_to_end": result([decoded | tokens | {"strategy": "lookup+head@best:16:6"}], checkpoint="embedded"),
-        "shapes": result([
+        "overhead": result("overhead", [step | {"command_buffers": "on"}]),
+        "end_to_end": result("end_to_end", [decoded | tokens | {"strategy": "lookup+head@best:16:6"}], checkpoint="x"),
+        "shapes": result("shapes", [
             {"preset": "8b", "context": 65536, "batch": 1, "width": width, "step_us": 1000.0 + width, "floor_us": 800.0,
              "kernels": {"nsa_scores": 500.0, "gemm_x": 400.0, "others": 10.0}} for width in (1, 16)
         ]),
-        "ablations": result([tokens | {"workload": "code", "set": "trees", "case": "chain:4"}], checkpoint="embedded",
-                            context=4096, batch=1),
+        "ablations": result("ablations", [tokens | {"workload": "code", "set": "trees", "case": "chain:4"}],
+                            checkpoint="x", context=4096, batch=1),
     }  # fmt: skip
     for name, found in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")

@@ -67,8 +67,7 @@ def test_the_table_says_why_tokens_may_differ_and_shouts_where_they_should_not()
                "mean_acceptance_length", "drafted", "accepted", "steps", "prefill_seconds", "decode_seconds",
                "compile_seconds", "cache_bytes")  # fmt: skip
     report = {"strategy": "self chain:2 block", "finish": ["length"], "identical": False, "dtype": "float32",
-              "device": "cpu", "acceptance_per_position": [0.5], "accepted_histogram": [3, 3],
-              "plan": None}  # fmt: skip
+              "device": "cpu", "acceptance_per_position": [0.5], "accepted_histogram": [3, 3], "plan": ()}  # fmt: skip
     for reason, words in (("block acceptance keeps the law", "no: block acceptance keeps the law"), ("", "NO")):
         out = io.StringIO()
         _table(report | dict.fromkeys(numbers, 1), Console(file=out, width=100), reason)

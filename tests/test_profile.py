@@ -333,10 +333,10 @@ def test_bad_axes_and_text_too_small_are_refused_before_any_work(engine, text):
 
 @pytest.mark.slow
 def test_a_tiny_model_is_profiled_and_the_engine_finds_the_times_plausible(engine, text, monkeypatch):
-    monkeypatch.setattr(measure, "WIDTHS", (1, 5, 9))
+    monkeypatch.setattr(measure, "WIDTHS", (1, 5))
     monkeypatch.setattr(measure, "CORNERS", (5,))
     monkeypatch.setattr(measure, "SCHEDULES", ("every:2",))
-    axes = {"batches": (2,), "contexts": (128,), "drafters": (("self", ("chain:4", "best:8:2")),)}
+    axes = {"batches": (2,), "contexts": (128,), "drafters": (("self", ("chain:4",)),)}
     names = []
     found, missing = measure.measure(engine, text, measure.new_profile(engine, (128,)), **axes,
                                      progress=lambda done, total, name: names.append(name))  # fmt: skip
@@ -344,18 +344,15 @@ def test_a_tiny_model_is_profiled_and_the_engine_finds_the_times_plausible(engin
     assert found.fingerprint == engine.fingerprint and found.dtype == "float32" and found.text == text.text
     times = {s.point: s for s in found.steps}
     exact = {p.width: times[p].seconds for p in times if p.chain and p.precision == "exact" and p.sharing == Sharing()}
-    assert set(exact) == {1, 5, 9} and all(p.batch == 2 and p.context >= 128 for p in times)
-    assert Point(2, 128, 9, chain=False) in times and Point(2, 512, 5, precision="strict") in times
+    assert set(exact) == {1, 5} and all(p.batch == 2 and p.context >= 128 for p in times)
+    assert {p.width for p in times if p.precision == "strict" and p.context == 512} == {1, 5}
     assert Point(2, 128, 5, sharing=Sharing("FS")) in times
     # Drafting runs the model once for each token drafted.
-    assert {d.tree for d in found.drafts} == {"chain:4", "best:8:2"}
-    assert min(d.seconds for d in found.drafts) > 0.5 * exact[1]
+    assert [d.tree for d in found.drafts] == ["chain:4"] and found.drafts[0].seconds > 0.5 * exact[1]
     assert [p.tokens for p in found.prefills] == [128] and found.prefills[0].seconds > exact[1]
-    assert {(p.tree, p.text) for p in found.priors} == {
-        (tree, kind) for tree in ("chain:4", "best:8:2") for kind in ("continuation", "edit")
-    }
-    chain = next(p for p in found.priors if p.tree == "chain:4")
-    assert sum(n * count for n, count in enumerate(chain.accepted)) + chain.steps >= 8 * 64 - 8 * 4
+    assert [p.text for p in found.priors] == ["continuation", "edit"]
+    for prior in found.priors:  # 8 places, 64 tokens each
+        assert 8 * 64 <= prior.steps + sum(n * count for n, count in enumerate(prior.accepted)) < 8 * (64 + 4)
     assert {o.layer for o in found.overlaps} == {0, 1} and 0 < min(o.shared for o in found.overlaps)
     assert [m.sharing.schedule for m in found.measurements] == ["FS"]
     assert found.interpolation.points == len(found.steps)
@@ -365,9 +362,9 @@ def test_a_tiny_model_is_profiled_and_the_engine_finds_the_times_plausible(engin
 
 def test_a_timed_step_verifies_as_many_tokens_as_it_says(engine, text):
     """Nothing is timed in which the loop falls back to one token, or ends."""
+    bench = measure._Bench(engine, text, (2,), (128,), ())
     for tree in ("chain:4", "best:8:2"):
         strategy = Strategy(measure._Fixed(), tree)
-        bench = measure._Bench(engine, text, (2,), (128,), ())
         state, sampling = bench._filled(2, 128, strategy)
         arguments = (engine.params, state, sampling, jnp.int32(8))
         decode, _ = bench.timer._executable("decode", {"strategy": strategy}, *arguments, draft_params=())
@@ -375,6 +372,10 @@ def test_a_timed_step_verifies_as_many_tokens_as_it_says(engine, text):
         assert int(counts.steps) == 8 and not np.asarray(state.done).any()
         assert int(counts.nodes) == 2 * 8 * strategy.template.nodes
         assert int(counts.drafted[strategy.template.depth]) == 16
+        bench.held = ((2, 128, 16), state)  # what the next one goes on with, from the same place
+    assert int(bench._filled(2, 128, Strategy(None))[0].known[0]) == 64 and bench.held is not None
+    bench._filled(2, 64, Strategy(None))
+    assert bench.held is None  # of other shapes
 
 
 def test_overlap_counts_blocks_that_both_queries_selected():

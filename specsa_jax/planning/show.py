@@ -110,6 +110,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figur
 def draw_steps(profile: Profile, costs: Costs) -> Figure:
     """Step time against T: measured, with its range, and the cost model between; a panel for each batch."""
     from matplotlib import colormaps
+    from matplotlib.ticker import LogLocator
 
     batches = sorted({s.point.batch for s in profile.steps})
     contexts = sorted({s.point.context for s in profile.steps})
@@ -132,6 +133,8 @@ def draw_steps(profile: Profile, costs: Costs) -> Figure:
                 axis.errorbar([s.point.width for s in steps], middle, spread, fmt=marker, color=color, ms=4, lw=0.8)
         axis.set(title=f"batch {batch}", xlabel="T, tokens verified a step", xscale="log", yscale="log")
         axis.set_xticks(shown := [t for t in (1, 2, 3, 5, 9, 17, 33, 65, 128) if t <= max(widths)], map(str, shown))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

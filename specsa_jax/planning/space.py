@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from specsa_jax.checkpoints.records import Measurement
 from specsa_jax.config import ModelConfig
-from specsa_jax.drafting import Drafter, drafter_from_name
+from specsa_jax.drafting import Drafter, drafter_from_name, parse_tree
 from specsa_jax.drafting.watching import watcher
 from specsa_jax.planning.planner import Candidate, Planner, watching
 from specsa_jax.planning.profile import Profile
@@ -48,10 +48,11 @@ def candidates(
     return found
 
 
-def profiled(profile: Profile) -> tuple[tuple[str, tuple[str, ...]], ...]:
+def profiled(profile: Profile, config: ModelConfig) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """The drafters whose acceptance a profile knows (name, trees): on the trees that it names, of which one chain
-    stands for all, and on those of :data:`DRAFTERS`."""
-    usual = dict(DRAFTERS)
+    stands for all, and on those of :data:`DRAFTERS` that are no deeper than a page of the model."""
+    depth = config.nsa.select_block
+    usual = {name: [tree for tree in some if parse_tree(tree).depth <= depth] for name, some in DRAFTERS}
     trees: dict[str, dict[str, None]] = {}
     for prior in profile.priors:
         trees.setdefault(prior.drafter, dict.fromkeys(usual.get(prior.drafter, ())))[prior.tree] = None
