@@ -18,6 +18,7 @@ import plots
 import pytest
 import readme_table
 import steps
+import strict
 
 from specsa_jax import model
 from specsa_jax.config import PRESETS
@@ -188,3 +189,21 @@ def test_every_kind_of_file_has_its_picture(tmp_path, monkeypatch):
     assert plots.measured_lengths(tmp_path)[-1] == ("end_to_end, code 65536", 2.0)
     for name in ("acceptance", "refresh_reuse"):
         assert plots.draw(FOLDER / "results" / "cpu" / f"{name}.json", tmp_path / f"{name}.png")
+
+
+def test_the_strict_benchmark_goes_on_only_with_a_run_like_its_own(tmp_path):
+    out, settings, rows = (
+        tmp_path / "strict.json",
+        {"model": "a1", "new_tokens": 8, "trees": ["chain:2"]},
+        [{"prompts": 8}],
+    )
+    assert strict.resumed(str(out), settings) == strict.resumed(None, settings) == []
+    harness.save(out, rows, **settings)
+    assert strict.resumed(str(out), settings) == rows
+    for name, value in {"model": "b2", "new_tokens": 9, "trees": ["2-2"]}.items():
+        with pytest.raises(ValueError, match=f"is of a run with {name} .*, expected {re.escape(repr(value))} or a new"):
+            strict.resumed(str(out), settings | {name: value})
+    for text in ("", "[]", "{}"):
+        out.write_text(text)
+        with pytest.raises(ValueError, match="holds no results of this benchmark"):
+            strict.resumed(str(out), settings)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from specsa_jax.drafting import Context, PromptLookup, drafter_from_name, parse_tree
+from specsa_jax.checkpoints import CheckpointError
+from specsa_jax.drafting import Context, DraftModel, PromptLookup, TrainedHead, drafter_from_name, parse_tree
 
 ROWS, SIZE = 4, 24
 RULES = [PromptLookup(max_ngram=3, min_ngram=1), PromptLookup(), PromptLookup(max_ngram=2, min_ngram=2)]
@@ -97,6 +98,20 @@ def test_prompt_lookup_reads_a_full_buffer_and_drafts_longer_than_it():
 def test_prompt_lookup_refuses_ngrams_out_of_order_or_range(min_ngram, max_ngram):
     with pytest.raises(ValueError, match=f"got min_ngram {min_ngram} and max_ngram {max_ngram}, expected 1 <= min"):
         PromptLookup(max_ngram=max_ngram, min_ngram=min_ngram)
+
+
+@pytest.mark.parametrize("field", ["max_ngram", "min_ngram", "matches"])
+@pytest.mark.parametrize("value", ["8", 2.5, True, None])
+def test_prompt_lookup_refuses_what_is_no_integer(field, value):
+    with pytest.raises(ValueError, match=f"PromptLookup: got {field} {value!r}, expected an integer"):
+        PromptLookup(**{field: value})
+
+
+@pytest.mark.parametrize("drafter", [DraftModel, TrainedHead])
+@pytest.mark.parametrize("path", [7, None])
+def test_drafters_refuse_what_is_no_path(drafter, path):
+    with pytest.raises(CheckpointError, match=f"checkpoint: got {path}, expected a path or a packaged name"):
+        drafter(path)
 
 
 def test_drafters_have_names():

@@ -1,12 +1,22 @@
 """Every kernel lowers for an H200 on a machine without a GPU: interpret mode accepts what Triton does not."""
 
+import dataclasses
+import re
 from functools import partial
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import report
 from pallas_kernels.attention import specs as attention_specs
 from pallas_kernels.selection import SelectionConfig, select_blocks, specs
+from specsa_jax import model
+from specsa_jax.cache import create_cache, make_tail, topology
+from specsa_jax.config import preset
+from specsa_jax.drafting.tree import MAX_NODES
+from specsa_jax.nsa.cached import Backend
 
 
 @pytest.mark.parametrize("spec", [*specs.TESTS, *specs.BENCHMARKS], ids=lambda spec: spec.name)
@@ -77,3 +87,32 @@ def test_attention_compiles_for_sm90(name, group):
         assert resources.shared <= 227 * 1024, f"{kernel.name}: {resources}"
         assert resources.registers * 32 * kernel.num_warps <= 65536, f"{kernel.name}: {resources}"
         assert resources.stack <= MOST_STACK, f"{kernel.name} spills: {resources}"
+
+
+# Everything that computes with floats, and what repeats it, with the types that it has.
+FLOATS = re.compile(
+    r"((?:arith\.\w+f|math\.\w+|tt\.dot|tt\.reduce|scf\.for|scf\.while)\b).*?(?: : (.*))?$", re.MULTILINE
+)
+
+
+def arithmetic(batch, parents, pages, backend):
+    """Of each kernel of a layer of the embedded model: its operations on floats, in order."""
+    config = dataclasses.replace(preset("embedded"), layers=1)
+    params = jax.eval_shape(lambda: model.init_params(config, 0, jnp.bfloat16))
+    cache = jax.eval_shape(lambda: create_cache(config, np.full((batch, 16), pages), pages, jnp.bfloat16))
+
+    def step(params, tokens, cache):
+        tail = make_tail(config.nsa, topology(parents, config.nsa.compress_block), cache.lengths)
+        return model.verify(config, params, tokens, cache, tail, dtype=jnp.bfloat16, backend=backend)[0]
+
+    lowered = report.lower(step, params, jax.ShapeDtypeStruct((batch, len(parents)), jnp.int32), cache)
+    return [(kernel.name, kernel.num_warps, FLOATS.findall(kernel.module)) for kernel in report.kernels(lowered)]
+
+
+def test_a_token_alone_and_a_tree_in_a_batch_have_the_same_arithmetic_in_the_strict_class():
+    """In class exact they have not, or this could not fail."""
+    alone, together = (1, [-1], 16), (8, [-1] + [max(0, node - 3) for node in range(16)], 100)
+    strict = Backend("pallas", deterministic=True, width=MAX_NODES)
+    one, many = arithmetic(*alone, strict), arithmetic(*together, strict)
+    assert one == many and all(len(floats) > 20 for *_, floats in one)
+    assert arithmetic(*alone, Backend("pallas")) != arithmetic(*together, Backend("pallas"))

@@ -59,6 +59,8 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
 
     Raises CheckpointError that lists the packaged names when there is no such directory.
     """
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise CheckpointError(f"checkpoint: got {name_or_path!r}, expected a path or a packaged name")
     path = Path(name_or_path)
     packaged = {p.parent.name: p.parent for p in sorted(_PACKAGED.glob("*/config.json"))}
     if str(name_or_path) in packaged:

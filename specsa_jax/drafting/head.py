@@ -35,8 +35,8 @@ class TrainedHead(Drafter):
     def __post_init__(self) -> None:
         from specsa_jax.checkpoints import draft_head
 
-        object.__setattr__(self, "path", os.fspath(self.path))
         object.__setattr__(self, "config", draft_head.read_config(self.path))
+        object.__setattr__(self, "path", os.fspath(self.path))
 
     def __str__(self) -> str:
         return f"head:{self.path}"

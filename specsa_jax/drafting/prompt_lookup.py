@@ -34,6 +34,10 @@ class PromptLookup(Drafter):
     matches: int = 8
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"PromptLookup: got {field.name} {value!r}, expected an integer")
         if not 1 <= self.min_ngram <= self.max_ngram <= 64:
             raise ValueError(
                 f"PromptLookup: got min_ngram {self.min_ngram} and max_ngram {self.max_ngram}, "
