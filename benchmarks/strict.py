@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import harness
-import jax
 import numpy as np
 from held_out import held_out_files
 
@@ -142,8 +141,7 @@ def main() -> None:
                     drafters=sorted({row["drafter"] for row in rows}), identical=all(_identical(row) for row in rows),
                 )  # fmt: skip
         # Each drafter has programs of its own, and a process room for a few hundred.
-        engine._compiled.clear()
-        jax.clear_caches()
+        engine.forget_programs()
     if rows:
         harness.print_table(rows)
 

@@ -5,7 +5,8 @@ from specsa_jax.cache import CapacityError
 from specsa_jax.checkpoints import CheckpointError
 from specsa_jax.config import ConfigError, ModelConfig, NSAConfig, RopeConfig
 from specsa_jax.drafting import PromptLookup
-from specsa_jax.engine import Engine, PromptError
+from specsa_jax.engine import Engine
+from specsa_jax.prompts import PromptError
 from specsa_jax.results import Chunk, Generation, Result, Stats
 from specsa_jax.sampling import SamplingParams
 from specsa_jax.strategy import Strategy

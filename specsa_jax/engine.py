@@ -14,7 +14,7 @@ import functools
 import os
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,15 +26,12 @@ from tokenizers import Tokenizer
 from pallas_kernels import Implementation
 from specsa_jax import checkpoints
 from specsa_jax.admission import Bound, admit, check_bound
-from specsa_jax.cache import Cache, CacheBytes, CapacityError, cache_bytes, create_cache, pages_for
+from specsa_jax.cache import Cache, CacheBytes
 from specsa_jax.checkpoints import draft_head, records
 from specsa_jax.checkpoints.records import Records
 from specsa_jax.config import ModelConfig
-from specsa_jax.decoding import Counts, Decoder, State, add_counts
-from specsa_jax.drafting import Drafter, Target
+from specsa_jax.decoding import Counts, State, add_counts
 from specsa_jax.drafting.watching import Watching
-from specsa_jax.nsa import kernels
-from specsa_jax.nsa.rows import STRICT_OPTIONS
 from specsa_jax.planning import profile as profiles
 from specsa_jax.planning import replay, space
 from specsa_jax.planning.costs import Costs, measure_bandwidth
@@ -42,8 +39,10 @@ from specsa_jax.planning.planner import Fixed, Plan, Planner, cheapest
 from specsa_jax.planning.predict import Acceptance
 from specsa_jax.planning.profile import Profile
 from specsa_jax.planning.space import Space
+from specsa_jax.prompts import PromptError, encode, stop_texts, token_row, whole_number
 from specsa_jax.results import Chunk, Output, Result, Stream, stats_of
-from specsa_jax.sampling import Sampling, SamplingParams, batch_sampling
+from specsa_jax.runtime import Runtime, signature
+from specsa_jax.sampling import SamplingParams, batch_sampling
 from specsa_jax.schedule import Sharing, parse_schedule
 from specsa_jax.strategy import Precision, Strategy
 
@@ -54,11 +53,7 @@ _STREAM_STEPS, _QUIET_STEPS = 8, 512
 _COMPILE_SECONDS = 10.0
 
 
-class PromptError(ValueError):
-    """A prompt or a generation argument that cannot be used; the message names it, what came and what was expected."""
-
-
-class Engine:
+class Engine(Runtime):
     """Generates and scores text with one model. Not thread-safe.
 
     Args:
@@ -96,25 +91,12 @@ class Engine:
         profile: Profile | str | os.PathLike[str] | None = None,
         allow_mismatch: bool = False,
     ):
-        on_gpu = jax.default_backend() == "gpu"
-        if dtype is None:
-            dtype = jnp.bfloat16 if on_gpu else jnp.float32
-        if prefill_chunk is None:
-            prefill_chunk = 512 if on_gpu else 64
-        self.config, self.tokenizer, self.dtype = config, tokenizer, _floating(dtype)
-        self.max_length = _whole("max_length", config.max_length if max_length is None else max_length)
-        self.max_cache_bytes, self.precision = max_cache_bytes, precision
+        super().__init__(
+            config, params, tokenizer, dtype=dtype, max_length=max_length, max_cache_bytes=max_cache_bytes,
+            prefill_chunk=prefill_chunk, implementation=implementation, end_tokens=end_tokens,
+        )  # fmt: skip
         Strategy(precision=precision)  # refused here rather than in each call
-        self.prefill_chunk = _whole("prefill_chunk", prefill_chunk)
-        self.params = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
-        end = tokenizer.token_to_id("<|endoftext|>")
-        self.end_tokens = tuple(end_tokens) if end_tokens is not None else () if end is None else (end,)
-        self.implementation = kernels.choose(config.nsa, self.max_length, implementation)
-        self.decoder = Decoder(config, self.dtype, self.end_tokens, self.implementation)
-        self._compiled: dict[Any, Any] = {}
-        self._draft_params: dict[Drafter, Any] = {}
-        self._decoders: set[tuple[Strategy, Any]] = set()  # compiled loops, by strategy and shapes
-        self._compile_times: list[float] = []
+        self.precision = precision
         self.checkpoint, self._profile, self._allow_mismatch = checkpoint, profile, allow_mismatch
         if profile is not None:
             _ = self.profile
@@ -234,9 +216,9 @@ class Engine:
         _quiet: bool = False,
     ) -> Stream:
         """As :meth:`generate`, but gives an iterator over chunks of text, which ends with ``stream.result`` set."""
-        rows = self._encode(prompts)
-        max_new_tokens = _whole("max_new_tokens", max_new_tokens)
-        stop = self._stops(stop)
+        rows = encode(self.tokenizer, self.config.vocab_size, prompts)
+        max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
+        stops = stop_texts(stop)
         if sampling is None:
             first = SamplingParams(temperature, top_k, top_p, seed)
             sampling = [dataclasses.replace(first, seed=(first.seed + i) % 2**32) for i in range(len(rows))]
@@ -246,11 +228,11 @@ class Engine:
             raise PromptError(f"sampling: got {len(sampling)} parameter sets, expected one per prompt ({len(rows)})")
         reach = max(len(row) for row in rows) + max_new_tokens
         choice = self._choice(strategy, speculate, Bound(max_kl, min_top1), reach)
-        pages, size = self._plan_pages(
+        pages, size = self.plan_pages(
             rows, max_new_tokens, choice if isinstance(choice, Strategy) else choice.largest
         )  # fmt: skip
-        watched = bool(stop) or not _quiet
-        return Stream(self._run(rows, max_new_tokens, list(sampling), stop, choice, pages, size, watched))
+        watched = bool(stops) or not _quiet
+        return Stream(self._run(rows, max_new_tokens, list(sampling), stops, choice, pages, size, watched))
 
     def _choice(self, strategy: Any, speculate: bool, bound: Bound, reach: int) -> Strategy | Space:
         """What a call may use, all of it checked and loaded."""
@@ -276,7 +258,7 @@ class Engine:
         check_bound(strategy, sharing, bound)
         if sharing.approximates and bound.finite:
             admit(self.records, bound, sharing, strategy.width, reach)
-        self._load_drafter(strategy.drafter)
+        self.load_drafter(strategy.drafter)
         return strategy
 
     def space(self, planner: Planner, bound: Bound = Bound(), reach: int = 0) -> Space:
@@ -293,7 +275,7 @@ class Engine:
         measured = self.records.measurements if precision == "approx" and bound.given else ()
         for candidate in found:
             self.decoder.check(candidate.strategy)
-            self._load_drafter(candidate.strategy.drafter)
+            self.load_drafter(candidate.strategy.drafter)
         return Space(planner, found, sharings, [m for m in measured if bound.admits(m) and m.reach >= reach])
 
     def _run(
@@ -308,7 +290,7 @@ class Engine:
         watched: bool,
     ) -> Generator[Chunk, None, Result]:
         params = batch_sampling(sampling)
-        state = self._initial_state(rows, pages, max_new_tokens)
+        state = self.initial_state(rows, pages, max_new_tokens)
         per_call = _STREAM_STEPS if watched else _QUIET_STEPS
         course: Plan | Fixed
         compiled = 0.0
@@ -317,13 +299,13 @@ class Engine:
         else:
             course, compiled = self._plan(choice, rows, max_new_tokens, state)
             observer = Watching(None, course.watchers)
-        state = state._replace(draft=self._draft_state(observer, len(rows), pages.shape[1]))
+        state = state._replace(draft=self.draft_state(observer, len(rows), pages.shape[1]))
         longest = max(len(row) for row in rows)
-        chunk = self._chunk(longest, course.strategy.precision)
+        chunk = self.chunk(longest, course.strategy.precision)
         few = jnp.int32(max(1, 1024 // chunk))  # so that Ctrl-C is heard during a long prefill
-        prefill, seconds, shown = self._prefill_program(state, chunk, observer, course.strategy.precision)
+        prefill, seconds, shown = self.prefill_program(state, chunk, observer, course.strategy.precision)
         compiled += seconds
-        decode, seconds = self._decode_program(course.strategy, state, params)
+        decode, seconds = self.decode_program(course.strategy, state, params)
         compiled += seconds
         programs = {course.strategy: decode}
 
@@ -337,7 +319,7 @@ class Engine:
         decode_seconds, running, given = 0.0, len(rows), 0
         while running:
             if course.strategy not in programs:
-                programs[course.strategy], seconds = self._decode_program(course.strategy, state, params)
+                programs[course.strategy], seconds = self.decode_program(course.strategy, state, params)
                 compiled += seconds
             begun = time.perf_counter()
             state, counts = programs[course.strategy](
@@ -364,27 +346,6 @@ class Engine:
         generations = (output.generation(logprobs[index]) for index, output in enumerate(outputs))
         return Result(tuple(generations), stats)
 
-    def _prefill_program(
-        self, state: State, chunk: int, observer: Drafter | None, precision: Precision
-    ) -> tuple[Callable, float, dict[str, Any]]:
-        """The compiled prefill, what compiling took, and the keyword arguments that it wants."""
-        drafter = observer if observer is not None and observer.observes else None
-        shown = {} if drafter is None else {"draft_params": self._load_drafter(drafter)}
-        static = {"chunk": chunk, "drafter": drafter, "precision": precision}
-        prefill, seconds = self._executable("prefill", static, self.params, state, jnp.int32(0), **shown)
-        return prefill, seconds, shown
-
-    def _decode_program(self, strategy: Strategy, state: State, sampling: Sampling) -> tuple[Callable, float]:
-        """The compiled loop for a strategy, with its drafter's weights; and what compiling took."""
-        draft_params = self._load_drafter(strategy.drafter)
-        decode, seconds = self._executable(
-            "decode", {"strategy": strategy}, self.params, state, sampling, jnp.int32(0), draft_params=draft_params
-        )  # fmt: skip
-        if seconds:
-            self._compile_times.append(seconds)
-        self._decoders.add((strategy, _signature(state)))
-        return functools.partial(decode, draft_params=draft_params), seconds
-
     def _plan(self, found: Space, rows: list[np.ndarray], max_new_tokens: int, state: State) -> tuple[Plan, float]:
         """A plan for these prompts, after replays on them; and the seconds that compiling the replay took."""
         begun = time.perf_counter()
@@ -403,18 +364,18 @@ class Engine:
             for index, row in enumerate(rows):
                 known = replay.places(len(row), depth)
                 arguments = (state.tokens[index], jnp.asarray(known))
-                drafts, seconds = self._executable(replay.drafts, {"drafter": drafter, "depth": depth}, *arguments)
+                drafts, seconds = self.executable(replay.drafts, {"drafter": drafter, "depth": depth}, *arguments)
                 compiling += seconds
                 chains, valid = jax.device_get(drafts(*arguments))
                 acceptance.add(name, f"chain:{depth}", *replay.fates(row, known, chains, valid), worth=replay.WORTH)
-        signature = _signature(state)
+        shapes = signature(state)
 
         def ready(strategy: Strategy) -> bool:
-            return (strategy, signature) in self._decoders
+            return (strategy, shapes) in self.ready
 
         plan = Plan(
             found.planner, candidates, self.costs, acceptance, batch=batch, context=context, layers=self.config.layers,
-            compiled=ready, compile_seconds=statistics.median(self._compile_times or [_COMPILE_SECONDS]),
+            compiled=ready, compile_seconds=statistics.median(self.compile_times or [_COMPILE_SECONDS]),
             new_tokens=len(rows) * max_new_tokens,
         )  # fmt: skip
         plan.seconds = time.perf_counter() - begun - compiling
@@ -460,22 +421,22 @@ class Engine:
         (JAX_COMPILATION_CACHE_DIR) they outlive the process. Returns the strategies, in words. Raises as
         :meth:`generate`.
         """
-        rows = [np.zeros(_whole("prompt_tokens", prompt_tokens), np.int32)] * _whole("batch", batch)
-        bound, max_new_tokens = Bound(max_kl, min_top1), _whole("max_new_tokens", max_new_tokens)
+        rows = [np.zeros(whole_number("prompt_tokens", prompt_tokens), np.int32)] * whole_number("batch", batch)
+        bound, max_new_tokens = Bound(max_kl, min_top1), whole_number("max_new_tokens", max_new_tokens)
         choice = self._choice(strategy, True, bound, prompt_tokens + max_new_tokens)
-        pages, _ = self._plan_pages(rows, max_new_tokens, choice if isinstance(choice, Strategy) else choice.largest)
-        state = self._initial_state(rows, pages, max_new_tokens)
+        pages, _ = self.plan_pages(rows, max_new_tokens, choice if isinstance(choice, Strategy) else choice.largest)
+        state = self.initial_state(rows, pages, max_new_tokens)
         if isinstance(choice, Strategy):
             strategies, observer, names = [choice], choice.drafter, None
         else:
             plan, _ = self._plan(choice, rows, max_new_tokens, state)
             strategies, observer, names = plan.contenders(), Watching(None, plan.watchers), plan.words
-        state = state._replace(draft=self._draft_state(observer, batch, pages.shape[1], abstract=True))
+        state = state._replace(draft=self.draft_state(observer, batch, pages.shape[1], abstract=True))
         precision = strategies[0].precision
-        self._prefill_program(state, self._chunk(prompt_tokens, precision), observer, precision)
+        self.prefill_program(state, self.chunk(prompt_tokens, precision), observer, precision)
         params = batch_sampling([SamplingParams()] * batch)
         for one in strategies:
-            self._decode_program(one, state, params)
+            self.decode_program(one, state, params)
         return [one.describe() if names is None else names[one] for one in strategies]
 
     # --- scoring ------------------------------------------------------------------------------------------------------
@@ -485,199 +446,35 @@ class Engine:
 
         Raises PromptError or CapacityError, before any work.
         """
-        row = self._row("tokens", tokens)
-        pages, _ = self._plan_pages([row], 0, Strategy(None, precision=self.precision))
-        chunk = self._chunk(len(row), self.precision)
-        cache = self._initial_state([row], pages, 0).cache
+        row = token_row(self.tokenizer, self.config.vocab_size, "tokens", tokens)
+        pages, _ = self.plan_pages([row], 0, Strategy(None, precision=self.precision))
+        chunk = self.chunk(len(row), self.precision)
+        cache = self.initial_state([row], pages, 0).cache
         out = np.empty((len(row), self.config.vocab_size), np.float32)
         for start in range(0, len(row), chunk):
             part = row[start : start + chunk]
             padded = jnp.asarray(np.pad(part, (0, chunk - len(part)))[None], jnp.int32)
             arguments = (self.params, padded, cache, jnp.asarray([len(part)], jnp.int32))
-            score, _ = self._executable("score", {"precision": self.precision}, *arguments)
+            score, _ = self.executable("score", {"precision": self.precision}, *arguments)
             logprobs, cache = score(*arguments)
             out[start : start + len(part)] = np.asarray(logprobs[0, : len(part)])
         return out
-
-    # --- what both need -----------------------------------------------------------------------------------------------
 
     def prefill(self, rows: Sequence[np.ndarray], room: int) -> Cache:
         """A cache that holds ``rows`` of token ids but the last of each, read with all layers refreshing.
 
         It has room for ``room`` tokens more. Raises PromptError or CapacityError, before any work.
         """
-        checked = [self._row(f"rows[{index}]", row) for index, row in enumerate(rows)]
-        pages, _ = self._plan_pages(checked, room, Strategy(None))
-        state = self._initial_state(checked, pages, 0)
+        checked = [
+            token_row(self.tokenizer, self.config.vocab_size, f"rows[{index}]", row) for index, row in enumerate(rows)
+        ]
+        pages, _ = self.plan_pages(checked, room, Strategy(None))
+        state = self.initial_state(checked, pages, 0)
         longest = max(len(row) for row in checked)
         arguments = (self.params, state, jnp.int32(longest))
-        static = {"chunk": self._chunk(longest), "drafter": None, "precision": "exact"}
-        return self._executable("prefill", static, *arguments)[0](*arguments).cache
+        static = {"chunk": self.chunk(longest), "drafter": None, "precision": "exact"}
+        return self.executable("prefill", static, *arguments)[0](*arguments).cache
 
     def check_fits(self, rows: Sequence[np.ndarray], room: int) -> None:
         """Raises CapacityError unless a cache of ``rows`` with ``room`` more tokens each fits."""
-        self._plan_pages(list(rows), room, Strategy(None))
-
-    def _chunk(self, longest: int, precision: Precision = "exact") -> int:
-        """Tokens of a pass over prompts; always as many for strict kernels, which keep bits in calls of one length."""
-        if precision == "strict" and self.implementation == "pallas":
-            return self.prefill_chunk
-        return min(self.prefill_chunk, max(16, 1 << (longest - 1).bit_length()))
-
-    def _executable(self, kind: Any, static: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Callable, float]:
-        """The compiled function for these shapes, and the seconds that compiling it took now (0 if it was there).
-
-        ``kind``: a jitted function, or the name of one of the decoder's.
-        """
-        leaves, structure = jax.tree.flatten((args, kwargs))
-        key = (kind, *static.values(), structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-        if key in self._compiled:
-            return self._compiled[key], 0.0
-        begun = time.perf_counter()
-        strict = "strict" in (static.get("precision"), getattr(static.get("strategy"), "precision", None))
-        options = STRICT_OPTIONS if strict and jax.default_backend() == "gpu" else None
-        # float32 means float32: a GPU's default would round the factors to TF32.
-        with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
-            jitted = getattr(self.decoder, kind) if isinstance(kind, str) else kind
-            self._compiled[key] = jitted.lower(*args, **kwargs, **static).compile(options)
-        return self._compiled[key], time.perf_counter() - begun
-
-    def _load_drafter(self, drafter: Drafter | None) -> Any:
-        """The drafter's weights, loaded once. Raises ValueError where it does not belong to this model."""
-        if drafter is None:
-            return ()
-        if isinstance(drafter, Watching):
-            return drafter.gather(self._load_drafter)
-        if drafter not in self._draft_params:
-            target = Target(self.config, self.params, self.tokenizer, self.dtype)
-            self._draft_params[drafter] = drafter.load(target)
-        return self._draft_params[drafter]
-
-    def _draft_state(self, drafter: Drafter | None, batch: int, columns: int, abstract: bool = False) -> Any:
-        """The drafter's state before any token, beside a page table of so many columns; ``abstract``: its shapes."""
-        if drafter is None:
-            return ()
-        capacity = columns * self.config.nsa.select_block
-
-        def init() -> Any:
-            return drafter.init(self.config, batch, capacity, self.dtype)
-
-        return jax.eval_shape(init) if abstract else init()
-
-    def _initial_state(self, rows: list[np.ndarray], pages: np.ndarray, max_new_tokens: int) -> State:
-        page = self.config.nsa.select_block
-        pool = _bucket(sum(len(pages_row[pages_row >= 0]) for pages_row in pages))
-        cache = create_cache(self.config, np.where(pages < 0, pool, pages), pool, self.dtype)
-        buffer = np.zeros((len(rows), pages.shape[1] * page + 1), np.int32)
-        for index, row in enumerate(rows):
-            buffer[index, : len(row)] = row
-        lengths = np.array([len(row) for row in rows], np.int32)
-        return State(
-            cache, jnp.asarray(buffer), jnp.asarray(lengths), jnp.asarray(lengths + max_new_tokens),
-            jnp.zeros(len(rows), bool), jnp.zeros(buffer.shape, jnp.float32),
-        )  # fmt: skip
-
-    def _plan_pages(
-        self, rows: list[np.ndarray], max_new_tokens: int, strategy: Strategy
-    ) -> tuple[np.ndarray, CacheBytes]:
-        """Page table with −1 where there is no page, and the cache's size. Raises CapacityError.
-
-        The table's width is a bucket; in the strict class, whose programs it shapes, always that of ``max_length``.
-        """
-        for index, row in enumerate(rows):
-            if len(row) + max_new_tokens > self.max_length:
-                raise CapacityError(
-                    f"prompts[{index}]: {len(row)} tokens and max_new_tokens = {max_new_tokens} make "
-                    f"{len(row) + max_new_tokens}, expected at most {self.max_length} (max_length)"
-                )
-        counts = [pages_for(self.config.nsa, len(row) + max_new_tokens) for row in rows]
-        longest = pages_for(self.config.nsa, self.max_length) if strategy.precision == "strict" else max(counts)
-        width = _bucket(longest)
-        size = cache_bytes(self.config, _bucket(sum(counts)), len(rows), self.dtype)
-        drafts = self._draft_state(strategy.drafter, len(rows), width, abstract=True)
-        needed = size.total + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(drafts))
-        limit = _free_memory() * 9 // 10 if self.max_cache_bytes is None else self.max_cache_bytes
-        if needed > limit:
-            raise CapacityError(
-                f"prompts: {len(rows)} sequences need a cache of {needed:,} bytes ({sum(counts)} pages of "
-                f"{self.config.nsa.select_block} tokens, and the drafter's), expected at most {limit:,}"
-            )
-        table = np.full((len(rows), width), -1)
-        first = 0
-        for row, count in zip(table, counts, strict=True):
-            row[:count] = np.arange(first, first + count)
-            first += count
-        return table, size
-
-    def _encode(self, prompts: Any) -> list[np.ndarray]:
-        """Token ids int32 per prompt. Raises PromptError."""
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        try:
-            prompts = list(prompts)
-        except TypeError as error:
-            raise PromptError(f"prompts: got {type(prompts).__name__}, expected texts or lists of token ids") from error
-        if not prompts:
-            raise PromptError("prompts: got a batch of 0, expected at least one prompt")
-        return [self._row(f"prompts[{index}]", prompt) for index, prompt in enumerate(prompts)]
-
-    def _row(self, where: str, prompt: Any) -> np.ndarray:
-        """Token ids int32 [T] of a text or a list of ids. Raises PromptError that says ``where``."""
-        try:
-            # With what the tokenizer puts around a text: public ones begin it with a token of its own.
-            ids = self.tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
-            row = np.asarray(ids)
-        except Exception as error:  # a lone surrogate, lists of unequal lengths; the tokenizers raise bare Exception
-            raise PromptError(f"{where}: got {prompt!r:.80}, expected a text or a list of token ids") from error
-        if row.size == 0:
-            raise PromptError(f"{where}: is empty, expected at least one token")
-        if row.ndim != 1 or row.dtype.kind not in "iu":
-            raise PromptError(
-                f"{where}: got {row.dtype} of shape {list(row.shape)}, expected a text or a list of token ids"
-            )
-        if row.min() < 0 or row.max() >= self.config.vocab_size:
-            bad = int(row[(row < 0) | (row >= self.config.vocab_size)][0])
-            raise PromptError(f"{where}: got token id {bad}, expected 0 to {self.config.vocab_size - 1}")
-        return row.astype(np.int32)
-
-    @staticmethod
-    def _stops(stop: Any) -> tuple[str, ...]:
-        stops = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
-        if not all(isinstance(text, str) and text for text in stops):
-            raise PromptError(f"stop: got {stops!r}, expected non-empty texts")
-        return stops
-
-
-def _signature(state: State) -> Any:
-    """What a compiled loop's shapes depend on, but for the drafter's state, which the strategy determines."""
-    return tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state._replace(draft=())))
-
-
-def _floating(dtype: Any) -> jnp.dtype:
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError as error:
-        raise ValueError(f"dtype: got {dtype!r}, expected bfloat16 or float32") from error
-    if found not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(f"dtype: got {found}, expected bfloat16 or float32")
-    return found
-
-
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise PromptError(f"{name}: got {value!r}, expected an integer of at least 1")
-    return int(value)
-
-
-def _bucket(count: int) -> int:
-    """``count`` rounded up to an eighth of its power of two, so that near lengths share a compiled program."""
-    step = max(1, (1 << (max(count, 1) - 1).bit_length()) // 16)
-    return -(-count // step) * step
-
-
-def _free_memory() -> int:
-    """Bytes free on the default device, or on the host where the device does not say."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        self.plan_pages(list(rows), room, Strategy(None))

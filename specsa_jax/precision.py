@@ -73,7 +73,7 @@ def _score(engine: Engine, windows: _Windows, sharing: Sharing, width: int) -> I
         count = jnp.full(batch, part.shape[1], jnp.int32)
         padded = jnp.asarray(np.pad(part, ((0, 0), (0, width - part.shape[1]))), jnp.int32)
         arguments = (engine.params, padded, cache, count)
-        score, _ = engine._executable("score", {"precision": "exact", "sharing": sharing}, *arguments, reused=reused)
+        score, _ = engine.executable("score", {"precision": "exact", "sharing": sharing}, *arguments, reused=reused)
         logprobs, cache = score(*arguments, reused=reused)
         yield logprobs[:, : part.shape[1]]
 

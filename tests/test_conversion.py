@@ -15,6 +15,7 @@ from specsa_jax.checkpoints import CheckpointError, convert
 from specsa_jax.checkpoints.formats import FORMATS
 from specsa_jax.checkpoints.transforms import InexpressibleError
 from specsa_jax.model import head, hidden_states
+from specsa_jax.prompts import encode
 
 LENGTH = 75
 TOKENS = np.random.default_rng(7).integers(foreign.VOCAB, size=LENGTH).astype(np.int32)
@@ -201,7 +202,8 @@ def test_prompts_begin_as_the_tokenizer_says(tmp_path):
     tokenizer.post_processor = processors.TemplateProcessing(single="1 $A", special_tokens=[("1", 1)])
     tokenizer.save(str(source / "tokenizer.json"))
     engine = Engine.from_pretrained(source)
-    assert engine._encode(["7 8"])[0].tolist() == [1, 7, 8] and engine._encode([[7, 8]])[0].tolist() == [7, 8]
+    rows = encode(engine.tokenizer, engine.config.vocab_size, ["7 8", [7, 8]])
+    assert [row.tolist() for row in rows] == [[1, 7, 8], [7, 8]]
     with pytest.raises(PromptError, match="got 'hello', expected a text or a list"):
         engine.generate("hello")
 

@@ -14,8 +14,8 @@ from tokenizers.models import WordLevel
 import specsa_jax
 from specsa_jax import CapacityError, CheckpointError, Engine, PromptError, PromptLookup, SamplingParams, Strategy, cli
 from specsa_jax.drafting import DraftModel, Target
-from specsa_jax.engine import _bucket
 from specsa_jax.results import Output
+from specsa_jax.runtime import bucket
 from specsa_jax.training import is_held_out
 
 HOLDOUT = 0.05  # the embedded model's
@@ -302,7 +302,7 @@ def test_a_drafter_that_is_none_is_refused():
 
 def test_buckets_waste_at_most_an_eighth():
     for count in range(1, 3000):
-        assert count <= _bucket(count) <= count + max(0, count // 8)
+        assert count <= bucket(count) <= count + max(0, count // 8)
 
 
 def test_the_version_is_the_distributions():

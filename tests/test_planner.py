@@ -13,11 +13,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from specsa_jax import Engine, PromptError, PromptLookup, Strategy
+from specsa_jax.admission import Bound
 from specsa_jax.checkpoints import records
 from specsa_jax.decoding import Counts
 from specsa_jax.drafting import DraftModel
 from specsa_jax.drafting.watching import Watching
-from specsa_jax.engine import Bound
 from specsa_jax.planning import replay, space
 from specsa_jax.planning.planner import Candidate, Plan, Planner, cheapest
 from specsa_jax.planning.predict import Acceptance

@@ -28,11 +28,12 @@ from specsa_jax.checkpoints.records import measured_as
 from specsa_jax.config import NSAConfig
 from specsa_jax.decoding import Decoder, State
 from specsa_jax.drafting import Combined, Context, Draft, Drafter, Seen, TreeTemplate, drafter_from_name, parse_tree
-from specsa_jax.engine import Engine, _bucket
+from specsa_jax.engine import Engine
 from specsa_jax.nsa.cached import Backend
 from specsa_jax.planning.costs import interpolation_error, measure_bandwidth
 from specsa_jax.planning.profile import DraftTime, Overlap, Point, PrefillTime, Prior, Profile, StepTime
 from specsa_jax.planning.space import DRAFTERS
+from specsa_jax.runtime import bucket
 from specsa_jax.sampling import Sampling, SamplingParams, batch_sampling
 from specsa_jax.schedule import Sharing
 from specsa_jax.strategy import Strategy
@@ -218,7 +219,7 @@ class _Bench:
         try:
             drafter = drafter_from_name(name, "" if where is None else str(where))
             if drafter is not None:
-                self.engine._load_drafter(drafter)
+                self.engine.load_drafter(drafter)
         except CheckpointError as error:
             self.missing.append(f"drafter {name}: {error}")
             return None
@@ -344,7 +345,7 @@ class _Bench:
 
         def run() -> dict[str, tuple[Any, ...]]:
             state, sampling = self._filled(batch, context, strategy)
-            decode, _ = self.timer._executable(
+            decode, _ = self.timer.executable(
                 "decode", {"strategy": strategy}, self.engine.params, state, sampling, jnp.int32(0), draft_params=()
             )
             known, lengths = np.asarray(state.known), np.asarray(state.cache.lengths)
@@ -371,10 +372,10 @@ class _Bench:
             drafter, engine = self.drafters[name], self.engine
             assert drafter is not None
             strategy = Strategy(drafter, tree)
-            params = engine._load_drafter(drafter)
+            params = engine.load_drafter(drafter)
             state, sampling = self._filled(batch, context, strategy)
             columns = state.cache.page_table.shape[1]
-            draft = _with_values(engine._draft_state(drafter, batch, columns), np.asarray(state.cache.lengths))
+            draft = _with_values(engine.draft_state(drafter, batch, columns), np.asarray(state.cache.lengths))
             loop = jax.jit(functools.partial(_draft_steps, engine.decoder, strategy), donate_argnums=2)
             with jax.default_matmul_precision("highest" if engine.dtype == jnp.float32 else "default"):
                 compiled = loop.lower(engine.params, params, draft, state, sampling, jnp.int32(0)).compile()
@@ -393,9 +394,9 @@ class _Bench:
             engine = self.engine
             rows = self._rows(batch, tokens)
             state = self._initial(rows, tokens, Strategy(None))
-            chunk = engine._chunk(tokens)
+            chunk = engine.chunk(tokens)
             static = {"chunk": chunk, "drafter": None, "precision": "exact"}
-            prefill, _ = engine._executable("prefill", static, engine.params, state, jnp.int32(1))
+            prefill, _ = engine.executable("prefill", static, engine.params, state, jnp.int32(1))
             state = jax.block_until_ready(prefill(engine.params, state, jnp.int32(1)))
             chunks = -(-(tokens - 1) // chunk)
             # On XLA's path each chunk computes over the whole table, and so takes as long as any other.
@@ -417,8 +418,8 @@ class _Bench:
         """State of ``rows``, nothing of them read, with room for ``capacity`` tokens each. Raises CapacityError."""
         # A table's width is rounded up, which may be beyond what the model serves.
         full = [np.zeros(min(capacity, self.engine.max_length), np.int32)] * len(rows)
-        pages, _ = self.engine._plan_pages(full, 0, strategy)
-        state = self.engine._initial_state(rows, pages, 0)
+        pages, _ = self.engine.plan_pages(full, 0, strategy)
+        state = self.engine.initial_state(rows, pages, 0)
         return state._replace(limit=jnp.full(len(rows), capacity, jnp.int32))
 
     def _filled(self, batch: int, context: int, strategy: Strategy) -> tuple[State, Sampling]:
@@ -445,10 +446,10 @@ class _Bench:
     def _read(self, state: State, longest: int, drafter: Drafter | None) -> State:
         """Prefilled, shown to a drafter that observes."""
         engine = self.engine
-        shown = {} if drafter is None else {"draft_params": engine._load_drafter(drafter)}
-        static = {"chunk": engine._chunk(longest), "drafter": drafter, "precision": "exact"}
+        shown = {} if drafter is None else {"draft_params": engine.load_drafter(drafter)}
+        static = {"chunk": engine.chunk(longest), "drafter": drafter, "precision": "exact"}
         arguments = (engine.params, state, jnp.int32(longest))
-        return engine._executable("prefill", static, *arguments, **shown)[0](*arguments, **shown)
+        return engine.executable("prefill", static, *arguments, **shown)[0](*arguments, **shown)
 
     # --- what real text shows -----------------------------------------------------------------------------------------
 
@@ -457,13 +458,13 @@ class _Bench:
             drafter, engine = self.drafters[name], self.engine
             assert drafter is not None
             strategy = Strategy(drafter, tree)
-            params = engine._load_drafter(drafter)
+            params = engine.load_drafter(drafter)
             observer = drafter.second if isinstance(drafter, Combined) else drafter
             state = jax.tree.map(jnp.copy, self.prefilled(observer if observer.observes else None, text, context))
             if not observer.observes:
-                state = state._replace(draft=engine._draft_state(drafter, PLACES, state.cache.page_table.shape[1]))
+                state = state._replace(draft=engine.draft_state(drafter, PLACES, state.cache.page_table.shape[1]))
             arguments = (batch_sampling([SamplingParams()] * PLACES), jnp.int32(PRIOR_TOKENS))
-            decode, _ = engine._executable(
+            decode, _ = engine.executable(
                 "decode", {"strategy": strategy}, engine.params, state, *arguments, draft_params=params
             )
             _, counts = decode(engine.params, state, *arguments, draft_params=params)  # a step gives at least a token
@@ -482,7 +483,7 @@ class _Bench:
         state = self._initial(rows, context + PRIOR_TOKENS, Strategy(None))
         columns = state.cache.page_table.shape[1]
         state = state._replace(limit=state.known + PRIOR_TOKENS,
-                               draft=self.engine._draft_state(observer, len(rows), columns))  # fmt: skip
+                               draft=self.engine.draft_state(observer, len(rows), columns))  # fmt: skip
         return self._read(state, context, observer)
 
     def _overlap(self, context: int) -> _Task:
@@ -508,7 +509,7 @@ class _Bench:
 def _columns(engine: Engine, context: int, strategy: Strategy) -> int:
     """Width of the page table for so many tokens, as the engine plans it."""
     longest = engine.max_length if strategy.precision == "strict" else context
-    return _bucket(pages_for(engine.config.nsa, longest))
+    return bucket(pages_for(engine.config.nsa, longest))
 
 
 def _room(context: int) -> int:
