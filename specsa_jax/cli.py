@@ -304,7 +304,7 @@ def _stream(engine: Engine, prompts: list[tuple[str, str]], arguments: dict[str,
     assert stream.result is not None
     for (name, _), generation in zip(prompts, stream.result, strict=True):
         if not alone:
-            notes.rule(name)
+            notes.print(f"── {name}", markup=False, soft_wrap=True)
             print(generation.text, end="")
         print(flush=True)
     return stream.result

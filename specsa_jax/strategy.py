@@ -83,9 +83,6 @@ class Strategy:
             raise ValueError(f"keep_compressed: got {self.keep_compressed!r}, expected True or False")
         if self.group_mode == "shared" and self.group < 2:
             raise ValueError(f"group: got {self.group} in group_mode 'shared', expected at least 2 queries")
-        if self.group and self.precision == "strict":
-            raise ValueError(f"group: got {self.group} in precision 'strict', where queries are served one by one, "
-                             "expected 0")  # fmt: skip
         if self.precision != "approx":
             kind, _, number = self.schedule.partition(":")
             if "S" in kind or kind == "searched" or (kind == "every" and int(number) > 1):
@@ -94,6 +91,9 @@ class Strategy:
             if self.group_mode == "shared":
                 raise ValueError(f"group_mode: got 'shared' in precision {self.precision!r}, expected precision "
                                  "'approx', or group_mode 'merged'")  # fmt: skip
+        if self.group and self.precision == "strict":
+            raise ValueError(f"group: got {self.group} in precision 'strict', where queries are served one by one, "
+                             "expected 0")  # fmt: skip
 
     @functools.cached_property
     def template(self) -> TreeTemplate:

@@ -202,9 +202,9 @@ def test_a_replay_is_what_lookup_would_have_drafted_of_the_prompt():
 CONFIG = tiny_model(layers=2)
 
 
-def tiny_engine(**options):
+def tiny_engine(config=CONFIG, **options):
     words = Tokenizer(WordLevel({f"t{token}": token for token in range(50)}, "t0"))
-    return Engine(CONFIG, random_params(CONFIG, seed=3), words, max_length=160, **options)
+    return Engine(config, random_params(config, seed=3), words, max_length=160, **options)
 
 
 def measurement(schedule, kl, shared=0, width=0):
@@ -292,12 +292,13 @@ def prompts(count=2):
     return [random_tokens(CONFIG, 6 + index, seed=index).tolist() * 3 for index in range(count)]
 
 
+ONE = tiny_model(layers=1)  # compiles fast
 TREES = Planner(drafters=(("lookup", ("chain:2", "chain:4")),))
 
 
 @pytest.mark.slow
 def test_tokens_do_not_depend_on_switches_and_each_strategy_is_traced_once(restless):
-    engine = tiny_engine(precision="strict")
+    engine = tiny_engine(ONE, precision="strict")
     plain = engine.generate(prompts(), 40, temperature=0.8, seed=5, speculate=False)
     for _ in range(2):
         planned = engine.generate(prompts(), 40, temperature=0.8, seed=5, strategy=TREES)
@@ -313,32 +314,32 @@ def test_tokens_do_not_depend_on_switches_and_each_strategy_is_traced_once(restl
 @pytest.mark.slow
 def test_a_drafter_that_watches_takes_over_in_the_middle(restless):
     """A draft model whose state is kept while lookup drafts, or nobody: it drafts as if it had drafted all along."""
-    engine = tiny_engine()
-    other = DraftModel("the same", config=CONFIG)
+    engine = tiny_engine(ONE)
+    other = DraftModel("the same", config=ONE)
     engine._draft_params[other] = engine.params
-    alone = engine.generate(prompts(1), 70, strategy=Strategy(other, "chain:4"))
+    alone = engine.generate(prompts(1), 50, strategy=Strategy(other, "chain:2"))
     candidates = [
         Candidate("none", Strategy(None)), Candidate("lookup", Strategy(PromptLookup(min_ngram=1), "chain:2")),
-        Candidate("model", Strategy(other, "chain:4")),
+        Candidate("model", Strategy(other, "chain:2")),
     ]  # fmt: skip
     found = space.Space(Planner(), candidates, [Sharing()], [])
     engine.space, engine.__dict__["costs"] = lambda *args: found, Costs(0.1)
-    planned = engine.generate(prompts(1), 70, strategy="auto")
+    planned = engine.generate(prompts(1), 50, strategy="auto")
     assert planned[0].tokens.tolist() == alone[0].tokens.tolist()
     modelled = [d for d in planned.stats.plan if d.chosen.startswith("model") and d.observed_steps == 2]
     assert len(modelled) > 2
     # The target drafts for itself: every draft stands, if its state is that of the text.
-    assert all(decision.observed_acceptance_length == 5 for decision in modelled[:-1])
+    assert all(decision.observed_acceptance_length == 3 for decision in modelled[:-1])
 
 
 @pytest.mark.slow
 def test_warmup_leaves_nothing_to_compile():
-    engine = tiny_engine()
+    engine = tiny_engine(ONE)
     words = engine.warmup(TREES, batch=2, prompt_tokens=18, max_new_tokens=40)
     assert "autoregressive" in words and len(words) >= 2
     rows = [random_tokens(CONFIG, 18, seed=index).tolist() for index in range(2)]
     stats = engine.generate(rows, 40, strategy=TREES).stats
-    assert stats.compile_seconds < 1.0  # the replay's program alone
+    assert stats.compile_seconds == 0
     assert {decision.chosen for decision in stats.plan} <= set(words)
     assert engine.warmup(Strategy(tree="chain:2"), prompt_tokens=18, max_new_tokens=40) == ["lookup chain:2"]
 
