@@ -367,7 +367,7 @@ def test_a_timed_step_verifies_as_many_tokens_as_it_says(engine, text):
         strategy = Strategy(measure._Fixed(), tree)
         state, sampling = bench._filled(2, 128, strategy)
         arguments = (engine.params, state, sampling, jnp.int32(8))
-        decode, _ = bench.timer._executable("decode", {"strategy": strategy}, *arguments, draft_params=())
+        decode, _ = bench.timer.executable("decode", {"strategy": strategy}, *arguments, draft_params=())
         state, counts = decode(*arguments, draft_params=())
         assert int(counts.steps) == 8 and not np.asarray(state.done).any()
         assert int(counts.nodes) == 2 * 8 * strategy.template.nodes
