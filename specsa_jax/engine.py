@@ -35,7 +35,7 @@ from specsa_jax.drafting.watching import Watching
 from specsa_jax.planning import profile as profiles
 from specsa_jax.planning import replay, space
 from specsa_jax.planning.costs import Costs, measure_bandwidth
-from specsa_jax.planning.planner import Fixed, Plan, Planner, cheapest
+from specsa_jax.planning.planner import Candidate, Fixed, Plan, Planner, cheapest
 from specsa_jax.planning.predict import Acceptance
 from specsa_jax.planning.profile import Profile
 from specsa_jax.planning.space import Space
@@ -97,6 +97,7 @@ class Engine(Runtime):
         )  # fmt: skip
         Strategy(precision=precision)  # refused here rather than in each call
         self.precision = precision
+        self._candidates: dict[Any, list[Candidate]] = {}  # planners' spaces, read once
         self.checkpoint, self._profile, self._allow_mismatch = checkpoint, profile, allow_mismatch
         if profile is not None:
             _ = self.profile
@@ -135,6 +136,10 @@ class Engine(Runtime):
         if self.profile is not None:
             return Costs.from_profile(self.profile, self.config)
         return Costs.from_bytes(self.config, self.dtype, *measure_bandwidth(self.dtype))
+
+    @functools.cached_property
+    def _priors(self) -> Acceptance:
+        return Acceptance(() if self.profile is None else self.profile.priors)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], **options: Any) -> Engine:
@@ -268,14 +273,18 @@ class Engine(Runtime):
         check_bound(Strategy(None, precision=precision), Sharing(), bound)
         profile, _ = self.profile, self.costs  # measured now where there is no profile, once
         drafters = planner.drafters or (() if profile is None else space.profiled(profile, self.config))
-        found = space.candidates(drafters, self.config, str(self.checkpoint or ""), precision)
+        key = drafters, precision
+        if key not in self._candidates:
+            found = space.candidates(drafters, self.config, str(self.checkpoint or ""), precision)
+            for candidate in found:
+                self.decoder.check(candidate.strategy)
+                self.load_drafter(candidate.strategy.drafter)
+            self._candidates[key] = found
         sharings = [Sharing()]
         if self.implementation == "pallas" and precision != "strict" and profile is not None:
             sharings += [s for s in dict.fromkeys(t.point.sharing for t in profile.steps) if not s.approximates]
         measured = self.records.measurements if precision == "approx" and bound.given else ()
-        for candidate in found:
-            self.decoder.check(candidate.strategy)
-            self.load_drafter(candidate.strategy.drafter)
+        found = self._candidates[key]
         return Space(planner, found, sharings, [m for m in measured if bound.admits(m) and m.reach >= reach])
 
     def _run(
@@ -358,7 +367,7 @@ class Engine(Runtime):
                                                        context))
             for one in found.candidates
         ]  # fmt: skip
-        acceptance = Acceptance(() if self.profile is None else self.profile.priors)
+        acceptance = self._priors.fresh()
         compiling = 0.0
         for name, drafter, depth in found.replayed:
             for index, row in enumerate(rows):

@@ -96,6 +96,14 @@ class Strategy:
                              "expected 0")  # fmt: skip
 
     @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+
+    def __hash__(self) -> int:
+        """Computed once: drafters have whole model configs in them, and planners look strategies up all the time."""
+        return self._hash
+
+    @functools.cached_property
     def template(self) -> TreeTemplate:
         """The tree, read."""
         return parse_tree(self.tree, self.traversal)

@@ -80,7 +80,9 @@ class Costs:
 
     def step(self, point: Point) -> float:
         """Of verifying, accepting and committing; without drafting. Exact at measured points."""
-        return self._fitted(point) * self._misses["step"](*_place(point))
+        if point not in self._known:  # planners ask again and again
+            self._known[point] = self._fitted(point) * self._misses["step"](*_place(point))
+        return self._known[point]
 
     def draft(self, drafter: str, tree: str, width: int, batch: int, context: int) -> float:
         """Of proposing ``tree`` (of ``width`` nodes, the pending token included) and observing what stands; 0 for
@@ -91,13 +93,20 @@ class Costs:
         """
         if drafter == "none":
             return 0.0
-        return self._count_draft(drafter, tree, batch, context) * self._misses["draft"](
-            (batch, context, width), (drafter, tree)
-        )
+        asked = drafter, tree, width, batch, context
+        if asked not in self._known:
+            counted = self._count_draft(drafter, tree, batch, context)
+            self._known[asked] = counted * self._misses["draft"]((batch, context, width), (drafter, tree))
+        return self._known[asked]
 
     def prefill(self, batch: int, tokens: int) -> float:
         """Of reading prompts of ``tokens`` tokens, ``batch`` of them together."""
         return self._count_prefill(batch, tokens) * self._misses["prefill"]((batch, tokens), ())
+
+    @functools.cached_property
+    def _known(self) -> dict[Any, float]:
+        """What was asked before."""
+        return {}
 
     @functools.cached_property
     def _misses(self) -> dict[str, _Misses]:

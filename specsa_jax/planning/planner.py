@@ -12,9 +12,10 @@ corrections are ours.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -28,8 +29,9 @@ from specsa_jax.planning.profile import Point
 from specsa_jax.schedule import Sharing
 from specsa_jax.strategy import Precision, Strategy
 
-# A drafter with a state is kept watching if it might gain: if it is not behind the others by more than this.
-_WORTH_WATCHING = 0.7
+# Watching costs time in every step. A drafter with a state watches if what it promises when a call begins is no less
+# than this much of the best.
+_WORTH_WATCHING = 0.9
 # Weight of the newest segment in the corrections of predicted times.
 _NEWEST = 0.5
 # A strategy that has not run yet is taken to be off by this power of what those that have are off by: with a profile a
@@ -79,10 +81,15 @@ class Candidate:
 
     def describe(self) -> str:
         """The strategy in words, by the drafter's name, watchers left out."""
-        drafter = self.strategy.drafter
-        drafter = drafter.drafter if isinstance(drafter, Watching) else drafter
-        words = dataclasses.replace(self.strategy, drafter=drafter).describe()
-        return words.replace(str(drafter), self.drafter, 1)
+        return _words(self)
+
+
+@functools.lru_cache
+def _words(candidate: Candidate) -> str:
+    drafter = candidate.strategy.drafter
+    drafter = drafter.drafter if isinstance(drafter, Watching) else drafter
+    words = dataclasses.replace(candidate.strategy, drafter=drafter).describe()
+    return words.replace(str(drafter), candidate.drafter, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,6 +333,7 @@ def _timed_as(strategy: Strategy) -> Literal["exact", "strict"]:
     return "strict" if strategy.precision == "strict" else "exact"
 
 
+@functools.lru_cache
 def watching(strategy: Strategy, watchers: tuple[Drafter, ...]) -> Strategy:
     """``strategy`` with others watching; without watchers, itself."""
     if not watchers:
@@ -334,7 +342,7 @@ def watching(strategy: Strategy, watchers: tuple[Drafter, ...]) -> Strategy:
     return dataclasses.replace(strategy, drafter=Watching(strategy.drafter, watchers), tree=tree)
 
 
-def cheapest(strategy: Strategy, sharings: Iterable[Sharing], costs: Costs, batch: int, context: int) -> Strategy:
+def cheapest(strategy: Strategy, sharings: Sequence[Sharing], costs: Costs, batch: int, context: int) -> Strategy:
     """``strategy`` with the sharing by which its step takes the least time: sharing decides about nothing else.
 
     All refreshing, grouped as the kernels like it, is among ``sharings`` if nothing better is known.
@@ -344,6 +352,9 @@ def cheapest(strategy: Strategy, sharings: Iterable[Sharing], costs: Costs, batc
     def seconds(sharing: Sharing) -> float:
         return costs.step(Point(batch, context, strategy.width, chain, sharing, _timed_as(strategy)))
 
+    first, *others = sharings
+    if not others and first == Sharing():
+        return strategy
     best = min(sharings, key=seconds)
     return dataclasses.replace(
         strategy, schedule=best.schedule or "all", keep_compressed=best.keep_compressed, group=best.group,

@@ -68,6 +68,12 @@ class Acceptance:
         for prior in priors:
             self._prior[prior.drafter, family(prior.tree)].add(prior.drafted, prior.accepted, 1.0)
 
+    def fresh(self) -> Acceptance:
+        """The same priors, without what was learned: for another text."""
+        other = Acceptance()
+        other._prior, other._known = self._prior, self._known
+        return other
+
     def add(
         self, drafter: str, tree: str, drafted: Sequence[float] | np.ndarray, accepted: Sequence[float] | np.ndarray,
         worth: float | None = None,
