@@ -29,9 +29,9 @@ from specsa_jax.planning.profile import Point
 from specsa_jax.schedule import Sharing
 from specsa_jax.strategy import Precision, Strategy
 
-# Watching costs time in every step. A drafter with a state watches if what it promises when a call begins is no less
-# than this much of the best.
-_WORTH_WATCHING = 0.9
+# Watching costs time in every step, and cannot end before the call does: the others' programs would be of other shapes.
+# So a drafter with a state watches only if what it promises when a call begins is this much of the best.
+_WORTH_WATCHING = 1.0
 # Weight of the newest segment in the corrections of predicted times.
 _NEWEST = 0.5
 # A strategy that has not run yet is taken to be off by this power of what those that have are off by: with a profile a
