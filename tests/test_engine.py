@@ -64,8 +64,8 @@ def test_greedy_speculation_gives_the_tokens_of_decoding_one_by_one(engine, held
     speculated = 0
     for start in range(0, count, batch):
         part = prompts[start : start + batch]
-        plain = engine.generate(part, max_new_tokens=16, speculate=False)
-        drafted = engine.generate(part, max_new_tokens=16)
+        plain = engine.generate(part, max_new_tokens=8, speculate=False)
+        drafted = engine.generate(part, max_new_tokens=8)
         for a, b in zip(plain, drafted, strict=True):
             assert a.tokens.tolist() == b.tokens.tolist()
             assert a.finish == b.finish
