@@ -6,6 +6,7 @@ JSON says how many prompts it got through with each drafter. A run goes on where
 if model, settings, device and versions are the same. Compiled programs are kept where JAX_COMPILATION_CACHE_DIR says.
 
     python benchmarks/strict.py --out benchmarks/results/cpu/strict.json
+    python benchmarks/strict.py --jobs 16 --out benchmarks/results/cpu/strict.json    # on a CPU of 16 cores
     python benchmarks/strict.py --prompts 56 --dtype bfloat16 --implementation pallas --out strict.json    # on a GPU
 """
 
@@ -13,7 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +83,69 @@ class Check:
         return same, accepted
 
 
+class Worker:
+    """A process's engine and its comparisons, made once."""
+
+    check: Check
+    drafter: str | None = None
+
+    @classmethod
+    def start(cls, options: argparse.Namespace, cores: Any) -> None:
+        """In a process of its own: on a core of its own, where there are as many as processes."""
+        if cores is not None:
+            os.sched_setaffinity(0, {cores.get()})
+        engine = make_engine(options)
+        cls.check = Check(engine, prompts(engine, options.prompts), options.new_tokens)
+
+    @classmethod
+    def group(cls, task: tuple[str, list[str], str, int]) -> tuple[np.ndarray, np.ndarray]:
+        drafter, trees, checkpoint, index = task
+        if drafter != cls.drafter:
+            # Each drafter has programs of its own, and a process room for a few hundred.
+            cls.check.engine.forget_programs()
+            cls.drafter = drafter
+        strategies = [Strategy(drafter_from_name(drafter, checkpoint), tree, precision="strict") for tree in trees]
+        return cls.check.group(index, strategies)
+
+
+def make_engine(options: argparse.Namespace) -> Engine:
+    return Engine.from_pretrained(
+        options.checkpoint, max_length=128, precision="strict", prefill_chunk=16,
+        implementation=options.implementation, dtype=options.dtype,
+    )  # fmt: skip
+
+
+def results(options: argparse.Namespace, tasks: list[tuple[str, int]]) -> Iterator[tuple[str, int, Any]]:
+    """(drafter, group, what :meth:`Check.group` gives), in the tasks' order; none begun after ``--seconds``."""
+    begun = time.perf_counter()
+
+    def wanted() -> Iterator[tuple[str, list[str], str, int]]:
+        for drafter, index in tasks:
+            if time.perf_counter() - begun > options.seconds:
+                return
+            yield drafter, options.trees, options.checkpoint, index
+
+    if options.jobs == 1:
+        Worker.start(options, None)
+        for (drafter, index), task in zip(tasks, wanted(), strict=False):
+            yield drafter, index, Worker.group(task)
+        return
+    context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would lose
+    cores, own = context.Queue(), sorted(os.sched_getaffinity(0))
+    for job in range(options.jobs):
+        cores.put(own[job % len(own)])
+    with context.Pool(options.jobs, Worker.start, (options, cores)) as pool:
+        # A task is given out when a process takes it, not before: the time is what it is then.
+        waiting: list[Any] = []
+        remaining = wanted()
+        for drafter, index in tasks:
+            while len(waiting) < 2 * options.jobs and (task := next(remaining, None)) is not None:
+                waiting.append(pool.apply_async(Worker.group, (task,)))
+            if not waiting:
+                return
+            yield drafter, index, waiting.pop(0).get()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=304, help="up to a multiple of 8")
@@ -86,6 +153,7 @@ def main() -> None:
     parser.add_argument("--drafters", nargs="+", default=DRAFTERS)
     parser.add_argument("--trees", nargs="+", default=TREES)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no group of prompts after so many")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the prompts; one on a GPU")
     parser.add_argument(
         "--implementation", choices=["xla", "pallas"], help="of attention; default: as the device has it"
     )
@@ -94,10 +162,7 @@ def main() -> None:
     parser.add_argument("--out", help="JSON; a run that it holds in part is gone on with")
     args = parser.parse_args()
 
-    engine = Engine.from_pretrained(
-        args.checkpoint, max_length=128, precision="strict", prefill_chunk=16, implementation=args.implementation,
-        dtype=args.dtype,
-    )  # fmt: skip
+    engine = make_engine(args)
     settings = {
         "model": engine.fingerprint, "dtype": str(engine.dtype), "implementation": engine.implementation,
         "new_tokens": args.new_tokens, "trees": args.trees,
@@ -106,42 +171,33 @@ def main() -> None:
         rows = resumed(args.out, settings)
     except ValueError as error:
         parser.error(str(error))
-    check, begun = Check(engine, prompts(engine, args.prompts), args.new_tokens), time.perf_counter()
-    for drafter in args.drafters:
-        strategies = [
-            Strategy(drafter_from_name(drafter, args.checkpoint), tree, precision="strict") for tree in args.trees
-        ]
-        own, before = ([row for row in rows if (row["drafter"] == drafter) == mine] for mine in (True, False))
-        done = own[0]["prompts"] if own else 0
-        same, accepted = np.zeros((len(strategies), 2, 2), int), np.zeros(len(strategies), int)
-        for at, row in enumerate(own):
-            same[at], accepted[at] = np.reshape([row[name] for name in CASES], (2, 2)), row["drafts accepted"]
-        for index, group in enumerate(check.groups):
-            if 8 * index + len(group) <= done:
-                continue
-            if time.perf_counter() - begun > args.seconds:
-                break
-            found, stood = check.group(index, strategies)
-            same, accepted, done = same + found, accepted + stood, done + len(group)
-            rows = before + [
+    del engine
+    first = {drafter: max([0, *(row["prompts"] for row in rows if row["drafter"] == drafter)]) // 8
+             for drafter in args.drafters}  # fmt: skip
+    tasks = [(drafter, index) for drafter in args.drafters for index in range(first[drafter], -(-args.prompts // 8))]
+    for drafter, index, (found, stood) in results(args, tasks):
+        before = {row["tree"]: row for row in rows if row["drafter"] == drafter}
+        rows = [row for row in rows if row["drafter"] != drafter]
+        for at, tree in enumerate(args.trees):
+            old = before.get(tree, dict.fromkeys([*CASES, "drafts accepted"], 0))
+            same = {name: old[name] + int(more) for name, more in zip(CASES, found[at].ravel(), strict=True)}
+            rows.append(
                 {
                     "drafter": drafter,
                     "tree": tree,
-                    "prompts": done,
-                    **dict(zip(CASES, same[at].ravel().tolist(), strict=True)),
-                    "drafts accepted": int(accepted[at]),
+                    "prompts": 8 * (index + 1),
+                    **same,
+                    "drafts accepted": old["drafts accepted"] + int(stood[at]),
                 }
-                for at, tree in enumerate(args.trees)
-            ]
-            print(f"{drafter}: {done} prompts, {int((same == done).sum())} of {same.size} cases identical for all of "
-                  "them", flush=True)  # fmt: skip
-            if args.out:
-                harness.save(
-                    args.out, rows, **settings, prompts=min(row["prompts"] for row in rows),
-                    drafters=sorted({row["drafter"] for row in rows}), identical=all(_identical(row) for row in rows),
-                )  # fmt: skip
-        # Each drafter has programs of its own, and a process room for a few hundred.
-        engine.forget_programs()
+            )
+        own = [row for row in rows if row["drafter"] == drafter]
+        print(f"{drafter}: {8 * (index + 1)} prompts, {sum(row[name] == row['prompts'] for row in own for name in CASES)}"
+              f" of {len(CASES) * len(own)} cases identical for all of them", flush=True)  # fmt: skip
+        if args.out:
+            harness.save(
+                args.out, rows, **settings, prompts=min(row["prompts"] for row in rows),
+                drafters=sorted({row["drafter"] for row in rows}), identical=all(_identical(row) for row in rows),
+            )  # fmt: skip
     if rows:
         harness.print_table(rows)
 
