@@ -192,8 +192,8 @@ def main() -> None:
             )
         own = [row for row in rows if row["drafter"] == drafter]
         identical = sum(row[name] == row["prompts"] for row in own for name in CASES)
-        print(f"{drafter}: {8 * (index + 1)} prompts, {identical} of {len(CASES) * len(own)} cases identical for all of "
-              "them", flush=True)  # fmt: skip
+        print(f"{drafter}: {8 * (index + 1)} prompts, {identical} of {len(CASES) * len(own)} cases identical for all "
+              "of them", flush=True)  # fmt: skip
         if args.out:
             harness.save(
                 args.out, rows, **settings, prompts=min(row["prompts"] for row in rows),
