@@ -81,13 +81,12 @@ def compile_sm90(kernel: Kernel) -> Resources:
 
 
 def verification(
-    spec: attention_specs.AttentionSpec, group: int | None = None, deterministic: bool = False, fused: bool = False
+    spec: attention_specs.AttentionSpec, group: int | None = None, deterministic: bool = False
 ) -> Callable[..., Any]:
-    """A refresh layer, and a layer that reuses its selection, as one function: six launches, ``fused`` two."""
+    """A refresh layer, and a layer that reuses its selection, as one function: six launches."""
     config = None
     if not deterministic:
-        heuristic = AttentionConfig.heuristic(spec.sparsity, spec.shape, group)
-        config = dataclasses.replace(heuristic, fused=fused)
+        config = AttentionConfig.heuristic(spec.sparsity, spec.shape, group)
 
     def layers(*arguments: Any) -> Any:
         call = partial(attend, spec.sparsity, *arguments, config=config, deterministic=deterministic)

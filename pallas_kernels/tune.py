@@ -12,9 +12,11 @@ import dataclasses
 import json
 import math
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from pallas_kernels.selection import SelectionConfig, select_blocks
 from pallas_kernels.selection import specs as selection_specs
 
 # Inputs rotate, so that each call reads from HBM: together they are larger than an L2 cache.
-ROTATED_BYTES, LOOP_SECONDS = 120e6, 4e-3
+ROTATED_BYTES, LOOP_US = 120e6, 4000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +42,14 @@ class Task:
       kind: ``attention`` or ``selection``: the list of the file.
       key: what identifies the entry, and what :mod:`pallas_kernels.tuned` looks it up by.
       space: the configs, the heuristic's first.
-      prepare: makes the inputs and gives a function from a config to microseconds a call.
+      prepare: makes the inputs and gives a function that compiles a config, to one that measures microseconds a call.
     """
 
     name: str
     kind: str
     key: dict[str, Any]
     space: Sequence[Any]
-    prepare: Callable[[], Callable[[Any], float]]
+    prepare: Callable[[], Callable[[Any], Callable[[], float]]]
 
 
 def tasks(names: Sequence[str] = ()) -> list[Task]:
@@ -91,12 +93,16 @@ def tune(
         if known and not again:
             continue
         report(task, None)
-        measure = task.prepare()
+        build = task.prepare()
         times: dict[Any, float] = {}
-        for config in descend(task.space, times):
-            if clock() - start > budget:
-                return False
-            times[config] = measure(config)
+        # Compiling takes many times as long as measuring, and one core.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for configs in descend(task.space, times):
+                for config, compiled in [(config, pool.submit(build, config)) for config in configs]:
+                    if clock() - start > budget:
+                        pool.shutdown(cancel_futures=True)
+                        return False
+                    times[config] = _measured(compiled)
         best = min(times, key=lambda config: times[config])
         entry = {
             **task.key, "config": dataclasses.asdict(best), "microseconds": round(times[best], 2),
@@ -108,18 +114,28 @@ def tune(
     return True
 
 
-def descend(space: Sequence[Any], times: dict[Any, float]) -> Iterable[Any]:
-    """Configs to measure next, each of which the caller puts into ``times``: from the first of ``space`` on, one branch
+def _measured(compiled: Future[Callable[[], float]]) -> float:
+    """Microseconds; infinite for a config that asks for more than the device has."""
+    try:
+        return compiled.result()()
+    except jax.errors.JaxRuntimeError as error:
+        if not re.search("RESOURCE_EXHAUSTED|out of resource|shared memory", str(error)):
+            raise
+        return math.inf
+
+
+def descend(space: Sequence[Any], times: dict[Any, float]) -> Iterable[list[Any]]:
+    """Configs to measure next, all of which the caller puts into ``times``: from the first of ``space`` on, one branch
     after the other, then all other fields, the rest at its best. The whole space would take hours of compilation.
     """
     best = space[0]
-    yield best
+    yield [best]
     names = [field.name for field in dataclasses.fields(best)]
     branches = [name for name in names if dataclasses.is_dataclass(getattr(best, name))]
     for axis in (*([name] for name in branches), [name for name in names if name not in branches]):
         free = {name: getattr(best, name) for name in axis}
         others = [config for config in space if dataclasses.replace(config, **free) == best]
-        yield from [config for config in others if config not in times]
+        yield [config for config in others if config not in times]
         best = min(others, key=lambda config: times[config])
 
 
@@ -139,11 +155,13 @@ def default_path() -> Path:
     return Path(tuned.__file__).with_name(f"{tuned.slug(jax.devices()[0].device_kind)}.json")
 
 
-def seconds(step: Callable[[Any, Any], Any], state: Any, buffers: Sequence[Any], guess: float) -> float:
-    """Median seconds of ``state = step(state, buffer)`` in a compiled loop; ``guess``: of one."""
-    iterations = max(1, math.ceil(LOOP_SECONDS / (guess * len(buffers))))
+def compiled(step: Callable[[Any, Any], Any], state: Any, buffers: Sequence[Any], guess: float) -> Callable[[], float]:
+    """Compiles a loop of ``state = step(state, buffer)``; gives what measures a step's median microseconds.
 
-    @jax.jit
+    ``guess``: of them, for the loop's length.
+    """
+    iterations = max(1, math.ceil(LOOP_US / (guess * len(buffers))))
+
     def loop(state: Any, buffers: Any) -> Any:
         def body(_, state):
             for buffer in buffers:
@@ -152,13 +170,18 @@ def seconds(step: Callable[[Any, Any], Any], state: Any, buffers: Sequence[Any],
 
         return jax.lax.fori_loop(0, iterations, body, state)
 
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        jax.block_until_ready(loop(state, buffers))
-        times.append(time.perf_counter() - start)
-    # The first one compiles, the second captures graphs.
-    return statistics.median(times[2:]) / (iterations * len(buffers))
+    program = jax.jit(loop).lower(state, buffers).compile()
+
+    def measure() -> float:
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            jax.block_until_ready(program(state, buffers))
+            times.append(time.perf_counter() - start)
+        # The first ones load the program and capture graphs.
+        return 1e6 * statistics.median(times[2:]) / (iterations * len(buffers))
+
+    return measure
 
 
 def _depending(integers: jax.Array, out: jax.Array) -> jax.Array:
@@ -176,19 +199,19 @@ def _attention(spec: attention_specs.AttentionSpec, group: int) -> Task:
         "group": group,
     }
 
-    def prepare() -> Callable[[AttentionConfig], float]:
+    def prepare() -> Callable[[AttentionConfig], Callable[[], float]]:
         token = 2 * shape.num_kv_heads * shape.head_dim * jnp.dtype(spec.dtype).itemsize
         read = shape.batch * token * (shape.table * spec.sparsity.entries_per_page + spec.sparsity.window)
         buffers = [spec.arguments(seed) for seed in range(max(1, min(24, math.ceil(ROTATED_BYTES / read))))]
 
-        def measure(config: AttentionConfig) -> float:
+        def build(config: AttentionConfig) -> Callable[[], float]:
             def step(lengths, arguments):
                 arguments = (*arguments[:4], lengths, arguments[5])
                 return _depending(lengths, attend(spec.sparsity, *arguments, config=config)[0])
 
-            return 1e6 * seconds(step, buffers[0][4], buffers, guess=max(15e-6, read / 3e12))
+            return compiled(step, buffers[0][4], buffers, guess=max(15, read / 3e6))
 
-        return measure
+        return build
 
     return Task(f"{spec.name}-C{group}", "attention", key,
                 AttentionConfig.search_space(spec.sparsity, shape, group), prepare)  # fmt: skip
@@ -197,16 +220,16 @@ def _attention(spec: attention_specs.AttentionSpec, group: int) -> Task:
 def _selection(spec: selection_specs.SelectionSpec) -> Task:
     counts: dict[str, Any] = spec.counts
 
-    def prepare() -> Callable[[SelectionConfig], float]:
+    def prepare() -> Callable[[SelectionConfig], Callable[[], float]]:
         arguments = [jax.device_put(spec.arguments(seed)) for seed in range(4)]
 
-        def measure(config: SelectionConfig) -> float:
+        def build(config: SelectionConfig) -> Callable[[], float]:
             def step(positions, scores):
                 return _depending(positions, select_blocks(scores, positions, config=config, **counts))
 
-            return 1e6 * seconds(step, arguments[0][1], [scores for scores, _ in arguments], guess=5e-6)
+            return compiled(step, arguments[0][1], [scores for scores, _ in arguments], guess=5)
 
-        return measure
+        return build
 
     space = SelectionConfig.search_space(spec.rows, spec.shape[-1])
     heuristic = SelectionConfig.heuristic(spec.rows, spec.shape[-1])

@@ -103,20 +103,6 @@ def test_refresh_and_reuse_equal_reference(spec, interpret):
         np.testing.assert_array_equal(again[1].ids, selection.ids)
 
 
-@pytest.mark.parametrize(
-    "spec, interpret",
-    [
-        *[pytest.param(spec, True, id=f"{spec.name}-interpret") for spec in (RAGGED, TREE)],
-        *[pytest.param(spec, False, id=f"{spec.name}-gpu", marks=pytest.mark.gpu) for spec in specs.TESTS],
-    ],
-)
-def test_one_launch_gives_the_same(spec, interpret):
-    arguments = arguments_of(spec)
-    out, selection, *again = run(spec, arguments, config_of(spec, rows=32, fused=True), interpret, True)
-    check(spec, arguments, out, selection)
-    check(spec, arguments, *again)
-
-
 def test_reused_specs_exist():
     assert {spec.name for spec in [*specs.TESTS, RAGGED]} >= REUSED
     assert len(JOINED) == 4

@@ -66,13 +66,6 @@ def test_attention_lowers(spec, deterministic):
     assert [kernel.name for kernel in report.kernels(lowered)] == expected
 
 
-@pytest.mark.parametrize("name", ["chain-8", "tree-28-wide", "shared-kv", "selection-only", "l16-d16-p16", "D24"])
-def test_one_launch_lowers(name):
-    [spec] = [spec for spec in attention_specs.TESTS if spec.name == name]
-    kernels = report.kernels(report.lower(report.verification(spec, fused=True), *spec.abstract()))
-    assert [kernel.name for kernel in kernels] == ["nsa_layer", "nsa_reuse_layer"]
-
-
 @pytest.mark.parametrize("name, group", REPRESENTATIVE)
 def test_attention_compiles_for_sm90(name, group):
     [spec] = [spec for spec in attention_specs.BENCHMARKS if spec.name == name]

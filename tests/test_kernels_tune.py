@@ -27,10 +27,13 @@ def tasks(*names, log=None, fail_at=None):
     log = [] if log is None else log
 
     def prepared(config):
-        if len(log) == fail_at:
-            raise KeyboardInterrupt
-        log.append(config)
-        return made_up(config)
+        def measure():
+            if len(log) == fail_at:
+                raise KeyboardInterrupt
+            log.append(config)
+            return made_up(config)
+
+        return measure
 
     return [dataclasses.replace(task, prepare=lambda: prepared) for task in tune.tasks(names)]
 
@@ -131,6 +134,22 @@ def test_a_budget_ends_it(tmp_path):
     assert len(log) == 2 and not path.exists()
 
 
+def test_a_config_that_does_not_fit_loses_and_other_failures_end_the_search(tmp_path):
+    def task(error):
+        def prepared(config):
+            if config.num_stages > 4:
+                raise jax.errors.JaxRuntimeError(error)
+            return lambda: made_up(config)
+
+        return [dataclasses.replace(task, prepare=lambda: prepared) for task in tune.tasks(["B8-T8-H32x8-L64K"])]
+
+    path = tmp_path / "device.json"
+    assert tune.tune(task("RESOURCE_EXHAUSTED: Shared memory size limit exceeded"), path)
+    assert all(entry["config"]["num_stages"] <= 4 for entry in json.loads(path.read_text())["attention"])
+    with pytest.raises(jax.errors.JaxRuntimeError, match="illegal address"):
+        tune.tune(task("INTERNAL: an illegal address"), tmp_path / "other.json")
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "device.json"
     path.write_text("old")
@@ -184,7 +203,7 @@ def test_slug():
 def test_the_search_reaches_coupled_fields_one_axis_at_a_time():
     space = AttentionConfig.search_space(SPEC.sparsity, SPEC.shape)
     times = {}
-    for config in tune.descend(space, times):
-        times[config] = made_up(config)
+    for configs in tune.descend(space, times):
+        times |= {config: made_up(config) for config in configs}
     assert len(times) < len(space) / 2
     assert {config.tile for config in times} == {config.tile for config in space}

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _dispatch, tuned
-from pallas_kernels.attention import branches, fused, merge, selection
+from pallas_kernels.attention import branches, merge, selection
 from pallas_kernels.attention.arguments import Layer as Layer
 from pallas_kernels.attention.arguments import Selection as Selection
 from pallas_kernels.attention.arguments import Shape as Shape
@@ -99,13 +99,8 @@ def attend(
     _check_selection(sparsity, shape, config, selected)
     shown = [0, 1, 2] if sparsity.compressed_output else [1, 2]
     arguments = (query, layer, page_table, lengths, tail)
-    if selected is not None and not reuse_compressed:
-        shown = [1, 2]
-    if config.fused:
-        order = tuple(index for index in (0, 2, 1) if index in shown or selected is None)
-        launch = Launch(sparsity, shape, config, order, scored=selected is None, interpret=interpret)
-        return fused.run(launch, query, gates, layer, page_table, lengths, tail, selected, tuple(shown))
     if selected is not None:
+        shown = shown if reuse_compressed else [1, 2]
         launch = Launch(sparsity, shape, config, tuple(shown), interpret=interpret, deterministic=deterministic)
         parts = [(launch, branches.run(launch, *arguments, selected))]
     else:

@@ -116,7 +116,8 @@ def results(launch: Launch) -> dict[str, jax.ShapeDtypeStruct]:
       where ``scored``:
       scores: float32 [B, Hkv, rows, blocks], ``Launch.blocks`` of them: sums over the entries that begin in a block of
         overlap · 2^(score − top), with tops [B, Hkv, rows, blocks/page_tile] of each tile of blocks (where a block is
-        one entry: its score, no tops); carry, where entries reach from the block before into this one: their sums;
+        one entry: its score, no tops); carry [B, Hkv, rows, blocks/page_run], where entries reach into the block after
+        theirs: the sums that the first of every ``page_run`` blocks gets from the one before, relative to its tile's top;
         slot_scores [B, Hkv, rows, M]: the scores of the tail's entries.
     """
     shape = launch.shape
@@ -129,7 +130,7 @@ def results(launch: Launch) -> dict[str, jax.ShapeDtypeStruct]:
         if not launch.identity:
             sizes["tops"] = (shape.rows, launch.blocks // launch.page_tile)
         if launch.sparsity.compress_block > launch.sparsity.compress_stride:
-            sizes["carry"] = (shape.rows, launch.blocks)
+            sizes["carry"] = (shape.rows, launch.blocks // launch.page_run)
     lead = (shape.batch, shape.num_kv_heads)
     return {name: jax.ShapeDtypeStruct((*lead, *size), jnp.float32) for name, size in sizes.items()}
 
@@ -139,13 +140,8 @@ def works(launch: Launch, index: int) -> int:
     return launch.row_tiles(index) * launch.branch(index).splits
 
 
-def perform(
-    launch: Launch, refs: dict[str, Any], index: int, work: Any, first: int, before: Any = None, after: Any = None
-) -> None:
-    """Inside a kernel: the ``work``-th program's share of a branch, if it is one of those from ``first`` on.
-
-    ``before`` and ``after`` are called by the programs that have one.
-    """
+def perform(launch: Launch, refs: dict[str, Any], index: int, work: Any, first: int) -> None:
+    """Inside a kernel: the ``work``-th program's share of a branch, if it is one of those from ``first`` on."""
     tiles = launch.row_tiles(index)
     body = (deterministic.BODIES if launch.deterministic else (_compressed, _selected, _window))[index]
     split_base, splits = next((base, splits) for branch, base, splits in launch.segments if branch == index)
@@ -153,11 +149,7 @@ def perform(
     @pl.when((work >= first) & (work < first + works(launch, index)))
     def _():
         own = work - first
-        if before is not None:
-            before()
         body(launch, refs, own % tiles, own // tiles, splits, split_base)
-        if after is not None:
-            after()
 
 
 def _clear(launch: Launch, refs: dict[str, Any], work: Any) -> None:

@@ -37,9 +37,7 @@ class AttentionConfig:
       tile: keys that a program loads at a time, a power of two.
       num_stages: of Triton's pipeline, in the branches' kernels (which have a warp for 16 rows); every two stages keep
         one more tile in flight, because a tile's page is looked up before.
-      selection_warps: of the selection, where it is a launch of its own.
-      fused: the whole layer in one launch, in which programs wait for each other. The search leaves it out until it
-        has run on a GPU.
+      selection_warps: of the selection.
     """
 
     group: int
@@ -48,9 +46,8 @@ class AttentionConfig:
     window: Branch
     mode: GroupMode = "merged"
     tile: int = 32
-    num_stages: int = 5
+    num_stages: int = 3
     selection_warps: int = 4
-    fused: bool = False
 
     def __post_init__(self) -> None:
         if self.group < 1:
@@ -107,7 +104,7 @@ class AttentionConfig:
 
         found = [base]
         for compressed, selected in itertools.product(around(base.compressed), around(base.selected)):
-            for tile, stages in itertools.product((32, 64), (5, 7)):
+            for tile, stages in itertools.product((32, 64, 128), (3, 4, 5)):
                 found.append(
                     dataclasses.replace(base, compressed=compressed, selected=selected, tile=tile, num_stages=stages)
                 )

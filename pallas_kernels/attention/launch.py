@@ -60,6 +60,11 @@ class Launch:
         return self.page_tile * self.sparsity.entries_per_page
 
     @property
+    def page_run(self) -> int:
+        """Adjacent pages of a tile whose entries one thread holds, where the tile is spread so (see ``scores``)."""
+        return self.page_tile // 4 if self.page_tile % 4 == 0 and self.sparsity.entries_per_page % 2 == 0 else 1
+
+    @property
     def near_tile(self) -> int:
         """Keys of a tile whose place needs no looking up (rings, the tail).
 

@@ -90,7 +90,7 @@ def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: A
     sparsity, shape = launch.sparsity, launch.shape
     token, head, batch = refs["token"], refs["head"], refs["batch"]
     first, splits = next((first, count) for index, first, count in launch.segments if index == 0)
-    # As [tiles, pages of a tile]: what a tile's pages share is then one value, and their loads are vectors.
+    # As [lines, pages of a run]: what these share is then one value, and their loads are vectors.
     tables = [_Blocks(launch, *span) for span in lane_ranges(num_blocks)]
     # The tokens whose entries the scoring launch went over, tile by tile; the rest are the tail's slots.
     tokens = jnp.where(length >= 0, refs["tail_positions"][batch, token] + 1, 0) if launch.deterministic else length
@@ -141,39 +141,43 @@ def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: A
 
 
 class _Blocks:
-    """A range of blocks as [lines, pages]: ``block`` int32 of that shape, and the ``tile`` int32 [lines] of a line."""
+    """A range of blocks as [lines, pages], a line being a run of adjacent pages: ``block`` int32 of that shape, and the
+    ``line`` int32 [lines]."""
 
     def __init__(self, launch: Launch, first: int, size: int):
-        pages = min(launch.page_tile, size)
-        shape = (size // pages, pages)
+        run = launch.page_run if not launch.identity else min(launch.page_tile, size)
+        shape = (size // run, run)
         line, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-        self.block = first + line * pages + column
-        self.tile = parts(first + lax.iota(jnp.int32, shape[0]) * pages, launch.page_tile)[0]
+        self.block = first + line * run + column
+        self.line = first // run + lax.iota(jnp.int32, shape[0])
+        self.tile = parts(self.line * run, launch.page_tile)[0]
 
 
 def _probability(launch: Launch, refs: dict[str, Any], row: Any, blocks: _Blocks, tiles: Any, norm: Any) -> Any:
     """float32 [lines, pages]: what a row's entries in the cache give to ``blocks``, as probabilities."""
     at = (refs["batch"], refs["head"], row)
-    block, tile = blocks.block, blocks.tile
+    block, tile, line = blocks.block, blocks.tile, blocks.line
 
-    def load(name, live, other):
+    def load(live, other):
         """Masked by lines, so that vectors stay whole."""
         live = jnp.broadcast_to(live[:, None], block.shape)
-        return plgpu.load(refs[name].at[(*at, jnp.where(live, block, 0))], mask=live, other=other)
+        return plgpu.load(refs["scores"].at[(*at, jnp.where(live, block, 0))], mask=live, other=other)
 
     def factor(tile):
         live = (tile >= 0) & (tile < tiles)
         top = plgpu.load(refs["tops"].at[(*at, jnp.where(live, tile, 0))], mask=live, other=-jnp.inf)
-        return exp2(launch, top - norm)[:, None]
+        return exp2(launch, top - norm)
 
     if launch.identity:
-        return exp2(launch, load("scores", tile < tiles, -jnp.inf) - norm)
-    total = load("scores", tile < tiles, 0.0) * factor(tile)
-    if "carry" in refs:  # from the block before, which may be of the tile before
-        begins = parts(block, launch.page_tile)[1] == 0
-        carry = load("carry", tile <= tiles, 0.0) * jnp.where(begins, factor(tile - 1), factor(tile))
-        # The first block has none before it, and the tiles end where the first one after them begins: unwritten there.
-        total += jnp.where((block > 0) & (begins | (tile < tiles)[:, None]), carry, 0.0)
+        return exp2(launch, load(tile < tiles, -jnp.inf) - norm)
+    total = load(tile < tiles, 0.0) * factor(tile)[:, None]
+    if "carry" in refs:  # from the line before, which may be of the tile before, into a line's first block
+        runs = launch.page_tile // launch.page_run
+        live = (line > 0) & (line <= tiles * runs)  # that before the first was never written
+        carry = plgpu.load(refs["carry"].at[(*at, jnp.where(live, line, 0))], mask=live, other=0.0)
+        carry = carry * factor(jnp.where(live, parts(line + (runs - 1), runs)[0] - 1, -1))
+        first = lax.broadcasted_iota(jnp.int32, block.shape, 1) == 0
+        total += jnp.where(first, carry[:, None], 0.0)
     return total
 
 
