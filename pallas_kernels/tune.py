@@ -16,7 +16,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +95,15 @@ def tune(
         report(task, None)
         build = task.prepare()
         times: dict[Any, float] = {}
-        # Compiling takes many times as long as measuring, and one core.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for configs in descend(task.space, times):
-                for config, compiled in [(config, pool.submit(build, config)) for config in configs]:
+                # Compiling takes many times as long as measuring, on one core; but what compiles slows launches down.
+                programs = [pool.submit(build, config) for config in configs]
+                wait(programs)
+                for config, program in zip(configs, programs, strict=True):
                     if clock() - start > budget:
-                        pool.shutdown(cancel_futures=True)
                         return False
-                    times[config] = _measured(compiled)
+                    times[config] = _measured(program)
         best = min(times, key=lambda config: times[config])
         entry = {
             **task.key, "config": dataclasses.asdict(best), "microseconds": round(times[best], 2),
@@ -114,10 +115,10 @@ def tune(
     return True
 
 
-def _measured(compiled: Future[Callable[[], float]]) -> float:
+def _measured(program: Future[Callable[[], float]]) -> float:
     """Microseconds; infinite for a config that asks for more than the device has."""
     try:
-        return compiled.result()()
+        return program.result()()
     except jax.errors.JaxRuntimeError as error:
         if not re.search("RESOURCE_EXHAUSTED|out of resource|shared memory", str(error)):
             raise

@@ -117,7 +117,8 @@ def results(launch: Launch) -> dict[str, jax.ShapeDtypeStruct]:
       scores: float32 [B, Hkv, rows, blocks], ``Launch.blocks`` of them: sums over the entries that begin in a block of
         overlap · 2^(score − top), with tops [B, Hkv, rows, blocks/page_tile] of each tile of blocks (where a block is
         one entry: its score, no tops); carry [B, Hkv, rows, blocks/page_run], where entries reach into the block after
-        theirs: the sums that the first of every ``page_run`` blocks gets from the one before, relative to its tile's top;
+        theirs: the sums that the first of every ``page_run`` blocks gets from the one before, relative to its tile's
+        top;
         slot_scores [B, Hkv, rows, M]: the scores of the tail's entries.
     """
     shape = launch.shape
