@@ -82,7 +82,7 @@ def perform(launch: Launch, refs: dict[str, Any], token: Any) -> None:
     chosen, slot, count = choose(importance, own, num_blocks, **rule)
     store_ids(refs["ids"], (batch, token, head), chosen, slot, count, sparsity.num_selected)
     if launch.config.group > 1:
-        _unite(launch, refs, length)
+        _unite(launch, refs, chosen, length)
 
 
 def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: Any) -> list[Any]:
@@ -97,11 +97,10 @@ def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: A
     entries = jnp.maximum(tokens - sparsity.compress_block + sparsity.compress_stride, 0) // sparsity.compress_stride
     tiles = pl.cdiv(entries, launch.entry_tile)
     split = lax.iota(jnp.int32, pl.next_power_of_2(splits))
-    slots = jnp.sum((_load(refs["tail_slot"], batch, shape.slots, shape.width) < shape.width).astype(jnp.int32))
-    slots = jnp.where(length >= 0, slots, 0) if not launch.deterministic else jnp.zeros_like(slots)
+    slots = None if launch.deterministic else _Slots(launch, refs, length)
 
-    def add_head(g, importance):
-        row = token * shape.lanes + g
+    def norm_of(row):
+        """log2 of the sum of the row's weights: subtracting it from a score is dividing by the sum."""
         lse = plgpu.load(refs["lse"].at[batch, head, first + split, jnp.full_like(split, 0) + row],
                          mask=split < splits, other=-jnp.inf)  # fmt: skip
         top = jnp.max(lse)
@@ -112,32 +111,61 @@ def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: A
             )
         else:
             total = jnp.sum(jnp.exp2(lse - top))
-        # Adding a log is dividing by the sum; no entry is visible where the sum is 0.
-        norm = top + jnp.log2(jnp.where(total > 0, total, 1.0))
-        sums = [
-            part + _probability(launch, refs, row, table, tiles, norm)
-            for part, table in zip(importance, tables, strict=True)
-        ]
+        # No entry is visible where the sum is 0.
+        return top + jnp.log2(jnp.where(total > 0, total, 1.0))
 
-        def add_slot(m, sums):
-            node = refs["tail_slot"][batch, m]
-            end = refs["tail_positions"][batch, node] + 1
-            entry = (end - sparsity.compress_block) // sparsity.compress_stride
-            probability = jnp.exp2(refs["slot_scores"][batch, head, row, m] - norm)
-            return [
-                part + probability * overlap(sparsity, entry, table.block).astype(jnp.float32)
-                for part, table in zip(sums, tables, strict=True)
+    # Heads side by side, since the loads of one then need not wait for another's; more than 4 take Triton long.
+    together = max(count for count in (1, 2, 3, 4) if shape.group % count == 0)
+
+    def add_heads(i, importance):
+        rows = [token * shape.lanes + i * together + g for g in range(together)]
+        norms = [norm_of(row) for row in rows]
+        for row, norm in zip(rows, norms, strict=True):
+            importance = [
+                part + _probability(launch, refs, row, table, tiles, norm)
+                for part, table in zip(importance, tables, strict=True)
             ]
-
-        return lax.fori_loop(0, slots, add_slot, sums)
+        return importance if slots is None else slots.add(importance, tables, rows, norms)
 
     importance = [jnp.zeros(table.block.shape, jnp.float32) for table in tables]
-    if shape.group > 4:  # unrolled, 16 heads take Triton minutes to compile
-        importance = lax.fori_loop(0, shape.group, add_head, importance)
+    if together == shape.group:
+        importance = add_heads(0, importance)
     else:
-        for g in range(shape.group):  # unrolled, the heads' loads overlap
-            importance = add_head(g, importance)
+        importance = lax.fori_loop(0, shape.group // together, add_heads, importance)
     return [part.reshape(-1) for part in importance]
+
+
+class _Slots:
+    """The compression blocks that end in the tail."""
+
+    def __init__(self, launch: Launch, refs: dict[str, Any], length: Any):
+        self._refs, self._sparsity, self._at = refs, launch.sparsity, (refs["batch"], refs["head"])
+        width, slots = launch.shape.width, launch.shape.slots
+        self.lane = lax.iota(jnp.int32, pl.next_power_of_2(slots))
+        node = plgpu.load(refs["tail_slot"].at[refs["batch"], self.lane], mask=self.lane < slots, other=width)
+        self.used = (node < width) & (length >= 0)
+        node = jnp.where(self.used, node, 0)
+        end = plgpu.load(refs["tail_positions"].at[refs["batch"], node], mask=self.used, other=0) + 1
+        self.entry = (end - self._sparsity.compress_block) // self._sparsity.compress_stride
+        self.count = jnp.sum(self.used.astype(jnp.int32))
+
+    def add(self, importance: list[Any], tables: list[_Blocks], rows: list[Any], norms: list[Any]) -> list[Any]:
+        """``importance`` and what the slots give to it, of the heads in ``rows``."""
+        given = jnp.zeros(self.lane.shape, jnp.float32)
+        for row, norm in zip(rows, norms, strict=True):
+            scores = self._refs["slot_scores"].at[(*self._at, jnp.full_like(self.lane, 0) + row, self.lane)]
+            given += jnp.exp2(plgpu.load(scores, mask=self.used, other=-jnp.inf) - norm)
+
+        def add_slot(m, importance):
+            # Out of vectors by a sum: a load would take longer.
+            probability = jnp.sum(jnp.where(self.lane == m, given, 0.0))
+            entry = jnp.sum(jnp.where(self.lane == m, self.entry, 0))
+            return [
+                part + probability * overlap(self._sparsity, entry, table.block).astype(jnp.float32)
+                for part, table in zip(importance, tables, strict=True)
+            ]
+
+        return lax.fori_loop(0, self.count, add_slot, importance)
 
 
 class _Blocks:
@@ -181,34 +209,30 @@ def _probability(launch: Launch, refs: dict[str, Any], row: Any, blocks: _Blocks
     return total
 
 
-def _load(ref: Any, row: Any, size: int, other: int) -> Any:
-    lane = lax.iota(jnp.int32, pl.next_power_of_2(size))
-    return plgpu.load(ref.at[row, lane], mask=lane < size, other=other)
-
-
-def _unite(launch: Launch, refs: dict[str, Any], length: Any) -> None:
+def _unite(launch: Launch, refs: dict[str, Any], chosen: list[Any], length: Any) -> None:
     """Marks the chosen blocks; in the group's last program, compacts its union."""
     sparsity, shape, config, interpret = launch.sparsity, launch.shape, launch.config, launch.interpret
     token, head, batch = refs["token"], refs["head"], refs["batch"]
     group, member = token // config.group, token % config.group
     marks, row = refs["marks"], shape.table + 1
     base = group * launch.mask_words * row
+    first = 0
+    for part in chosen:
+        block = first + lax.iota(jnp.int32, part.shape[0])
+        first += part.shape[0]
+        # Blocks that committed tokens do not fill are left to the tail.
+        marked = part & ((block + 1) * sparsity.select_block <= length)
+        # Interpret mode has no masked atomics: there the row's last word is for lanes that mark nothing.
+        at = base + member // 32 * row + jnp.where(marked, block, shape.table)
+        bit = jnp.where(marked, 1 << (member % 32), 0)
+        # A query sets its own bit once: adding it is setting it, and interpret mode has no atomic_or.
+        if interpret:
+            plgpu.atomic_add(marks, (batch, head, at), bit)
+        else:
+            # Not atomic_add: of a tensor of integers it lowers to an addition of floats.
+            plgpu.atomic_or(marks, (batch, head, at), bit, mask=marked)
     if not interpret:
-        plgpu.debug_barrier()  # the ids are written
-    place = lax.iota(jnp.int32, pl.next_power_of_2(sparsity.num_selected))
-    block = plgpu.load(refs["ids"].at[batch, token, head, place], mask=place < sparsity.num_selected, other=-1)
-    # Blocks that committed tokens do not fill are left to the tail. The row's last word is for lanes that mark nothing:
-    # masked on a GPU, where they would all meet there; interpret mode has no masked atomics.
-    marked = (block >= 0) & ((block + 1) * sparsity.select_block <= length)
-    at = base + member // 32 * row + jnp.where(marked, block, shape.table)
-    bit = jnp.where(marked, 1 << (member % 32), 0)
-    # A query sets its own bit once: adding it is setting it, and interpret mode has no atomic_or.
-    if interpret:
-        plgpu.atomic_add(marks, (batch, head, at), bit)
-    else:
-        # Not atomic_add: of a tensor of integers it lowers to an addition of floats.
-        plgpu.atomic_or(marks, (batch, head, at), bit, mask=marked)
-        plgpu.debug_barrier()
+        plgpu.debug_barrier()  # ids and marks are written
     counter = launch.groups * launch.mask_words * row + group
     members = jnp.minimum(config.group, shape.width - group * config.group)
     arrived = plgpu.atomic_add(marks, (batch, head, counter), jnp.asarray(1, jnp.int32))
@@ -218,9 +242,11 @@ def _unite(launch: Launch, refs: dict[str, Any], length: Any) -> None:
         size, filled = refs["pages"].shape[-1], jnp.zeros((), jnp.int32)
         for block in lane_parts(shape.table):
             words, owned = [], jnp.zeros(block.shape, bool)
+            inside = block < shape.table
+            # All pages, so that this load need not wait for the marks.
+            page = plgpu.load(refs["page_table"].at[batch, jnp.where(inside, block, 0)], mask=inside, other=0)
             for word in range(launch.mask_words):
                 # Volatile: past L1, which does not know what others wrote.
-                inside = block < shape.table
                 at = base + word * row + jnp.where(inside, block, 0)
                 words.append(plgpu.load(marks.at[batch, head, at], mask=inside, other=0, volatile=True))
                 owned |= words[-1] != 0
@@ -228,7 +254,6 @@ def _unite(launch: Launch, refs: dict[str, Any], length: Any) -> None:
                 owned = _representative(launch, refs, group, members, block, length)
                 words = [jnp.where(owned, -1, 0) for _ in words]
             slot = jnp.where(owned, filled + lax.cumsum(owned.astype(jnp.int32), axis=0) - 1, size)
-            page = plgpu.load(refs["page_table"].at[batch, jnp.where(owned, block, 0)], mask=owned, other=0)
             plgpu.store(refs["pages"].at[batch, head, group, slot], page, mask=owned)
             for word, mark in enumerate(words):
                 at_word = jnp.full_like(slot, word)
