@@ -40,6 +40,7 @@ def _code(engine: Engine, checkpoint: str) -> np.ndarray:
 
 @functools.cache
 def _prose(engine: Engine) -> np.ndarray:
-    texts = {found.metadata["Name"]: str(found.metadata.get_payload()) for found in importlib.metadata.distributions()}
+    cards = [found.metadata for found in importlib.metadata.distributions()]
+    texts = {str(card["Name"]): str(card.get_payload()) for card in cards if card}
     text = "\n\n".join(texts[name] for name in sorted(texts, key=str.lower))
     return np.asarray(engine.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
