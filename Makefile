@@ -61,7 +61,7 @@ draft: .venv/.stamp
 BENCH = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} JAX_COMPILATION_CACHE_DIR=bench-programs $(or $(wildcard .venv/bin/python),$(PYTHON)) benchmarks
 # XLA's pool is three quarters of a GPU's memory by default.
 LARGE = XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 $(BENCH)
-TARGET_SECONDS ?= 360
+TARGET_SECONDS ?= 400
 END_TO_END_SECONDS ?= 300
 ABLATIONS_SECONDS ?= 150
 PROFILE_SECONDS ?= 120
@@ -104,16 +104,18 @@ bench-shapes:
 	$(LARGE)/memory.py --out
 
 bench-loop:
-	$(BENCH)/overhead.py --checkpoint $(CHECKPOINT) --strategies none lookup@chain:4 --presets 8b --out
+	$(BENCH)/overhead.py --checkpoint $(CHECKPOINT) --strategies none lookup@chain:16 --presets 8b --widths 1 --out
 
 bench-kernels:
-	$(BENCH)/verify_layer.py --stages --resume --budget $(VERIFY_SECONDS) --out
+	$(BENCH)/verify_layer.py --heads 32x8 --context 64 --width 8,16,64 --group T --overlap 70,real --stages --resume \
+		--budget $(VERIFY_SECONDS) --out
+	$(BENCH)/verify_layer.py --overlap 70,real,50,90 --stages --resume --budget 30 --out
 	$(BENCH)/selection.py --seconds 0.05 --out
 	$(BENCH)/commit.py --seconds 0.05 --out
 
 bench-model:
 	$(LARGE)/refresh_reuse.py --preset 1b --context 65536 --batch 8 --refresh 16 6 1 --out
-	$(LARGE)/prefill.py --preset 8b --tokens 65536 --out
+	$(LARGE)/prefill.py --preset 8b --tokens 65536 --dense --out
 
 bench-report:
 	$(BENCH)/plots.py

@@ -4,9 +4,10 @@ Rows: precision class, workload (benchmarks/workloads.py), context (the new toke
 strategy. ``none`` is the same loop with the same kernels without drafts. Programs are compiled and have run before they
 are timed; time is the wall time of decoding (and planning), prefill left out. ``speedup`` is over ``none`` in class
 exact; whether tokens are identical is said of ``none`` in the same class and schedule. A strategy that does not run
-here has its reason under ``not_run``. All strategies run in the first point alone, elsewhere the first and ``auto``.
-Rows come in the order of their importance, which --budget cuts: class exact, greedy, the first batch, at each context;
-then the others, those with the fewest tokens first. Workloads take turns, since they share compiled programs.
+here has its reason under ``not_run``. Rows come in the order of their importance, which --budget cuts: the first
+strategy and ``auto`` at each context, in the first class, temperature and batch; the other strategies at the first
+context; then the other points, those with the fewest tokens first, without other strategies. Workloads take turns,
+since they share compiled programs.
 
     python benchmarks/end_to_end.py --contexts 4096 --batches 1 --out                    # on a CPU
     python benchmarks/end_to_end.py --checkpoint run/checkpoint --resume --out           # on a GPU
@@ -126,6 +127,15 @@ def points(args: argparse.Namespace) -> list[dict[str, Any]]:
     return sorted(found, key=rank)  # stable
 
 
+def order(args: argparse.Namespace) -> list[tuple[dict[str, Any], list[str]]]:
+    """Points with strategies: ``none``, the first and ``auto`` in each; the first point's others when it is the turn of
+    points that are not of its class, temperature or batch."""
+    few = ["none", *(name for name in args.strategies if name in ("auto", args.strategies[0]))]
+    found = [(point, few) for point in points(args)]
+    others = [name for name in args.strategies if name not in few]
+    return [*found[: len(args.contexts)], (found[0][0], others), *found[len(args.contexts) :]]
+
+
 def main() -> None:
     gpu = jax.default_backend() == "gpu"
     parser = harness.arguments(__doc__, rows=True)
@@ -147,10 +157,9 @@ def main() -> None:
     rows = harness.Rows(args, AXES, checkpoint=args.checkpoint, fingerprint=engine.fingerprint, dtype=str(engine.dtype),
                         implementation=engine.implementation, new_tokens=args.new_tokens, prompts=args.prompts,
                         schedule=args.schedule)  # fmt: skip
-    for number, point in enumerate(points(args)):
+    for point, names in order(args):
         precision, count = point["precision"], args.prompts if point["batch"] == 1 else 1
         options = {"precision": precision} | ({"schedule": args.schedule} if precision == "approx" else {})
-        names = [name for name in args.strategies if not number or name in ("auto", args.strategies[0])]
 
         @functools.cache
         def batches(workload: str, point=point, count=count) -> list[list[list[int]]]:
@@ -158,7 +167,7 @@ def main() -> None:
             found = prompts(engine, args.checkpoint, workload, size, count * point["batch"])
             return [found[i::count] for i in range(count)]
 
-        for name, workload in itertools.product(["none", *names], args.workloads):
+        for name, workload in itertools.product(names, args.workloads):
             axes = point | {"workload": workload, "strategy": name}
             if not rows.wanted(**axes):
                 continue

@@ -49,9 +49,14 @@ def acceptance(result: Result) -> Lines:
 
 def prefill(result: Result) -> Lines:
     for row in result["rows"]:
+        dense = ""
+        if "dense_seconds" in row:
+            dense = f"; dense attention alone {row['dense_seconds']:.1f} s ({row['dense_implementation']})"
+        if "nsa_kernel_seconds" in row:
+            dense += f", NSA's kernels {row['nsa_kernel_seconds']:.1f} s"
         yield (
             f"prefill of {row['tokens']:,} tokens, {row['preset']}",
-            f"{row['seconds']:.1f} s, {row['peak_bytes'] / 1e9:.1f} GB at most",
+            f"{row['seconds']:.1f} s, {row['peak_bytes'] / 1e9:.1f} GB at most{dense}",
         )
 
 

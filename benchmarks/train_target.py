@@ -46,8 +46,8 @@ from specsa_jax.config import PRESETS, RopeConfig
 from specsa_jax.training import is_held_out
 
 # Shares of --seconds: the short and the long context, the draft head; the rest measures. Of a training run's share a
-# part goes on tokenizing, compiling and the held-out loss.
-SHORT, LONG, DRAFT = 0.30, 0.20, 0.12
+# part goes on tokenizing and compiling; what no limit holds (held-out losses, processes that start) takes SPARE.
+SHORT, LONG, DRAFT, SPARE = 0.20, 0.18, 0.20, 0.15
 STEPPING = 0.6
 # Of the files: enough text for prompts of 64K tokens. The embedded model's own 5 % have these among them.
 HOLDOUT = 0.04
@@ -101,6 +101,9 @@ class Recipe:
         self.environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
         self.report: dict[str, Any] = {"seconds_allowed": args.seconds, "data": self.data, "runs": []}
 
+        # Without measuring the rest is theirs.
+        self.share = 1.0 if args.measure else (1.0 - SPARE) / (SHORT + LONG + DRAFT)
+
     def left(self) -> float:
         return self.args.seconds - (time.monotonic() - self.begun)
 
@@ -126,8 +129,7 @@ class Recipe:
 
     def train(self) -> Path:
         """The target's checkpoint."""
-        args, shares = self.args, SHORT + LONG + DRAFT
-        share = 1.0 if args.measure else 1 / shares  # without measuring the rest is theirs
+        args, share = self.args, self.share
         first, second = self.folder / "short", self.folder / "long"
         common = ["--skip-undecodable", "--holdout", HOLDOUT, "--eval-every", 0, "--save-every", 0,
                   "--query-chunk", args.query_chunk, "--grad-accum", args.grad_accum,
@@ -165,8 +167,7 @@ class Recipe:
         return found
 
     def draft(self, checkpoint: Path) -> None:
-        args = self.args
-        share = DRAFT if args.measure else DRAFT / (SHORT + LONG + DRAFT)
+        args, share = self.args, DRAFT * self.share
         out = self.folder / "draft"
         self.run("train-draft", checkpoint, "--output", out, "--install", "--eval-every", 0, "--save-every", 0,
                  "--time-limit", f"{min(share * args.seconds, max(30.0, self.left() - 30)):.0f}",
