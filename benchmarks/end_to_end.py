@@ -35,7 +35,7 @@ from specsa_jax.drafting import drafter_from_name
 from specsa_jax.planning.planner import Planner
 
 # ``auto`` takes what is compiled where compiling would not repay: behind what it may well take.
-STRATEGIES = ["lookup@chain:16", "lookup@chain:4", "auto", "lookup+head@best:16:6", "head@chain:4",
+STRATEGIES = ["lookup@chain:16", "auto", "lookup@chain:32", "lookup@chain:4", "lookup+head@best:16:6", "head@chain:4",
               "lookup+head@chain:4"]  # fmt: skip
 AXES = ("precision", "workload", "context", "batch", "temperature", "strategy")
 SHOWN = (*AXES, "tokens_per_second", "speedup", "mean_acceptance_length", "identical", "not_run")
