@@ -58,10 +58,10 @@ draft: .venv/.stamp
 
 # Benchmarks. The environment is .venv where there is one, else the Python at hand. Each part fits ten minutes; all go on
 # where they stopped, and *_SECONDS bound them: no row begins later.
-BENCH = PYTHONPATH=. JAX_COMPILATION_CACHE_DIR=bench-programs $(or $(wildcard .venv/bin/python),$(PYTHON)) benchmarks
+BENCH = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} JAX_COMPILATION_CACHE_DIR=bench-programs $(or $(wildcard .venv/bin/python),$(PYTHON)) benchmarks
 # XLA's pool is three quarters of a GPU's memory by default.
 LARGE = XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 $(BENCH)
-TARGET_SECONDS ?= 360
+TARGET_SECONDS ?= 400
 END_TO_END_SECONDS ?= 300
 ABLATIONS_SECONDS ?= 150
 PROFILE_SECONDS ?= 120
@@ -71,6 +71,10 @@ VERIFY_SECONDS ?= 100
 # The checkpoint that is measured: what bench-target leaves, where it has run.
 TRAINED = bench-run/long/checkpoint
 CHECKPOINT ?= $(if $(wildcard $(TRAINED)),$(TRAINED),embedded)
+PROFILE_AT ?= $(if $(wildcard $(TRAINED)),--context 4096 --context 65536)
+
+# What is trained: the embedded model, stretched to 64K tokens.
+TARGET ?= --init embedded --train-options=--no-remat --warmup 30
 
 bench:
 	@for part in $(BENCHES); do $(MAKE) $$part || failed="$$failed $$part"; done; \
@@ -78,7 +82,7 @@ bench:
 
 bench-target:
 	rm -rf bench-run
-	$(BENCH)/train_target.py --seconds $(TARGET_SECONDS) --measure 0 --keep bench-run --out
+	$(BENCH)/train_target.py $(TARGET) --seconds $(TARGET_SECONDS) --measure 0 --keep bench-run --out
 
 bench-end-to-end:
 	$(BENCH)/end_to_end.py --checkpoint $(CHECKPOINT) --resume --budget $(END_TO_END_SECONDS) --out
@@ -86,7 +90,7 @@ bench-end-to-end:
 
 # The engine finds the profile in the checkpoint's directory: what comes after is planned by it.
 bench-profile:
-	$(subst benchmarks,-m specsa_jax,$(BENCH)) profile $(CHECKPOINT) --budget $(PROFILE_SECONDS)
+	$(subst benchmarks,-m specsa_jax,$(BENCH)) profile $(CHECKPOINT) $(PROFILE_AT) --budget $(PROFILE_SECONDS)
 
 bench-planner:
 	$(BENCH)/planner.py --checkpoint $(CHECKPOINT) --resume --budget $(PLANNER_SECONDS) --out
@@ -100,16 +104,18 @@ bench-shapes:
 	$(LARGE)/memory.py --out
 
 bench-loop:
-	$(BENCH)/overhead.py --checkpoint $(CHECKPOINT) --strategies none lookup@chain:4 --presets 8b --out
+	$(BENCH)/overhead.py --checkpoint $(CHECKPOINT) --strategies none lookup@chain:16 --presets 8b --widths 1 --out
 
 bench-kernels:
-	$(BENCH)/verify_layer.py --stages --resume --budget $(VERIFY_SECONDS) --out
+	$(BENCH)/verify_layer.py --heads 32x8 --context 64 --width 8,16,64 --group T --overlap 70,real --stages --resume \
+		--budget $(VERIFY_SECONDS) --out
+	$(BENCH)/verify_layer.py --overlap 70,real,50,90 --stages --resume --budget 30 --out
 	$(BENCH)/selection.py --seconds 0.05 --out
 	$(BENCH)/commit.py --seconds 0.05 --out
 
 bench-model:
 	$(LARGE)/refresh_reuse.py --preset 1b --context 65536 --batch 8 --refresh 16 6 1 --out
-	$(LARGE)/prefill.py --preset 8b --tokens 65536 --out
+	$(LARGE)/prefill.py --preset 8b --tokens 65536 --dense --out
 
 bench-report:
 	$(BENCH)/plots.py

@@ -25,6 +25,7 @@ from end_to_end import against, measure, named
 from workloads import WORKLOADS, prompts
 
 from specsa_jax import Engine, Strategy
+from specsa_jax.planning.planner import Planner
 
 SETS = ("grouping", "shared index", "schedules", "lengths", "trees", "drafters")
 AXES = ("workload", "set", "case")
@@ -33,10 +34,10 @@ SHOWN = (*AXES, "tokens_per_second", "speedup", "mean_acceptance_length", "ident
 LONG = "lookup@chain:15"
 
 
-def cases(name: str, checkpoint: str) -> list[tuple[str, Strategy | str]]:
+def cases(name: str, checkpoint: str) -> list[tuple[str, Strategy | Planner]]:
     """(case, strategy) of a set."""
 
-    def make(drafter: str, **options: Any) -> Strategy | str:
+    def make(drafter: str, **options: Any) -> Strategy | Planner:
         return named(drafter, checkpoint, **options)
 
     if name == "grouping":
@@ -82,23 +83,25 @@ def main() -> None:
                         implementation=engine.implementation, context=args.context, batch=args.batch,
                         new_tokens=args.new_tokens, prompts=args.prompts)  # fmt: skip
     note = {} if engine.implementation == "pallas" else {"note": "XLA's path forms no groups"}
+    found = {}
     for workload in args.workloads:
-        found = prompts(engine, args.checkpoint, workload, args.context - args.new_tokens, args.prompts * args.batch)
-        batches = [found[i :: args.prompts] for i in range(args.prompts)]
+        texts = prompts(engine, args.checkpoint, workload, args.context - args.new_tokens, args.prompts * args.batch)
+        found[workload] = [texts[i :: args.prompts] for i in range(args.prompts)]
 
-        def row_of(strategy: Strategy | str, base: dict[str, Any] | None, batches=batches) -> dict[str, Any]:
-            row = measure(engine, batches, args.new_tokens, strategy, 0.0, args.repeats)
-            return against(row, base, base or row)
+    def add(workload: str, name: str, case: str, strategy: Strategy | Planner) -> None:
+        axes = {"workload": workload, "set": name, "case": case}
+        base = rows.find(workload=workload, set="baseline")
+        if (base is not None or name == "baseline") and rows.wanted(**axes):
+            row = measure(engine, found[workload], args.new_tokens, strategy, 0.0, args.repeats)
+            rows.add(axes | against(row, base, base or row) | (note if name == "grouping" else {}), SHOWN)
 
-        axes = {"workload": workload, "set": "baseline", "case": "none"}
-        if rows.wanted(**axes):
-            rows.add(axes | row_of(named("none", args.checkpoint), None), SHOWN)
-        base = rows.find(**axes)
-        for name in args.sets:
-            for case, strategy in cases(name, args.checkpoint):
-                axes = {"workload": workload, "set": name, "case": case}
-                if base is not None and rows.wanted(**axes):
-                    rows.add(axes | row_of(strategy, base) | (note if name == "grouping" else {}), SHOWN)
+    # Workloads take turns, since they share compiled programs.
+    for workload in args.workloads:
+        add(workload, "baseline", "none", named("none", args.checkpoint))
+    for name in args.sets:
+        for case, strategy in cases(name, args.checkpoint):
+            for workload in args.workloads:
+                add(workload, name, case, strategy)
     rows.save()
 
 

@@ -4,8 +4,10 @@ Rows: precision class, workload (benchmarks/workloads.py), context (the new toke
 strategy. ``none`` is the same loop with the same kernels without drafts. Programs are compiled and have run before they
 are timed; time is the wall time of decoding (and planning), prefill left out. ``speedup`` is over ``none`` in class
 exact; whether tokens are identical is said of ``none`` in the same class and schedule. A strategy that does not run
-here has its reason under ``not_run``. Classes other than exact run the first two strategies alone. Rows come in the
-order of their importance: what --budget leaves out is the least important.
+here has its reason under ``not_run``. Rows come in the order of their importance, which --budget cuts: the first
+strategy and ``auto`` at each context, in the first class, temperature and batch; the other strategies at the first
+context; then the other points, those with the fewest tokens first, without other strategies. Workloads take turns,
+since they share compiled programs.
 
     python benchmarks/end_to_end.py --contexts 4096 --batches 1 --out                    # on a CPU
     python benchmarks/end_to_end.py --checkpoint run/checkpoint --resume --out           # on a GPU
@@ -17,6 +19,8 @@ the two begin with alike.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import math
 import os
 import statistics
@@ -28,17 +32,19 @@ from workloads import WORKLOADS, prompts
 
 from specsa_jax import Engine, Strategy
 from specsa_jax.drafting import drafter_from_name
+from specsa_jax.planning.planner import Planner
 
-STRATEGIES = ["lookup@chain:4", "lookup+head@best:16:6", "auto", "head@chain:4", "lookup+head@chain:4",
-              "lookup@chain:16"]  # fmt: skip
+# ``auto`` takes what is compiled where compiling would not repay: behind what it may well take.
+STRATEGIES = ["lookup@chain:16", "auto", "lookup@chain:32", "lookup@chain:4", "lookup+head@best:16:6", "head@chain:4",
+              "lookup+head@chain:4"]  # fmt: skip
 AXES = ("precision", "workload", "context", "batch", "temperature", "strategy")
 SHOWN = (*AXES, "tokens_per_second", "speedup", "mean_acceptance_length", "identical", "not_run")
 
 
-def named(name: str, checkpoint: str, **options: Any) -> Strategy | str:
+def named(name: str, checkpoint: str, **options: Any) -> Strategy | Planner:
     """``none``, ``auto`` (the engine's own choice), or a drafter and a tree: ``lookup@chain:4``."""
     if name == "auto":
-        return name
+        return Planner(precision=options.get("precision"))
     drafter, _, tree = name.partition("@")
     return Strategy(drafter_from_name(drafter, checkpoint), tree or "chain:4", **options)
 
@@ -47,13 +53,13 @@ def measure(
     engine: Engine,
     batches: list[list[list[int]]],
     new_tokens: int,
-    strategy: Strategy | str,
+    strategy: Strategy | Planner,
     temperature: float,
     repeats: int,
 ) -> dict[str, Any]:
     """Figures of continuing each of the batches, and the tokens themselves; or why there are none."""
     options: dict[str, Any] = {"temperature": temperature, "strategy": strategy}
-    if isinstance(strategy, Strategy) and strategy.precision == "approx":
+    if strategy.precision == "approx":
         options["max_kl"] = math.inf  # whatever it does: benchmarks/refresh_reuse.py measures that
     runs = []
     try:
@@ -105,15 +111,29 @@ def against(row: dict[str, Any], base: dict[str, Any] | None, exact: dict[str, A
 
 
 def points(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All but the strategies, the most important first: greedy, small batches."""
-    return [
-        {"precision": precision, "workload": workload, "context": context, "batch": batch, "temperature": temperature}
+    """All but workloads and strategies, the most important first."""
+    found = [
+        {"precision": precision, "context": context, "batch": batch, "temperature": temperature}
+        for precision in args.precisions
         for temperature in args.temperatures
         for batch in args.batches
         for context in args.contexts
-        for precision in args.precisions
-        for workload in args.workloads
     ]
+    first = {name: found[0][name] for name in ("precision", "batch", "temperature")}
+
+    def rank(point: dict[str, Any]) -> int:
+        return 0 if first.items() <= point.items() else point["batch"] * point["context"]
+
+    return sorted(found, key=rank)  # stable
+
+
+def order(args: argparse.Namespace) -> list[tuple[dict[str, Any], list[str]]]:
+    """Points with strategies: ``none``, the first and ``auto`` in each; the first point's others when it is the turn of
+    points that are not of its class, temperature or batch."""
+    few = ["none", *(name for name in args.strategies if name in ("auto", args.strategies[0]))]
+    found = [(point, few) for point in points(args)]
+    others = [name for name in args.strategies if name not in few]
+    return [*found[: len(args.contexts)], (found[0][0], others), *found[len(args.contexts) :]]
 
 
 def main() -> None:
@@ -123,13 +143,13 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["exact", "approx", "strict"],
                         choices=["exact", "approx", "strict"])  # fmt: skip
     parser.add_argument("--schedule", default="every:3", help="of class approx")
-    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
+    parser.add_argument("--workloads", nargs="+", default=["edit", "code", "prose"], choices=WORKLOADS)
     parser.add_argument("--contexts", type=int, nargs="+", default=[65536, 16384, 4096, 32768] if gpu else [4096])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32] if gpu else [1])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7])
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, help="DRAFTER@TREE, or auto; none comes first")
-    parser.add_argument("--new-tokens", type=int, default=256 if gpu else 96)
-    parser.add_argument("--prompts", type=int, default=2, help="batches of prompts, one after the other")
+    parser.add_argument("--new-tokens", type=int, default=512 if gpu else 96)
+    parser.add_argument("--prompts", type=int, default=2, help="one after the other, where the batch is 1")
     parser.add_argument("--repeats", type=int, default=2, help="timed runs of each")
     args = parser.parse_args()
 
@@ -137,20 +157,23 @@ def main() -> None:
     rows = harness.Rows(args, AXES, checkpoint=args.checkpoint, fingerprint=engine.fingerprint, dtype=str(engine.dtype),
                         implementation=engine.implementation, new_tokens=args.new_tokens, prompts=args.prompts,
                         schedule=args.schedule)  # fmt: skip
-    for point in points(args):
-        precision, batches = point["precision"], None
+    for point, names in order(args):
+        precision, count = point["precision"], args.prompts if point["batch"] == 1 else 1
         options = {"precision": precision} | ({"schedule": args.schedule} if precision == "approx" else {})
-        for name in ["none", *(args.strategies if precision == "exact" else args.strategies[:2])]:
-            axes = point | {"strategy": name}
+
+        @functools.cache
+        def batches(workload: str, point=point, count=count) -> list[list[list[int]]]:
+            size = point["context"] - args.new_tokens
+            found = prompts(engine, args.checkpoint, workload, size, count * point["batch"])
+            return [found[i::count] for i in range(count)]
+
+        for name, workload in itertools.product(names, args.workloads):
+            axes = point | {"workload": workload, "strategy": name}
             if not rows.wanted(**axes):
                 continue
             try:
                 strategy = named(name, args.checkpoint, **options)
-                if batches is None:
-                    size = point["context"] - args.new_tokens
-                    found = prompts(engine, args.checkpoint, point["workload"], size, args.prompts * point["batch"])
-                    batches = [found[i :: args.prompts] for i in range(args.prompts)]
-                row = measure(engine, batches, args.new_tokens, strategy, point["temperature"], args.repeats)
+                row = measure(engine, batches(workload), args.new_tokens, strategy, point["temperature"], args.repeats)
             except ValueError as error:
                 row = harness.not_run(error)
             base = rows.find(**(axes | {"strategy": "none"}))

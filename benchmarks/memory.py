@@ -73,8 +73,10 @@ def longest_rows(name: str, context: int, width: int) -> list[dict[str, Any]]:
         row = {"kind": "longest", "preset": name, "memory": memory, "weights": weight_bytes(config),
                "temporary_bytes": temporary if limit else None, "width": width, "longest_context": tokens}  # fmt: skip
         if memory == limit:
-            timing = step_loop(config, params, tokens, 1, width, 4).timing(repeats=3)
-            row["step_us"] = timing.median
+            try:
+                row["step_us"] = step_loop(config, params, tokens, 1, width, 4).timing(repeats=3).median
+            except harness.FAILURES as error:
+                row |= harness.not_run(error)
         rows.append(row)
     return rows
 

@@ -1,10 +1,11 @@
 """The planner on a mixed workload, against every strategy of its space fixed, and against the best of them per prompt.
 
 Cells: workload (edit-like, fresh code, prose; benchmarks/workloads.py), context (of the prompt), batch, temperature. In
-each, the planner (``strategy="auto"``, with the checkpoint's profile or the one that --profile names) and each member
-of its space run in turns, compiled and warm; a figure is the median of --repeats runs. Time is that of decoding, the
-planner's own work included. ``best`` is the fastest fixed strategy of the cell, found by trying all; ``default`` is
-prompt lookup with chain:4, no groups, all layers refreshing. Over all cells: tokens by seconds.
+each, the planner (with the checkpoint's profile or the one that --profile names) and each member of its space (on a GPU
+a part of the usual one, since each compiles in every cell) run in turns, compiled and warm; a figure is the median of
+--repeats runs. Time is that of decoding, the planner's own work included. ``best`` is the fastest fixed strategy of the
+cell, found by trying all; ``default`` is prompt lookup with chain:4, no groups, all layers refreshing. Over all cells:
+tokens by seconds.
 
     specsa profile embedded --budget 600 --out profile.json
     python benchmarks/planner.py --profile profile.json --out
@@ -28,9 +29,18 @@ AXES = ("workload", "context", "batch", "temperature", "strategy")
 DEFAULT = "lookup chain:4"
 
 
-def fixed(engine: Engine) -> dict[str, Strategy]:
+def choosing(names: list[str]) -> Planner:
+    """A planner whose space has these drafters and trees (``lookup@chain:4``) beside not speculating; none: all."""
+    trees: dict[str, list[str]] = {}
+    for name in names:
+        drafter, _, tree = name.partition("@")
+        trees.setdefault(drafter, []).append(tree)
+    return Planner(drafters=tuple((drafter, tuple(some)) for drafter, some in trees.items()))
+
+
+def fixed(engine: Engine, planner: Planner) -> dict[str, Strategy]:
     """The planner's space in class exact, by name, and the default."""
-    found = {one.describe(): one.strategy for one in engine.space(Planner()).candidates}
+    found = {one.describe(): one.strategy for one in engine.space(planner).candidates}
     return {DEFAULT: Strategy(tree="chain:4"), **found}
 
 
@@ -112,16 +122,21 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--cells", nargs="+", default=["1:4096", "1:32768", "8:4096", "8:16384"] if gpu
                         else ["1:256", "1:1024", "8:256"], help="BATCH:CONTEXT")  # fmt: skip
+    parser.add_argument("--space", nargs="*", help="DRAFTER@TREE: of the planner; none: all that it knows", default=[
+        "lookup@chain:4", "lookup@chain:16", "head@chain:4", "lookup+head@chain:8", "lookup+head@best:16:6"
+    ] if gpu else [])  # fmt: skip
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0])
-    parser.add_argument("--new-tokens", type=int, default=256 if gpu else 128)
+    parser.add_argument("--new-tokens", type=int, default=512 if gpu else 128)
     parser.add_argument("--prompts", type=int, default=4, help="batches of prompts in cells of batch 1; else one")
     parser.add_argument("--repeats", type=int, default=3 if gpu else 2)
     args = parser.parse_args()
 
     engine = Engine.from_pretrained(args.checkpoint, profile=args.profile)
-    strategies: dict[str, Any] = {"planner": "auto", **fixed(engine)}
+    planner = choosing(args.space)
+    strategies: dict[str, Any] = {"planner": planner, **fixed(engine, planner)}
     rows = harness.Rows(args, AXES, checkpoint=args.checkpoint, dtype=str(engine.dtype), new_tokens=args.new_tokens,
-                        implementation=engine.implementation, profiled=engine.profile is not None)  # fmt: skip
+                        implementation=engine.implementation, profiled=engine.profile is not None,
+                        space=args.space)  # fmt: skip
     for text in args.cells:
         batch, context = map(int, text.split(":"))
         for temperature in args.temperatures:

@@ -278,7 +278,8 @@ def ablations(result: Result, path: Path) -> None:
 def planner(result: Result, path: Path) -> None:
     """For each cell: the fixed strategies as dots, the planner as a bar."""
     rows, axes, default = result["rows"], ("workload", "context", "batch", "temperature"), "lookup chain:4"
-    keys = list(dict.fromkeys(tuple(row[axis] for axis in axes) for row in rows))
+    # The default comes second of a cell's rows: without it, a run was cut off there.
+    keys = list(dict.fromkeys(tuple(row[axis] for axis in axes) for row in rows if row["strategy"] == default))
     figure, axis = pyplot.subplots(figsize=(1.2 * len(keys) + 3, 4.5))
     for place, key in enumerate(keys):
         mine = {row["strategy"]: row["tokens_per_second"] for row in rows if tuple(row[a] for a in axes) == key}

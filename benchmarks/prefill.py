@@ -1,6 +1,10 @@
 """Time and peak memory of prefilling a long prompt, for a preset with random weights.
 
-python benchmarks/prefill.py --preset 8b --tokens 65536 --out
+With --dense also what dense causal attention of the same heads takes for the whole prompt, by JAX's fastest public call
+(jax.nn.dot_product_attention: cuDNN on a GPU, else XLA): a layer's time, times layers, without projections; and, on a
+GPU, the prefill's time in NSA's kernels, from a traced run.
+
+    python benchmarks/prefill.py --preset 8b --tokens 65536 --dense --out
 """
 
 from __future__ import annotations
@@ -8,6 +12,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from typing import Any
 
 import harness
 import jax
@@ -15,10 +20,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from specsa_jax.cache import cache_bytes, create_cache, pages_for
-from specsa_jax.config import PRESETS, preset
+from specsa_jax.config import PRESETS, ModelConfig, preset
 from specsa_jax.decoding import Decoder, State
 from specsa_jax.model import init_params
 from specsa_jax.nsa import kernels
+
+
+def dense_attention(config: ModelConfig, tokens: int, dtype) -> dict[str, Any]:
+    """Seconds of dense attention over a prompt in all layers, or why there are none."""
+    nsa, implementation = config.nsa, "cudnn" if jax.default_backend() == "gpu" else "xla"
+    query, key, value = (
+        jax.random.normal(jax.random.key(seed), (1, tokens, heads, nsa.head_dim), dtype)
+        for seed, heads in enumerate((nsa.num_heads, nsa.num_kv_heads, nsa.num_kv_heads))
+    )
+
+    def step(query, keys):
+        return jax.nn.dot_product_attention(query, *keys, is_causal=True, implementation=implementation)
+
+    try:
+        timing = harness.measure(step, query, [(key, value)], iterations=4, repeats=5, unroll=1)
+    except (ValueError, RuntimeError, *harness.FAILURES) as error:  # cuDNN has many ways to say no
+        return {"dense_not_run": harness.not_run(error)["not_run"]}
+    return {"dense_implementation": implementation, "dense_seconds": config.layers * timing.median / 1e6}
 
 
 def main() -> None:
@@ -27,6 +50,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--chunk", type=int, default=512 if jax.default_backend() == "gpu" else 64)
     parser.add_argument("--implementation", choices=("pallas", "xla"), help="of attention; default: what runs here")
+    parser.add_argument("--dense", action="store_true", help="compare with dense attention")
     args = parser.parse_args()
 
     config = preset(args.preset)
@@ -67,6 +91,13 @@ def main() -> None:
         "cache_bytes": cache_bytes(config, pages, 1, dtype).total,
         "temporary_bytes": prefill.memory_analysis().temp_size_in_bytes,
     }
+    if args.dense:
+        del done
+        _, events = harness.trace(lambda: jax.block_until_ready(prefill(params, state(), jnp.int32(2**30))).known)
+        if events:
+            row["nsa_kernel_seconds"] = sum(e.duration for e in events if e.name.startswith("nsa_")) / 1e6
+            row["kernel_seconds"] = sum(e.duration for e in events) / 1e6
+        row |= dense_attention(config, args.tokens, dtype)
     harness.print_table([row])
     if path := harness.out_path(args, f"_{args.preset}_{args.tokens // 1024}k"):
         harness.save(path, [row])

@@ -49,18 +49,27 @@ def acceptance(result: Result) -> Lines:
 
 def prefill(result: Result) -> Lines:
     for row in result["rows"]:
+        dense = ""
+        if "dense_seconds" in row:
+            dense = f"; dense attention alone {row['dense_seconds']:.1f} s ({row['dense_implementation']})"
+        if "nsa_kernel_seconds" in row:
+            dense += f", NSA's kernels {row['nsa_kernel_seconds']:.1f} s"
         yield (
             f"prefill of {row['tokens']:,} tokens, {row['preset']}",
-            f"{row['seconds']:.1f} s, {row['peak_bytes'] / 1e9:.1f} GB at most",
+            f"{row['seconds']:.1f} s, {row['peak_bytes'] / 1e9:.1f} GB at most{dense}",
         )
 
 
 def verify_layer(result: Result) -> Lines:
+    """At 64K with 32/8 heads; the file has the others."""
     for row in result["rows"]:
+        if (row["heads"], row["context"]) != ("32x8", 64):
+            continue
+        overlap = "" if row["overlap"] == "70" else f", overlap {row['overlap']}"
         peer = "" if row["peer"] is None else f", peer {row['peer']} µs"
         yield (
             f"one layer, {thousands(1024 * row['context'])}, {row['heads'].replace('x', '/')} heads, batch "
-            f"{row['batch']}, T = {row['width']}, C = {row['group']}",
+            f"{row['batch']}, T = {row['width']}, C = {row['group']}{overlap}",
             f"{row['refresh']:.0f} µs{peer}, HBM floor {row['floor']:.0f} µs; reuse layer {row['reuse']:.0f} µs",
         )
 
@@ -75,6 +84,8 @@ def selection(result: Result) -> Lines:
 
 def refresh_reuse(result: Result) -> Lines:
     kept = [row for row in result["rows"] if row["compressed"] == "kept" and row["schedules"] != "all refresh"]
+    if not kept:  # cut off behind its first row
+        return
     best = max(kept, key=lambda row: row["speed-up"])
     yield (
         f"reuse layers, {result['model']}, {thousands(result['context'])}, batch {result['batch']}, "

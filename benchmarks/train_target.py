@@ -8,12 +8,16 @@ Three runs of ``specsa`` and one of benchmarks/end_to_end.py, one after the othe
 3. ``train-draft --install``;
 4. end_to_end.py on the result (``--measure`` 0 seconds: not).
 
+With ``--init`` the target is a checkpoint, stretched to LONGEST tokens by YaRN and trained on. Without, it is a preset
+from scratch, which takes longer to become a model whose greedy text is worth measuring: training attends densely, and
+in six minutes of an H100 a 120M model sees two to four million tokens (an estimate).
+
 Data: the standard library and the packages that are installed, in the order of their names, up to --megabytes of Python
 source. The JSON has the data, tokens, held-out files, losses and commands, and end_to_end.py's rows; weights are not
 kept, unless --keep says where. What is left of --seconds at a step is divided among those that follow.
 
-    python benchmarks/train_target.py --seconds 570 --out       # on a GPU
-    python benchmarks/train_target.py --tiny --out FILE         # does the script run? (on a CPU, two minutes)
+    python benchmarks/train_target.py --init embedded --seconds 570 --out      # on a GPU
+    python benchmarks/train_target.py --tiny --out FILE      # does the script run? (on a CPU, three minutes)
 """
 
 from __future__ import annotations
@@ -37,14 +41,17 @@ from typing import Any
 
 import harness
 
-from specsa_jax.config import PRESETS
+from specsa_jax import checkpoints
+from specsa_jax.config import PRESETS, RopeConfig
 from specsa_jax.training import is_held_out
 
 # Shares of --seconds: the short and the long context, the draft head; the rest measures. Of a training run's share a
-# part goes on tokenizing, compiling and the held-out loss.
-SHORT, LONG, DRAFT = 0.30, 0.20, 0.12
+# part goes on tokenizing and compiling; what no limit holds (held-out losses, processes that start) takes SPARE.
+SHORT, LONG, DRAFT, SPARE = 0.20, 0.18, 0.20, 0.15
 STEPPING = 0.6
-HOLDOUT = 0.02
+# Of the files: enough text for prompts of 64K tokens. The embedded model's own 5 % have these among them.
+HOLDOUT = 0.04
+LONGEST = 65536
 
 
 def sources(megabytes: float, tiny: bool) -> list[str]:
@@ -72,6 +79,16 @@ def tiny_model(folder: Path) -> str:
     return str(folder / "tiny.json")
 
 
+def longer(checkpoint: str, path: Path) -> Path:
+    """A copy of the checkpoint at ``path`` that serves LONGEST tokens."""
+    found = checkpoints.load(checkpoint)
+    rope, length = found.config.rope, found.config.max_length
+    if length < LONGEST:
+        rope = RopeConfig(theta=rope.theta, kind="yarn", factor=LONGEST / length, original_length=length)
+    config = dataclasses.replace(found.config, rope=rope, max_length=max(length, LONGEST))
+    return checkpoints.save(path, found.params, config, found.tokenizer, found.metadata, overwrite=True)
+
+
 class Recipe:
     """Runs the steps within the time; ``report`` is what the JSON will have."""
 
@@ -83,6 +100,9 @@ class Recipe:
                             if name != "XLA_PYTHON_CLIENT_PREALLOCATE"}  # fmt: skip
         self.environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "programs"))
         self.report: dict[str, Any] = {"seconds_allowed": args.seconds, "data": self.data, "runs": []}
+
+        # Without measuring the rest is theirs.
+        self.share = 1.0 if args.measure else (1.0 - SPARE) / (SHORT + LONG + DRAFT)
 
     def left(self) -> float:
         return self.args.seconds - (time.monotonic() - self.begun)
@@ -109,15 +129,16 @@ class Recipe:
 
     def train(self) -> Path:
         """The target's checkpoint."""
-        args, shares = self.args, SHORT + LONG + DRAFT
-        share = 1.0 if args.measure else 1 / shares  # without measuring the rest is theirs
+        args, share = self.args, self.share
         first, second = self.folder / "short", self.folder / "long"
         common = ["--skip-undecodable", "--holdout", HOLDOUT, "--eval-every", 0, "--save-every", 0,
-                  "--query-chunk", args.query_chunk, "--grad-accum", args.grad_accum]  # fmt: skip
+                  "--query-chunk", args.query_chunk, "--grad-accum", args.grad_accum,
+                  *args.train_options.split()]  # fmt: skip
+        start = ["--init", longer(args.init, self.folder / "start")] if args.init else ["--model", args.model]
         context, batch = args.short
         limit = SHORT * share * args.seconds
         # So long a cosine is constant for as long as the time lasts.
-        short = self.run("train", *self.data, *common, "--output", first, "--model", args.model, "--stages",
+        short = self.run("train", *self.data, *common, "--output", first, *start, "--stages",
                          f"{context}:{batch}:1000000", "--learning-rate", args.learning_rate, "--warmup", args.warmup,
                          "--time-limit", f"{limit:.0f}")  # fmt: skip
         self.losses(first, "short")
@@ -146,8 +167,7 @@ class Recipe:
         return found
 
     def draft(self, checkpoint: Path) -> None:
-        args = self.args
-        share = DRAFT if args.measure else DRAFT / (SHORT + LONG + DRAFT)
+        args, share = self.args, DRAFT * self.share
         out = self.folder / "draft"
         self.run("train-draft", checkpoint, "--output", out, "--install", "--eval-every", 0, "--save-every", 0,
                  "--time-limit", f"{min(share * args.seconds, max(30.0, self.left() - 30)):.0f}",
@@ -188,12 +208,14 @@ def main() -> None:
     parser.add_argument("--measure", type=int, default=1, choices=(0, 1), help="run end_to_end.py in the end")
     parser.add_argument("--megabytes", type=float, default=32, help="of packages' source besides the standard library")
     parser.add_argument("--model", default="120m", help="a preset, or the path of a ModelConfig JSON file")
+    parser.add_argument("--init", help="a checkpoint to start from, in place of --model")
     parser.add_argument("--short", type=shape, default="4096:16", help="context:batch of the first run")
     parser.add_argument("--long", type=shape, default="16384:4", help="context:batch of the second run")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--grad-accum", type=int, default=4)
     parser.add_argument("--query-chunk", type=int, default=512)
+    parser.add_argument("--train-options", default="", help="more, of specsa train")
     parser.add_argument("--draft-options", default="--generated 1024 --generation-batch 256 --steps 100000 --unroll 5",
                         help="of specsa train-draft")  # fmt: skip
     parser.add_argument("--measure-options", default="--precisions exact --repeats 2", help="of end_to_end.py")
@@ -204,7 +226,8 @@ def main() -> None:
         folder = args.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         if args.tiny:
-            args.model, args.short, args.long, args.seconds = tiny_model(folder), (256, 4), (1024, 2), 90.0
+            args.model, args.init, args.short, args.long = tiny_model(folder), None, (256, 4), (1024, 2)
+            args.seconds = 90.0
             args.grad_accum, args.query_chunk, args.warmup = 1, 256, 5
             args.draft_options = ("--generated 8 --generation-batch 8 --steps 200 --context 128 --new-tokens 32 "
                                   "--batch 4 --unroll 4 --warmup 2 --eval-rows 4")  # fmt: skip

@@ -9,7 +9,8 @@ A row is a case and a group size C: the refresh layer (scores, selection, three 
 XLA path with ``--xla``, and the peer. Times are medians in µs of a loop that runs 5 ms or more, less ``link``, the
 cost of what makes one call depend on the one before. ``floor`` is the time that HBM takes to deliver every needed byte
 once (compressed entries, windows, the union of the blocks that were selected); ``of floor`` its fraction of the
-refresh layer's. Group 1 is our per-query path.
+refresh layer's. Group 1 is our per-query path. ``--overlap real`` is what queries of the embedded model share
+(benchmarks/real_selections.py).
 
 The XLA path is ``specsa_jax.nsa.cached.attend_cached`` on the same arrays. Besides what the kernels do it rotates the
 tail's keys and compresses the blocks that end in the tail (mean pooling: the cheapest there is).
@@ -28,10 +29,11 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
+import real_selections
 
 from pallas_kernels.attention import AttentionConfig, Sparsity, attend, specs
 
-STAGES = ("compressed+window", "selection", "selected", "merge")
+STAGES = ("compressed+window", "selection", "selected", "merge", "layer")
 L2_BYTES = 60e6
 LOOP_US = 5000
 # µs of Scalable-Flash-Native-Sparse-Attention (Triton, paged, split-K, CUDA graph), one layer, T draft tokens as T
@@ -71,6 +73,8 @@ class Case:
 
     @property
     def peer(self) -> int | None:
+        if "H200" not in jax.devices()[0].device_kind:
+            return None
         return PEER.get((self.heads, self.context, len(self.spec.lengths)), {}).get(self.spec.width)
 
 
@@ -254,21 +258,27 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
+    def with_overlap(spec: specs.AttentionSpec, share: str) -> specs.AttentionSpec:
+        if share != "real":
+            return dataclasses.replace(spec, overlap=int(share) / 100)
+        return dataclasses.replace(spec, overlap=None, recorded=real_selections.load(), name=f"{spec.name}-real")
+
+    shares = args.overlap.split(",")
     if args.tiny:
         sparsity = Sparsity(8, 4, 16, 8, window=20, scale=0.25)
-        own = [specs.AttentionSpec(f"tiny-T{width}", width, (700 - width,) * 2, overlap=0.7, sparsity=sparsity)
-               for width in (1, 3)]  # fmt: skip
-        return [Case(spec, "4x2", 0, "70") for spec in own]
+        return [Case(with_overlap(specs.AttentionSpec(f"tiny-T{width}", width, (700 - width,) * 2, sparsity=sparsity),
+                                  share), "4x2", 0, share)
+                for width in (1, 3) for share in shares]  # fmt: skip
     return [
-        Case(specs.benchmark(batch, width, 1024 * context, heads, int(share) / 100),
+        Case(with_overlap(specs.benchmark(batch, width, 1024 * context, heads), share),
              "x".join(map(str, heads)), context, share)
         for heads in [tuple(map(int, text.split("x"))) for text in args.heads.split(",")]
         for context in map(int, args.context.split(","))
-        for share in args.overlap.split(",")
+        for share in shares
         for batch in map(int, args.batch.split(","))
         for width in map(int, args.width.split(","))
         # Adjacent queries are what overlaps.
-        if width > 1 or share == args.overlap.split(",")[0]
+        if width > 1 or share == shares[0]
     ]  # fmt: skip
 
 
@@ -276,7 +286,7 @@ def main() -> None:
     parser = harness.arguments(__doc__, rows=True)
     parser.add_argument("--heads", default="32x8,64x4", help="query x KV heads")
     parser.add_argument("--context", default="64,16", help="in units of 1024 tokens, the draft included")
-    parser.add_argument("--overlap", default="70", help="percent of their blocks that adjacent queries share")
+    parser.add_argument("--overlap", default="70", help="percent of their blocks that adjacent queries share, or real")
     parser.add_argument("--batch", default="1,8,32")
     parser.add_argument("--width", default="1,4,8,16,64", help="T, up to 128")
     parser.add_argument("--group", default="T,1", help="C: numbers, or T; those above T are left out")

@@ -8,7 +8,7 @@ import importlib.metadata
 import numpy as np
 
 from specsa_jax import Engine
-from specsa_jax.calibration import edited, read_calibration
+from specsa_jax.calibration import CalibrationError, edited, read_calibration
 
 WORKLOADS = ("code", "edit", "prose")
 
@@ -30,7 +30,21 @@ def prompts(engine: Engine, checkpoint: str, workload: str, tokens: int, count: 
         )
     starts = np.linspace(0, len(stream) - tokens, count + 2)[1:-1].astype(int)
     rows = [stream[start : start + tokens].tolist() for start in starts]
-    return [edited(engine.tokenizer, row, tokens) for row in rows] if workload == "edit" else rows
+    return _edits(engine, rows, tokens) if workload == "edit" else rows
+
+
+def _edits(engine: Engine, rows: list[list[int]], tokens: int) -> list[list[int]]:
+    """As many edits as rows; those of rows without a name, such as data in base64, are others again."""
+    found, refused = [], None
+    for row in rows:
+        try:
+            found.append(edited(engine.tokenizer, row, tokens))
+        except CalibrationError as error:
+            refused = error
+    if not found:
+        assert refused is not None
+        raise refused
+    return [found[index % len(found)] for index in range(len(rows))]
 
 
 @functools.cache
@@ -40,6 +54,7 @@ def _code(engine: Engine, checkpoint: str) -> np.ndarray:
 
 @functools.cache
 def _prose(engine: Engine) -> np.ndarray:
-    texts = {found.metadata["Name"]: str(found.metadata.get_payload()) for found in importlib.metadata.distributions()}
+    cards = [found.metadata for found in importlib.metadata.distributions()]
+    texts = {str(card["Name"]): str(card.get_payload()) for card in cards if card}
     text = "\n\n".join(texts[name] for name in sorted(texts, key=str.lower))
     return np.asarray(engine.tokenizer.encode(text, add_special_tokens=False).ids, np.int32)

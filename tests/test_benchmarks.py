@@ -7,20 +7,26 @@ import math
 import re
 import runpy
 import sys
+import types
 from pathlib import Path
 
 import end_to_end
 import harness
 import jax
 import jax.numpy as jnp
+import numpy as np
 import overhead
 import plots
 import pytest
 import readme_table
+import real_selections
 import steps
 import strict
+import train_target
+import workloads
 
-from specsa_jax import model
+from pallas_kernels.attention import specs
+from specsa_jax import checkpoints, model
 from specsa_jax.config import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -160,6 +166,50 @@ def test_overhead_is_step_time_over_kernels():
     assert overhead.figures([], 10, 99.0) == {}
     starts = [float(line.split("\t")[0]) for line in found["timeline"]]
     assert starts[0] == 0.0 and max(starts) < 120.0
+
+
+def test_recorded_selections_are_shared_as_they_were():
+    recorded = real_selections.load()
+    assert recorded.shape == (4, 12, 64, 13)
+    spec = dataclasses.replace(specs.benchmark(2, 8, 16384), overlap=None, recorded=recorded)
+    ids = spec.wanted(seed=1)
+    assert ids.shape == (2, 8, 8, 16) and (np.diff(ids) > 0).all() and ids.min() == 0 and ids.max() < 256
+    for b, h in np.ndindex(2, 8):
+        ours, theirs = ids[b, :, h], recorded[b + 1, h, :8]
+        for t in range(1, 8):
+            assert np.isin(ours[t], ours[0]).sum() == 3 + np.isin(theirs[t], theirs[0]).sum()  # 3 are forced
+
+
+def test_the_headlines_rows_come_first():
+    args = argparse.Namespace(precisions=["exact", "strict"], temperatures=[0.0, 0.7], batches=[1, 8],
+                              contexts=[65536, 4096], strategies=["a", "b", "auto"])  # fmt: skip
+    found = [(*point.values(), names) for point, names in end_to_end.order(args)]
+    few = ["none", "a", "auto"]
+    assert found[:5] == [
+        ("exact", 65536, 1, 0.0, few), ("exact", 4096, 1, 0.0, few), ("exact", 65536, 1, 0.0, ["b"]),
+        ("exact", 4096, 1, 0.7, few), ("strict", 4096, 1, 0.0, few),
+    ]  # fmt: skip
+    assert found[-1] == ("strict", 65536, 8, 0.7, few) and len(found) == 17
+
+
+def test_text_without_names_makes_no_edit(monkeypatch):
+    engine = types.SimpleNamespace(tokenizer=checkpoints.load("embedded").tokenizer)
+    text = "A1" * 300 + "value = other\n" * 300
+    stream = np.asarray(engine.tokenizer.encode(text).ids)
+    monkeypatch.setattr(workloads, "_code", lambda *_: stream)
+    found = workloads.prompts(engine, "embedded", "edit", 60, 8)
+    assert len(found) == 8 and all("alue" in engine.tokenizer.decode(row) for row in found)
+    monkeypatch.setattr(workloads, "_code", lambda *_: stream[:150])
+    with pytest.raises(ValueError, match="without a name"):
+        workloads.prompts(engine, "embedded", "edit", 60, 8)
+
+
+def test_a_checkpoint_is_stretched_to_longer_contexts(tmp_path):
+    before, after = (checkpoints.load(where) for where in ("embedded", train_target.longer("embedded", tmp_path / "x")))
+    assert after.config.max_length == 65536 and after.config.rope.factor == 8.0
+    assert dataclasses.replace(after.config, max_length=8192, rope=before.config.rope) == before.config
+    again = checkpoints.load(train_target.longer(str(tmp_path / "x"), tmp_path / "y"))
+    assert again.config == after.config
 
 
 def result(script, rows, **summary):

@@ -29,6 +29,8 @@ class AttentionSpec:
       heads: (Hq, Hkv); dim: D.
       tree: parents of the T nodes, or "chain".
       overlap: of the selected blocks of adjacent queries, the fraction that they share; None: what noise selects.
+      recorded: int [texts, heads, queries, blocks], in place of ``overlap``: a query's blocks beside the forced ones,
+        in the numbers of another context. Equal numbers become one block, wherever there is room for it.
       pages: table columns; 0: as many as the longest sequence with its tail takes.
       shared_kv: the window branch reads the selected branch's keys and values.
       dtype: of queries, keys and values.
@@ -45,6 +47,7 @@ class AttentionSpec:
     pages: int = 0
     shared_kv: bool = False
     dtype: str = "float32"
+    recorded: np.ndarray[Any, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def shape(self) -> Shape:
@@ -64,10 +67,10 @@ class AttentionSpec:
 
     def wanted(self, seed: int = 0) -> np.ndarray[Any, Any]:
         """Ids int32 [B, T, Hkv, n] that queries are made to select; adjacent ones share ``overlap`` of theirs."""
-        assert self.overlap is not None
         rng, sparsity = np.random.default_rng((seed, 1)), self.sparsity
         ids = np.full((len(self.lengths), self.width, self.heads[1], sparsity.num_selected), -1, np.int32)
-        keep = max(0, round(self.overlap * sparsity.num_selected) - sparsity.num_initial - sparsity.num_local)
+        forced_count = sparsity.num_initial + sparsity.num_local
+        keep = max(0, round((self.overlap or 0.0) * sparsity.num_selected) - forced_count)
         for b, length in enumerate(self.lengths):
             own = max(length, 0) // sparsity.select_block
             # Blocks that neither end forces, now or within the tail.
@@ -77,6 +80,14 @@ class AttentionSpec:
             if len(free) < 2 * count:
                 raise ValueError(f"{self.name}: lengths[{b}] = {length}: too short to choose blocks at will")
             for h in range(self.heads[1]):
+                if self.recorded is not None:
+                    text = self.recorded[(b + seed) % len(self.recorded)]
+                    numbers = text[h % len(text), : self.width, :count]
+                    unique, place = np.unique(numbers, return_inverse=True)
+                    chosen = rng.choice(free, len(unique), replace=False)[place.reshape(numbers.shape)]
+                    for t in range(self.width):
+                        ids[b, t, h] = np.sort(np.concatenate([forced, chosen[t]]))
+                    continue
                 chosen = rng.choice(free, count, replace=False)
                 for t in range(self.width):
                     if t:
@@ -118,7 +129,7 @@ class AttentionSpec:
             None if self.shared_kv else normal(batch, kv_heads, shape.ring, dim),
             None if self.shared_kv else normal(batch, kv_heads, shape.ring, dim),
         )
-        if self.overlap is not None:
+        if self.overlap is not None or self.recorded is not None:
             query, layer = self._planted(table, query, layer, rng, seed)
         depth, ancestor = _tree(self.parents)
         lengths = np.array(self.lengths, np.int32)
