@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -283,36 +282,81 @@ def test_foreign_directories_that_do_not_fit_do_not_load(tmp_path):
 
 # --- interruption ----------------------------------------------------------------------------------------------------
 
-SLOW = """
-import sys, time
+KILLED = """
+import os, pathlib, signal, sys
 from specsa_jax.checkpoints import convert
-def progress(done, total, name):
-    print(done, flush=True)
-    time.sleep(0.05)
-convert(sys.argv[1], sys.argv[2], to_format=sys.argv[3], tokenizer="ids", progress=progress)
-print("whole", flush=True)
+def kill(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[4] == "rename":
+    pathlib.Path.rename = kill
+convert(sys.argv[1], sys.argv[2], to_format=sys.argv[3], tokenizer="ids",
+        progress=lambda done, total, name: done == 9 and sys.argv[4] == "tensor" and kill())
 """
 
 
-@pytest.mark.parametrize("target, format_", [("ours", "specsa"), ("theirs", "llama-nsa")])
-def test_killed_conversion_leaves_no_directory_that_loads(tmp_path, target, format_):
+@pytest.mark.parametrize("format_, moment", [("specsa", "tensor"), ("llama-nsa", "rename")])
+def test_killed_conversion_leaves_no_directory_that_loads(tmp_path, format_, moment):
     source = write(tmp_path / "source", "llama-nsa")
     out = tmp_path / "out"
     out.mkdir()
-    command = [sys.executable, "-c", SLOW, source, out / target, format_]
+    command = [sys.executable, "-c", KILLED, source, out / "target", format_, moment]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as run:
-        assert run.stdout is not None
-        while run.stdout.readline() != b"9\n":
-            assert run.poll() is None
-        time.sleep(0.02)
-        run.send_signal(signal.SIGKILL)
-    assert not (out / target).exists()
-    for directory in out.iterdir():  # the scratch directory, hidden
-        with pytest.raises(CheckpointError):
-            checkpoints.load(directory)
-    convert(source, out / target, to_format=format_, tokenizer="ids")  # and it is in nobody's way
-    checkpoints.load(out / target)
+    assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
+    (left,) = out.iterdir()  # the scratch directory, hidden
+    assert (left / "config.json").exists() == (moment == "rename")
+    with pytest.raises(CheckpointError):
+        checkpoints.load(left)
+    convert(source, out / "target", to_format=format_, tokenizer="ids")  # and it is in nobody's way
+    checkpoints.load(out / "target")
+
+
+@pytest.mark.parametrize("format_", ["specsa", "llama-nsa"])
+def test_no_step_of_a_conversion_leaves_a_directory_that_loads(tmp_path, format_, monkeypatch):
+    """Before every file that is written and every rename, with and without a target to replace."""
+    source = write(tmp_path / "source", "llama-nsa")
+    out = tmp_path / "out"
+    steps = []
+
+    def checked(name):
+        step = getattr(Path, name)
+
+        def run(path, *arguments, **options):
+            if out in path.parents:
+                steps.append(name)
+                for directory in (d for d in out.rglob("*") if d.is_dir() and out / "target" not in (d, *d.parents)):
+                    with pytest.raises(CheckpointError):
+                        checkpoints.load(directory)
+            return step(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, name, run)
+
+    for name in ("write_text", "rename"):
+        checked(name)
+    convert(source, out / "target", to_format=format_, tokenizer="ids")
+    assert steps[-2:] == ["write_text", "rename"]
+    convert(source, out / "target", to_format=format_, tokenizer="ids", overwrite=True)
+    assert steps[-3:] == ["write_text", "rename", "rename"]
+    checkpoints.load(out / "target")
+    with pytest.raises(CheckpointError, match="not finished"):
+        convert(source, out / ".mine.partial", tokenizer="ids")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_failed_overwrite_leaves_what_was_there(tmp_path, error, monkeypatch):
+    source = write(tmp_path / "source", "llama-nsa")
+    convert(source, tmp_path / "out", to_format="llama-nsa", tokenizer="ids")
+    rename = Path.rename
+
+    def fail(path, to):
+        if path.name.endswith(".partial") and not path.name.endswith(".old.partial"):
+            raise error
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises((KeyboardInterrupt, CheckpointError), match="cannot be written: .*No space|^$"):
+        convert(source, tmp_path / "out", to_format="llama-nsa", tokenizer="ids", overwrite=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "source"]
+    checkpoints.load(tmp_path / "out")
 
 
 def test_failure_in_the_middle_leaves_nothing(tmp_path):

@@ -109,6 +109,7 @@ def open_checkpoint(
     if not str(path) or not Path(path).exists():  # '' would be the working directory
         path = store.resolve(path)
     path = Path(path)
+    store.refuse_partial(path)
     directory = path if path.is_dir() else path.parent
     if (path / "_METADATA").is_file() and from_format in (None, OURS):
         return _open_tree(path, config)

@@ -33,6 +33,9 @@ from specsa_jax.config import ConfigError, ModelConfig
 
 SCHEMA = 1
 _PACKAGED = Path(__file__).parent
+# Ends the name of a directory that is being written. Nothing below such a name is read, so that the rename that gives
+# a directory its own name is what makes it a checkpoint: a writer killed at any moment leaves none.
+_PARTIAL = ".partial"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     if not isinstance(name_or_path, str | os.PathLike):
         raise CheckpointError(f"checkpoint: got {name_or_path!r}, expected a path or a packaged name")
     path = Path(name_or_path)
+    refuse_partial(path)
     packaged = {p.parent.name: p.parent for p in sorted(_PACKAGED.glob("*/config.json"))}
     if str(name_or_path) in packaged:
         return packaged[str(name_or_path)]
@@ -71,6 +75,15 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     raise CheckpointError(
         f"checkpoint: got {str(name_or_path)!r}, expected an existing directory or a packaged name ({names})"
     )
+
+
+def refuse_partial(path: Path) -> None:
+    """Raises CheckpointError where ``path`` is, or lies in, a directory that :func:`replacing` has not finished."""
+    if any(part.startswith(".") and part.endswith(_PARTIAL) for part in path.resolve().parts):
+        raise CheckpointError(
+            f"{path}: got a directory that was not finished (.NAME-…{_PARTIAL}), expected a checkpoint; "
+            "delete it unless something is still writing it"
+        )
 
 
 def save(
@@ -107,6 +120,7 @@ def save(
 
 def check_target(path: Path, overwrite: bool) -> None:
     """Raises CheckpointError if ``path`` exists and is not to be overwritten, or is no checkpoint."""
+    refuse_partial(path)
     if (path.exists() or path.is_symlink()) and not overwrite:
         raise CheckpointError(f"{path}: already exists; choose another directory, or overwrite it")
     if path.exists() and not (path / "config.json").exists():
@@ -121,18 +135,22 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=_PARTIAL, dir=path.parent))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
-    retired = scratch.with_name(scratch.name + "-old")
+    retired = scratch.with_suffix(".old" + _PARTIAL)
     try:
         scratch.chmod(0o755)  # mkdtemp's 0700 would survive the rename
         yield scratch
         if path.exists():
             path.rename(retired)
         scratch.rename(path)
-    except BaseException:
+    except BaseException as error:
+        if retired.exists() and not path.exists():
+            retired.rename(path)
         _remove(scratch)
+        if isinstance(error, OSError):  # the disk is full, say
+            raise CheckpointError(f"{path}: cannot be written: {error}") from error
         raise
     finally:
         shutil.rmtree(retired, ignore_errors=True)
