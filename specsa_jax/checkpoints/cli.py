@@ -29,8 +29,13 @@ def convert(
         list[str] | None, typer.Option(help="A size of the adapted layers, such as num_selected=32; repeatable.")
     ] = None,
     divergence_tokens: Annotated[
-        int, typer.Option(help="Compare an adapted model with the dense one on this many tokens; 0: do not.", min=0)
-    ] = 2048,
+        int | None,
+        typer.Option(
+            help="Compare an adapted model with the dense one on this many tokens; 0: do not. "
+            "None: twice what its selected blocks hold.",
+            min=0,
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="The source's config where no config.json lies beside it.")
     ] = None,
@@ -127,6 +132,8 @@ def _report(report: dict[str, Any], notes: Console) -> None:
     if (far := report["divergence"]) is not None:
         table.add_row("divergence from dense", f"KL {far['kl_mean']:.4f} nats a token (at most {far['kl_max']:.3f}), "
                       f"same first choice {far['top1_agreement']:.1%}")  # fmt: skip
+        if far["kl_beyond"] is not None:
+            table.add_row("  where blocks are chosen", f"KL {far['kl_beyond']:.4f} nats a token")
         table.add_row("loss dense, adapted", f"{far['loss_dense']:.4f}, {far['loss_adapted']:.4f} nats a token")
         table.add_row("  measured on", f"{far['tokens']:,} tokens of {far['text']}")
     for note in report["notes"]:
