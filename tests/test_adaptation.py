@@ -14,6 +14,7 @@ from test_conversion import TOKENS, logits, write
 
 from specsa_jax import checkpoints
 from specsa_jax.checkpoints import CheckpointError, convert
+from specsa_jax.checkpoints.formats import FORMATS
 from specsa_jax.cli import main
 
 SIZES = {"compress_block": 4, "compress_stride": 2, "select_block": 8, "num_selected": 4, "window": 6}
@@ -51,7 +52,8 @@ def test_adapted_model_starts_near_the_dense_one(tmp_path, case):
 
 def test_adaptation_refuses_sizes_that_do_not_fit(tmp_path):
     source = write(tmp_path / "source", "llama")
-    for options, message in (({"gate": 3}, "unknown option.*gate"), ({"num_selected": 1}, "num_selected: got 1")):
+    for options, message in (({"gate": 3}, "unknown option.*gate"), ({"num_selected": 1}, "num_selected: got 1"),
+                             ({"num_selected": 10**14}, "max_length = 256")):  # fmt: skip
         with pytest.raises(CheckpointError, match=message):
             convert(source, tmp_path / "nsa", adapt="nsa", adapt_options=options, tokenizer="ids")
     assert not (tmp_path / "nsa").exists()
@@ -187,6 +189,8 @@ def test_convert_and_inspect_on_the_command_line(tmp_path, specsa):
     report = json.loads(out.splitlines()[-1])
     assert code == 0 and report["from_format"] == "minicpm4" and report["dtypes"] == ["bfloat16"], err
     assert "minicpm4 → specsa" in err
+    described = specsa("convert", "--help")[1]
+    assert all(name in described for name in FORMATS)
     for directory, name in ((source, "minicpm4"), (tmp_path / "ours", "specsa")):
         code, out, err = specsa("inspect", directory, "--json", "--context", 100, "--batch", 2)
         seen = json.loads(out)
@@ -206,6 +210,7 @@ def test_inspect_lists_what_is_wrong(tmp_path, specsa):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(foreign.CONFIGS["fla"] | {"num_hidden_layers": 3}))
     code, out, err = specsa("inspect", source, "--config", config)
+    assert " 256 " in out and "4,096" not in out  # contexts up to max_length
     assert code == 1 and "missing model.layers.2.attn_norm.weight [32]" in out
     code, out, err = specsa("inspect", source, "--verify")
     assert code == 2 and "has no checksums" in err

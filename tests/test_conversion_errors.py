@@ -82,10 +82,11 @@ def test_config_that_contradicts_the_weights_is_told_by_their_shapes(tmp_path, r
 def test_one_error_lists_every_unsupported_setting(tmp_path, refused):
     source = write(tmp_path / "source", "llama")
     bad = {"attention_bias": True, "hidden_act": "gelu", "num_hidden_layers": None, "rms_norm_eps": "small",
-           "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}  # fmt: skip
+           "rope_theta": 10**400, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}  # fmt: skip
     text = refused(source, config=foreign.CONFIGS["llama"] | bad)
     for part in ("attention_bias: got True", "hidden_act: got 'gelu'", "num_hidden_layers: missing",
-                 "rms_norm_eps: got 'small'", "rope_scaling.rope_type: got 'dynamic'"):  # fmt: skip
+                 "rms_norm_eps: got 'small'", "rope_theta: got 1000",
+                 "rope_scaling.rope_type: got 'dynamic'"):  # fmt: skip
         assert part in text
 
 
@@ -127,7 +128,18 @@ def test_index_that_leads_outside_is_refused(tmp_path, refused):
     assert "outside its directory" in refused(source)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"weight_map": 3}', '{"weight_map": {}}'])
+def test_index_that_contradicts_the_shards_is_refused(tmp_path, refused):
+    index = shard(foreign.write_config(tmp_path / "source", "llama-nsa"), foreign.tensors("llama-nsa"))
+    where = json.loads(index.read_text())["weight_map"]
+    other = next(file for file in where.values() if file != where["model.norm.weight"])
+    index.write_text(json.dumps({"weight_map": where | {"model.norm.weight": other, "ghost": other}}))
+    text = refused(index)
+    assert f"names tensors where they are not: model.norm.weight in {other}, ghost in {other}" in text
+    index.write_text(f'{{"weight_map": {{"ghost": "a", "ghost": "{other}"}}}}')
+    assert "names ghost more than once" in refused(index.parent)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"weight_map": 3}', '{"weight_map": {}}', "[" * 100_000])
 def test_damaged_index_is_refused(tmp_path, refused, text):
     source = write(tmp_path / "source", "llama-nsa")
     (source / "model.safetensors.index.json").write_text(text)
@@ -241,7 +253,8 @@ def test_existing_target_stays_unless_overwritten(tmp_path):
         ({"tokenizer": None}, "tokenizer.json: missing; give one with --tokenizer FILE"),
         ({"tokenizer": "bytes"}, "'bytes' for a vocabulary of 50"),
         ({"tokenizer": "/no/such/file"}, "/no/such/file: not a tokenizer"),
-        ({"config": {"model_type": "gpt2"}, "from_format": None}, "vocab_size: missing"),
+        ({"config": {"model_type": "llama-nsa", "layers": 2}}, "vocab_size: missing"),
+        ({"config": foreign.CONFIGS["llama-nsa"] | {"eos_token_id": [2, 50]}}, "eos_token_id: got .2, 50., expected"),
     ],
 )
 def test_bad_options_are_named(tmp_path, refused, options, message):
@@ -270,6 +283,25 @@ def test_unknown_checkpoints_list_the_known_formats(tmp_path, refused):
     assert "expected an existing directory" in refused(tmp_path / "nowhere")
     (source / "notes.txt").write_text("")
     assert "expected .safetensors, .bin" in refused(source / "notes.txt")
+
+
+def test_models_with_the_keys_of_llama_are_not_taken_for_it(tmp_path, refused):
+    """Mistral's window and Granite's factors are in their configs alone."""
+    source = write(tmp_path / "source", "llama")
+    config = {
+        key: value for key, value in foreign.CONFIGS["llama"].items() if key not in ("model_type", "architectures")
+    }
+    for named in ({"model_type": "mistral"}, {"architectures": ["GraniteForCausalLM"]}):
+        assert "no known format; name the format with --from" in refused(source, config=config | named)
+    assert convert(source, tmp_path / "unnamed", config=config, tokenizer="ids").from_format == "llama"
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", [b'{"model_type": "\xff"}', b"[" * 100_000])
+def test_damaged_json_is_named(tmp_path, refused, file, content):
+    source = write(tmp_path / "source", "llama-nsa")
+    (source / file).write_bytes(content)
+    assert f"{file}: not readable JSON" in refused(source)
 
 
 def test_foreign_directories_that_do_not_fit_do_not_load(tmp_path):

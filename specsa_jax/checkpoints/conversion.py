@@ -147,12 +147,13 @@ def convert(
     opened.check()
     raw, rows = _expressed(opened, to_format)
     write_tokenizer(opened, tokenizer, None)  # refused before the weights are read
+    ends = end_tokens(opened)
     _check_room(target, opened)
     check_tied_head(opened)
     with store.replacing(target) as scratch:
         write_tokenizer(opened, tokenizer, None, scratch)
         written = _write_weights(opened, to_format, rows, scratch, progress)
-        metadata = {"end_tokens": end_tokens(opened), **_provenance(opened)}
+        metadata = {"end_tokens": ends, **_provenance(opened)}
         divergence = None
         if adapt and divergence_tokens != 0:
             from specsa_jax.checkpoints.adapt import divergence as measure

@@ -247,7 +247,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: got {type(value).__name__}, expected an object")
