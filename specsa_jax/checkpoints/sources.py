@@ -69,9 +69,7 @@ class SafetensorsSource:
 
     def _open(self, file: Path) -> None:
         try:
-            with safe_open(str(file), "np"):  # checks the header against the file's length
-                pass
-            with file.open("rb") as stream:
+            with file.open("rb") as stream, safe_open(str(file), "np"):  # which checks header and length
                 size = int.from_bytes(stream.read(8), "little")
                 header = json.loads(stream.read(size))
         except (SafetensorError, OSError, ValueError) as error:

@@ -302,12 +302,15 @@ def check_files(path: Path, files: Any, verify: bool) -> None:
     problems = []
     for name, entry in files.items():
         file = path / name
-        if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != entry["bytes"]:
-            problems.append(f"{name} has {file.stat().st_size} bytes, expected {entry['bytes']}")
-        elif verify and sha256(file) != entry["sha256"]:
-            problems.append(f"{name} is corrupt (SHA-256 differs)")
+        try:
+            if not file.is_file():
+                problems.append(f"{name} is missing")
+            elif file.stat().st_size != entry["bytes"]:
+                problems.append(f"{name} has {file.stat().st_size} bytes, expected {entry['bytes']}")
+            elif verify and sha256(file) != entry["sha256"]:
+                problems.append(f"{name} is corrupt (SHA-256 differs)")
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error.strerror}")
     if problems:
         raise CheckpointError(f"{path}: " + "; ".join(problems))
 
