@@ -401,3 +401,18 @@ def test_failure_in_the_middle_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", tokenizer="ids", progress=progress)
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+def test_target_that_appears_in_the_meantime_stays(tmp_path):
+    target = tmp_path / "out"
+
+    def progress(done, total, name):
+        target.mkdir(exist_ok=True)
+        (target / "config.json").write_text("another's")
+
+    with pytest.raises(CheckpointError, match="already exists"):
+        convert(
+            write(tmp_path / "source", "llama-nsa"), target, tokenizer="ids", to_format="llama-nsa", progress=progress
+        )
+    assert (target / "config.json").read_text() == "another's"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "source"]

@@ -150,7 +150,7 @@ def convert(
     ends = end_tokens(opened)
     _check_room(target, opened)
     check_tied_head(opened)
-    with store.replacing(target) as scratch:
+    with store.replacing(target, overwrite) as scratch:
         write_tokenizer(opened, tokenizer, None, scratch)
         written = _write_weights(opened, to_format, rows, scratch, progress)
         metadata = {"end_tokens": ends, **_provenance(opened)}

@@ -111,7 +111,7 @@ def save(
     path = Path(path)
     check_target(path, overwrite)
     fit(expected_params(config), named_leaves(params), where="params")
-    with replacing(path) as scratch:
+    with replacing(path, overwrite) as scratch:
         write_tree(scratch / "params", params)
         tokenizer.save(str(scratch / "tokenizer.json"))
         seal(scratch, config, metadata, card)
@@ -128,10 +128,10 @@ def check_target(path: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
     """A scratch directory beside ``path`` that takes its place at the end, unless something fails.
 
-    Raises CheckpointError where nothing can be written.
+    Raises CheckpointError where nothing can be written, and at the end as :func:`check_target`.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +142,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         scratch.chmod(0o755)  # mkdtemp's 0700 would survive the rename
         yield scratch
+        check_target(path, overwrite)  # somebody may have made it in the meantime
         if path.exists():
             path.rename(retired)
         scratch.rename(path)
