@@ -43,15 +43,20 @@ def write_tokenizer(
         made = byte_tokenizer() if kind == "bytes" else id_tokenizer(vocab)
         if scratch is not None:
             made.save(str(scratch / "tokenizer.json"))
+            _copy(opened.directory, scratch, "generation_config.json")  # its end tokens are ids, whoever spells them
         return made
     tokenizer = store.read_tokenizer(found if kind is None else Path(kind), vocab)
     if scratch is not None:
-        for name in TOKENIZER_FILES:
-            if (opened.directory / name).is_file():
-                shutil.copyfile(opened.directory / name, scratch / name)
+        _copy(opened.directory, scratch, *TOKENIZER_FILES)
         if kind is not None:
             shutil.copyfile(kind, scratch / "tokenizer.json")
     return tokenizer
+
+
+def _copy(source: Path, target: Path, *names: str) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def byte_tokenizer() -> Tokenizer:
