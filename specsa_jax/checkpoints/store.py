@@ -184,7 +184,7 @@ def load(name_or_path: str | os.PathLike[str], *, verify: bool = True, mesh: Mes
 
     Args:
       verify: compare every file's SHA-256 (about a second per GB); sizes are always compared.
-      mesh: restore straight onto its devices, every tensor split over the last axis where :func:`partition` can.
+      mesh: restore straight onto its devices, every tensor split over the mesh's last axis as ``trees.partition`` says.
 
     Raises CheckpointError: no such checkpoint, unknown schema, missing, truncated or corrupt files, or weights that
     do not fit the config (one error lists every missing, unexpected and mis-shaped tensor).
