@@ -290,6 +290,8 @@ class ModelConfig(_Config):
                  f"rope.factors: got {len(self.rope.factors)}, expected head_dim / 2 = {pairs}")  # fmt: skip
         for name in ("vocab_size", "hidden", "layers", "intermediate", "max_length"):
             _require(getattr(self, name) >= 1, f"ModelConfig.{name}: got {getattr(self, name)}, expected at least 1")
+        # Every layer is traced: a damaged number would take days to be found out.
+        _require(self.layers <= 4096, f"ModelConfig.layers: got {self.layers}, expected at most 4096")
         _require(self.norm_eps > 0, f"ModelConfig.norm_eps: got {self.norm_eps}, expected above 0")
 
     def to_json(self) -> str:

@@ -210,7 +210,10 @@ def test_prompts_begin_as_the_tokenizer_says(tmp_path):
 
 def test_byte_checkpoints_bring_their_own_tokenizer(tmp_path):
     source = write(tmp_path / "source", "nsa-byte")
+    (source / "generation_config.json").write_text('{"eos_token_id": 0}')
     convert(source, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "back")
+    assert checkpoints.load(tmp_path / "back").end_tokens == (0,)
     tokenizer = checkpoints.load(tmp_path / "ours").tokenizer
     text = "naïve\t\x00\r\n🐍 and so on"
     ids = tokenizer.encode(text).ids

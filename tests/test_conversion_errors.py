@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -83,10 +82,11 @@ def test_config_that_contradicts_the_weights_is_told_by_their_shapes(tmp_path, r
 def test_one_error_lists_every_unsupported_setting(tmp_path, refused):
     source = write(tmp_path / "source", "llama")
     bad = {"attention_bias": True, "hidden_act": "gelu", "num_hidden_layers": None, "rms_norm_eps": "small",
-           "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}  # fmt: skip
+           "rope_theta": 10**400, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}  # fmt: skip
     text = refused(source, config=foreign.CONFIGS["llama"] | bad)
     for part in ("attention_bias: got True", "hidden_act: got 'gelu'", "num_hidden_layers: missing",
-                 "rms_norm_eps: got 'small'", "rope_scaling.rope_type: got 'dynamic'"):  # fmt: skip
+                 "rms_norm_eps: got 'small'", "rope_theta: got 1000",
+                 "rope_scaling.rope_type: got 'dynamic'"):  # fmt: skip
         assert part in text
 
 
@@ -128,7 +128,18 @@ def test_index_that_leads_outside_is_refused(tmp_path, refused):
     assert "outside its directory" in refused(source)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"weight_map": 3}', '{"weight_map": {}}'])
+def test_index_that_contradicts_the_shards_is_refused(tmp_path, refused):
+    index = shard(foreign.write_config(tmp_path / "source", "llama-nsa"), foreign.tensors("llama-nsa"))
+    where = json.loads(index.read_text())["weight_map"]
+    other = next(file for file in where.values() if file != where["model.norm.weight"])
+    index.write_text(json.dumps({"weight_map": where | {"model.norm.weight": other, "ghost": other}}))
+    text = refused(index)
+    assert f"names tensors where they are not: model.norm.weight in {other}, ghost in {other}" in text
+    index.write_text(f'{{"weight_map": {{"ghost": "a", "ghost": "{other}"}}}}')
+    assert "names ghost more than once" in refused(index.parent)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"weight_map": 3}', '{"weight_map": {}}', "[" * 100_000])
 def test_damaged_index_is_refused(tmp_path, refused, text):
     source = write(tmp_path / "source", "llama-nsa")
     (source / "model.safetensors.index.json").write_text(text)
@@ -242,7 +253,8 @@ def test_existing_target_stays_unless_overwritten(tmp_path):
         ({"tokenizer": None}, "tokenizer.json: missing; give one with --tokenizer FILE"),
         ({"tokenizer": "bytes"}, "'bytes' for a vocabulary of 50"),
         ({"tokenizer": "/no/such/file"}, "/no/such/file: not a tokenizer"),
-        ({"config": {"model_type": "gpt2"}, "from_format": None}, "vocab_size: missing"),
+        ({"config": {"model_type": "llama-nsa", "layers": 2}}, "vocab_size: missing"),
+        ({"config": foreign.CONFIGS["llama-nsa"] | {"eos_token_id": [2, 50]}}, "eos_token_id: got .2, 50., expected"),
     ],
 )
 def test_bad_options_are_named(tmp_path, refused, options, message):
@@ -273,6 +285,25 @@ def test_unknown_checkpoints_list_the_known_formats(tmp_path, refused):
     assert "expected .safetensors, .bin" in refused(source / "notes.txt")
 
 
+def test_models_with_the_keys_of_llama_are_not_taken_for_it(tmp_path, refused):
+    """Mistral's window and Granite's factors are in their configs alone."""
+    source = write(tmp_path / "source", "llama")
+    config = {
+        key: value for key, value in foreign.CONFIGS["llama"].items() if key not in ("model_type", "architectures")
+    }
+    for named in ({"model_type": "mistral"}, {"architectures": ["GraniteForCausalLM"]}):
+        assert "no known format; name the format with --from" in refused(source, config=config | named)
+    assert convert(source, tmp_path / "unnamed", config=config, tokenizer="ids").from_format == "llama"
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", [b'{"model_type": "\xff"}', b"[" * 100_000])
+def test_damaged_json_is_named(tmp_path, refused, file, content):
+    source = write(tmp_path / "source", "llama-nsa")
+    (source / file).write_bytes(content)
+    assert f"{file}: not readable JSON" in refused(source)
+
+
 def test_foreign_directories_that_do_not_fit_do_not_load(tmp_path):
     source = write(tmp_path / "source", "llama-nsa")
     config = json.loads((source / "config.json").read_text())
@@ -283,36 +314,81 @@ def test_foreign_directories_that_do_not_fit_do_not_load(tmp_path):
 
 # --- interruption ----------------------------------------------------------------------------------------------------
 
-SLOW = """
-import sys, time
+KILLED = """
+import os, pathlib, signal, sys
 from specsa_jax.checkpoints import convert
-def progress(done, total, name):
-    print(done, flush=True)
-    time.sleep(0.05)
-convert(sys.argv[1], sys.argv[2], to_format=sys.argv[3], tokenizer="ids", progress=progress)
-print("whole", flush=True)
+def kill(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+if sys.argv[4] == "rename":
+    pathlib.Path.rename = kill
+convert(sys.argv[1], sys.argv[2], to_format=sys.argv[3], tokenizer="ids",
+        progress=lambda done, total, name: done == 9 and sys.argv[4] == "tensor" and kill())
 """
 
 
-@pytest.mark.parametrize("target, format_", [("ours", "specsa"), ("theirs", "llama-nsa")])
-def test_killed_conversion_leaves_no_directory_that_loads(tmp_path, target, format_):
+@pytest.mark.parametrize("format_, moment", [("specsa", "tensor"), ("llama-nsa", "rename")])
+def test_killed_conversion_leaves_no_directory_that_loads(tmp_path, format_, moment):
     source = write(tmp_path / "source", "llama-nsa")
     out = tmp_path / "out"
     out.mkdir()
-    command = [sys.executable, "-c", SLOW, source, out / target, format_]
+    command = [sys.executable, "-c", KILLED, source, out / "target", format_, moment]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as run:
-        assert run.stdout is not None
-        while run.stdout.readline() != b"9\n":
-            assert run.poll() is None
-        time.sleep(0.02)
-        run.send_signal(signal.SIGKILL)
-    assert not (out / target).exists()
-    for directory in out.iterdir():  # the scratch directory, hidden
-        with pytest.raises(CheckpointError):
-            checkpoints.load(directory)
-    convert(source, out / target, to_format=format_, tokenizer="ids")  # and it is in nobody's way
-    checkpoints.load(out / target)
+    assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
+    (left,) = out.iterdir()  # the scratch directory, hidden
+    assert (left / "config.json").exists() == (moment == "rename")
+    with pytest.raises(CheckpointError):
+        checkpoints.load(left)
+    convert(source, out / "target", to_format=format_, tokenizer="ids")  # and it is in nobody's way
+    checkpoints.load(out / "target")
+
+
+@pytest.mark.parametrize("format_", ["specsa", "llama-nsa"])
+def test_no_step_of_a_conversion_leaves_a_directory_that_loads(tmp_path, format_, monkeypatch):
+    """Before every file that is written and every rename, with and without a target to replace."""
+    source = write(tmp_path / "source", "llama-nsa")
+    out = tmp_path / "out"
+    steps = []
+
+    def checked(name):
+        step = getattr(Path, name)
+
+        def run(path, *arguments, **options):
+            if out in path.parents:
+                steps.append(name)
+                for directory in (d for d in out.rglob("*") if d.is_dir() and out / "target" not in (d, *d.parents)):
+                    with pytest.raises(CheckpointError):
+                        checkpoints.load(directory)
+            return step(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, name, run)
+
+    for name in ("write_text", "rename"):
+        checked(name)
+    convert(source, out / "target", to_format=format_, tokenizer="ids")
+    assert steps[-2:] == ["write_text", "rename"]
+    convert(source, out / "target", to_format=format_, tokenizer="ids", overwrite=True)
+    assert steps[-3:] == ["write_text", "rename", "rename"]
+    checkpoints.load(out / "target")
+    with pytest.raises(CheckpointError, match="not finished"):
+        convert(source, out / ".mine.partial", tokenizer="ids")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_failed_overwrite_leaves_what_was_there(tmp_path, error, monkeypatch):
+    source = write(tmp_path / "source", "llama-nsa")
+    convert(source, tmp_path / "out", to_format="llama-nsa", tokenizer="ids")
+    rename = Path.rename
+
+    def fail(path, to):
+        if path.name.endswith(".partial") and not path.name.endswith(".old.partial"):
+            raise error
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises((KeyboardInterrupt, CheckpointError), match="cannot be written: .*No space|^$"):
+        convert(source, tmp_path / "out", to_format="llama-nsa", tokenizer="ids", overwrite=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "source"]
+    checkpoints.load(tmp_path / "out")
 
 
 def test_failure_in_the_middle_leaves_nothing(tmp_path):
@@ -325,3 +401,18 @@ def test_failure_in_the_middle_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", tokenizer="ids", progress=progress)
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+def test_target_that_appears_in_the_meantime_stays(tmp_path):
+    target = tmp_path / "out"
+
+    def progress(done, total, name):
+        target.mkdir(exist_ok=True)
+        (target / "config.json").write_text("another's")
+
+    with pytest.raises(CheckpointError, match="already exists"):
+        convert(
+            write(tmp_path / "source", "llama-nsa"), target, tokenizer="ids", to_format="llama-nsa", progress=progress
+        )
+    assert (target / "config.json").read_text() == "another's"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "source"]

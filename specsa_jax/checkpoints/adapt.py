@@ -21,7 +21,7 @@ _TEXT = "argparse.py"
 _ROWS = 128  # positions whose logits are compared at a time
 
 
-def divergence(params_dir: Path, config: ModelConfig, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
+def divergence(params_dir: Path, config: ModelConfig, tokenizer: Tokenizer, length: int | None) -> dict[str, Any]:
     """Compares the next-token distributions of an adapted model with the dense model's, on one text.
 
     The dense model is the same parameters below ``dense_len``. Everything is computed in float32.
@@ -29,12 +29,14 @@ def divergence(params_dir: Path, config: ModelConfig, tokenizer: Tokenizer, leng
     Args:
       params_dir: the parameters on disk.
       length: of the text, in tokens; at most the model's ``max_length``. Beyond ``num_selected · select_block``
-        tokens the adapted model no longer sees all of the past.
+        tokens the adapted model no longer sees all of the past: None is twice as many.
 
-    Returns ``kl_mean`` and ``kl_max`` (KL of the adapted from the dense distribution, nats), ``top1_agreement``, the
-    losses of both in nats a token, ``tokens``, and ``text``.
+    Returns ``kl_mean`` and ``kl_max`` (KL of the adapted from the dense distribution, nats), ``kl_beyond`` (the mean
+    where not all of the past is seen; None in a shorter text), ``top1_agreement``, the losses of both in nats a token,
+    ``tokens``, and ``text``.
     """
-    length = min(length, config.max_length)
+    sees_all = config.nsa.num_selected * config.nsa.select_block
+    length = min(2 * sees_all if length is None else length, config.max_length)
     tokens, text = _tokens(tokenizer, config.vocab_size, length)
     params = store.read_tree(params_dir, store.expected_params(config))
     dense = dataclasses.replace(config, nsa=dataclasses.replace(config.nsa, dense_len=length + 1))
@@ -50,7 +52,8 @@ def divergence(params_dir: Path, config: ModelConfig, tokenizer: Tokenizer, leng
         for index, law in enumerate((p, q)):
             losses[index, start : start + len(following)] = -law[np.arange(len(following)), following]
     return {
-        "kl_mean": float(kl.mean()), "kl_max": float(kl.max()), "top1_agreement": float(agree.mean()),
+        "kl_mean": float(kl.mean()), "kl_max": float(kl.max()),
+        "kl_beyond": float(kl[sees_all:].mean()) if length > sees_all else None, "top1_agreement": float(agree.mean()),
         "loss_dense": float(losses[0, :-1].mean()), "loss_adapted": float(losses[1, :-1].mean()),
         "tokens": length, "text": text,
     }  # fmt: skip

@@ -15,22 +15,34 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+# As in formats.FORMATS, which would take seconds to import for a help text.
+_FORMATS = "specsa, llama-nsa, nsa-byte, fla, toy-nsa-llama, flash-sparse-attention, minicpm4, llama, qwen3"
+
+
 def convert(
     source: Annotated[
         str, typer.Argument(help="Directory or file of safetensors, .bin, .pt (weights only), or our own.")
     ],
     target: Annotated[Path, typer.Argument(help="The directory to create.")],
-    from_format: Annotated[str, typer.Option("--from", help="The source's format; recognised if not given.")] = "",
+    from_format: Annotated[
+        str, typer.Option("--from", help=f"The source's format; recognised if not given. One of {_FORMATS}.")
+    ] = "",
     to_format: Annotated[
-        str, typer.Option("--to", help="The target's format; 'specsa', or back to where a source of ours came from.")
+        str,
+        typer.Option("--to", help="The target's format. Default: 'specsa', or where a source of ours came from."),
     ] = "",
     adapt: Annotated[str, typer.Option(help="'nsa': make an NSA model of a dense Llama or Qwen3.")] = "",
     adapt_option: Annotated[
         list[str] | None, typer.Option(help="A size of the adapted layers, such as num_selected=32; repeatable.")
     ] = None,
     divergence_tokens: Annotated[
-        int, typer.Option(help="Compare an adapted model with the dense one on this many tokens; 0: do not.", min=0)
-    ] = 2048,
+        int | None,
+        typer.Option(
+            help="Compare an adapted model with the dense one on this many tokens; 0: do not. "
+            "None: twice what its selected blocks hold.",
+            min=0,
+        ),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="The source's config where no config.json lies beside it.")
     ] = None,
@@ -71,9 +83,13 @@ def convert(
 
 def inspect(
     path: Annotated[str, typer.Argument(help="A checkpoint of any known format: a directory, a file, or 'embedded'.")],
-    from_format: Annotated[str, typer.Option("--from", help="Its format; recognised if not given.")] = "",
+    from_format: Annotated[
+        str, typer.Option("--from", help=f"Its format; recognised if not given. One of {_FORMATS}.")
+    ] = "",
     config: Annotated[Path | None, typer.Option(help="Its config where no config.json lies beside it.")] = None,
-    context: Annotated[list[int] | None, typer.Option(help="Context lengths to plan for; repeatable.", min=1)] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(help="Context lengths to plan for; repeatable. None: up to max_length.", min=1)
+    ] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes to plan for; repeatable.", min=1)] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every file with its checksum.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
@@ -92,7 +108,7 @@ def inspect(
 
         with notes.status("comparing checksums" if verify else "reading"):
             report = inspection.inspect(
-                path, from_format=from_format or None, config=config, contexts=context or inspection.CONTEXTS,
+                path, from_format=from_format or None, config=config, contexts=context,
                 batches=batch or inspection.BATCHES, verify=verify,
             )  # fmt: skip
         if json_output:
@@ -127,6 +143,8 @@ def _report(report: dict[str, Any], notes: Console) -> None:
     if (far := report["divergence"]) is not None:
         table.add_row("divergence from dense", f"KL {far['kl_mean']:.4f} nats a token (at most {far['kl_max']:.3f}), "
                       f"same first choice {far['top1_agreement']:.1%}")  # fmt: skip
+        if far["kl_beyond"] is not None:
+            table.add_row("  where blocks are chosen", f"KL {far['kl_beyond']:.4f} nats a token")
         table.add_row("loss dense, adapted", f"{far['loss_dense']:.4f}, {far['loss_adapted']:.4f} nats a token")
         table.add_row("  measured on", f"{far['tokens']:,} tokens of {far['text']}")
     for note in report["notes"]:
@@ -151,7 +169,7 @@ def _inspected(report: dict[str, Any], out: Console) -> None:
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in report["dtypes"].items())
     table.add_row("weights", f"{report['weight_bytes'] / 2**20:,.1f} MiB ({dtypes})")
     if source := report["source"]:
-        table.add_row("converted from", f"{source.get('format')}, fingerprint {source.get('fingerprint', '')[:16]}")
+        table.add_row("converted from", f"{source.get('format')}, fingerprint {str(source.get('fingerprint'))[:16]}")
     for note in report["notes"]:
         table.add_row("note", note)
     if report["verified"] is not None:

@@ -108,7 +108,7 @@ def convert(
     to_format: str | None = None,
     adapt: str | None = None,
     adapt_options: Mapping[str, int] | None = None,
-    divergence_tokens: int = 2048,
+    divergence_tokens: int | None = None,
     config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -126,7 +126,8 @@ def convert(
       to_format: the same; None: "specsa", or where the source is that, the format that it came from.
       adapt: "nsa" makes an NSA model of a dense one.
       adapt_options: sizes of its NSAConfig, such as ``{"window": 512, "num_selected": 16}``.
-      divergence_tokens: length of the text on which an adapted model is compared with the dense one; 0: not compared.
+      divergence_tokens: length of the text on which an adapted model is compared with the dense one; 0: not compared;
+        None: twice what its selected blocks hold.
       config: the source's config where it is not in ``config.json`` beside the weights: values, or a JSON file.
       tokenizer: a ``tokenizer.json`` where there is none beside the weights; "bytes" (256 tokens), or "ids" for one
         that reads and writes token ids.
@@ -146,14 +147,15 @@ def convert(
     opened.check()
     raw, rows = _expressed(opened, to_format)
     write_tokenizer(opened, tokenizer, None)  # refused before the weights are read
+    ends = end_tokens(opened)
     _check_room(target, opened)
     check_tied_head(opened)
-    with store.replacing(target) as scratch:
+    with store.replacing(target, overwrite) as scratch:
         write_tokenizer(opened, tokenizer, None, scratch)
         written = _write_weights(opened, to_format, rows, scratch, progress)
-        metadata = {"end_tokens": end_tokens(opened), **_provenance(opened)}
+        metadata = {"end_tokens": ends, **_provenance(opened)}
         divergence = None
-        if adapt and divergence_tokens:
+        if adapt and divergence_tokens != 0:
             from specsa_jax.checkpoints.adapt import divergence as measure
 
             text = Tokenizer.from_file(str(scratch / "tokenizer.json"))

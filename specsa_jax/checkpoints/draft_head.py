@@ -111,7 +111,7 @@ def save(path: str | os.PathLike[str], head: DraftHead, *, overwrite: bool = Fal
     path = Path(path)
     store.check_target(path, overwrite)
     store.fit(expected_params(head.config), store.named_leaves(head.params), where="params")
-    with store.replacing(path) as scratch:
+    with store.replacing(path, overwrite) as scratch:
         store.write_tree(scratch / "params", head.params)
         (scratch / "metadata.json").write_text(json.dumps(head.metadata, indent=2) + "\n", encoding="utf-8")
         checked = sorted(p for p in (scratch / "params").rglob("*") if p.is_file())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -25,11 +24,14 @@ def inspect(
     *,
     from_format: str | None = None,
     config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
-    contexts: Sequence[int] = CONTEXTS,
+    contexts: Sequence[int] | None = None,
     batches: Sequence[int] = BATCHES,
     verify: bool = False,
 ) -> dict[str, Any]:
     """A report on a checkpoint of any known format, as JSON-ready values.
+
+    Memory is planned for ``contexts`` (None: those of CONTEXTS that the model takes, or its ``max_length``) and
+    ``batches``.
 
     Keys: ``format``, ``model`` (the config as understood), ``switches`` (NSAConfig's fields that differ from their
     defaults), ``kernels`` (None, or why the GPU kernels do not take it), ``parts`` (parameters by part),
@@ -44,6 +46,7 @@ def inspect(
     weight_bytes = sum(math.prod(info.shape) * _itemsize(info.dtype) for info in infos.values())
     shapes = {name: x.shape for name, x in store.named_leaves(store.expected_params(model)).items()}
     defaults = NSAConfig()
+    contexts = contexts or [c for c in CONTEXTS if c <= model.max_length] or [model.max_length]
     record = _record(opened)
     return {
         "path": str(opened.path),
@@ -62,7 +65,7 @@ def inspect(
         "weight_bytes": weight_bytes,
         "problems": opened.problems,
         "memory": [_memory(model, weight_bytes, context, batch) for context in contexts for batch in batches],
-        "source": record.get("source"),
+        "source": record["source"] if isinstance(record.get("source"), dict) else None,
         "notes": [] if opened.format is None else list(opened.format.notes),
         "verified": _verify(opened, record) if verify else None,
     }
@@ -113,11 +116,8 @@ def _record(opened: opening.Opened) -> dict[str, Any]:
     """What a conversion left: this project's metadata, or ``conversion.json`` beside foreign weights."""
     if opened.format is None:
         return opened.metadata
-    try:
-        record = json.loads((opened.directory / "conversion.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    file = opened.directory / "conversion.json"
+    return store.read_json(file) if file.exists() else {}
 
 
 def _verify(opened: opening.Opened, record: Mapping[str, Any]) -> int:

@@ -109,6 +109,7 @@ def open_checkpoint(
     if not str(path) or not Path(path).exists():  # '' would be the working directory
         path = store.resolve(path)
     path = Path(path)
+    store.refuse_partial(path)
     directory = path if path.is_dir() else path.parent
     if (path / "_METADATA").is_file() and from_format in (None, OURS):
         return _open_tree(path, config)
@@ -143,7 +144,7 @@ def is_ours(directory: Path) -> bool:
     """Whether a directory is one of this project's checkpoints (perhaps a damaged one)."""
     try:
         top = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return (directory / "params").is_dir()
     return isinstance(top, dict) and "schema" in top
 
@@ -186,7 +187,9 @@ def _raw_config(directory: Path, source: sources.Source, given: Any) -> dict[str
 def _recognise(path: Path, raw: dict[str, Any], shapes: Mapping[str, Any], named: str | None) -> Format:
     if named is not None:
         return FORMATS[named]
-    found = [f for f in FORMATS.values() if f.says(raw)] or [f for f in FORMATS.values() if f.has_keys(shapes)]
+    found = [f for f in FORMATS.values() if f.says(raw)]
+    if not found and not raw.get("model_type") and not raw.get("architectures"):
+        found = [f for f in FORMATS.values() if f.has_keys(shapes)]  # many other models have Llama's keys
     if len(found) == 1:
         return found[0]
     said = f"model_type {raw.get('model_type')!r}, architectures {raw.get('architectures')!r}"

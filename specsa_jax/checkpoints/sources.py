@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 from pathlib import Path
@@ -68,9 +69,7 @@ class SafetensorsSource:
 
     def _open(self, file: Path) -> None:
         try:
-            with safe_open(str(file), "np"):  # checks the header against the file's length
-                pass
-            with file.open("rb") as stream:
+            with file.open("rb") as stream, safe_open(str(file), "np"):  # which checks header and length
                 size = int.from_bytes(stream.read(8), "little")
                 header = json.loads(stream.read(size))
         except (SafetensorError, OSError, ValueError) as error:
@@ -83,6 +82,10 @@ class SafetensorsSource:
             dtype = DTYPES.get(entry["dtype"])
             self.infos[name] = Info(tuple(entry["shape"]), entry["dtype"] if dtype is None else dtype.name)
             self._at[name] = (file, 8 + size + entry["data_offsets"][0])
+
+    def holds(self, name: str, file: str) -> bool:
+        """Whether the tensor is in the file of that name."""
+        return name in self._at and self._at[name][0].name == file
 
     def read(self, name: str) -> np.ndarray:
         # Not mapped: pages of a mapped file stay in the process's memory while it reads on.
@@ -118,6 +121,10 @@ class TorchSource:
                 self._in[name] = opened
                 self.infos[name] = Info(tensor.shape, tensor.dtype.name)
 
+    def holds(self, name: str, file: str) -> bool:
+        """Whether the tensor is in the file of that name."""
+        return name in self._in and self._in[name].path.name == file
+
     def read(self, name: str) -> np.ndarray:
         try:
             return self._in[name].read(name)
@@ -141,21 +148,32 @@ class OrbaxSource:
 
 def open_weights(path: Path) -> Source:
     """The tensors of a file or directory of safetensors or PyTorch files. Raises CheckpointError."""
-    files = weight_files(path)
+    if (index := _index(path)) is None:
+        return _source(_weight_files(path))
+    names = _indexed(index)
+    source = _source(sorted({index.with_name(shard) for shard in names.values()}))
+    if wrong := [f"{name} in {shard}" for name, shard in names.items() if not source.holds(name, shard)]:
+        raise CheckpointError(f"{index}: names tensors where they are not: {', '.join(wrong)}")
+    return source
+
+
+def _source(files: list[Path]) -> SafetensorsSource | TorchSource:
     return SafetensorsSource(files) if files[0].suffix == ".safetensors" else TorchSource(files)
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The files that hold the weights. Raises CheckpointError: there are none, or an index names absent ones."""
+def _index(path: Path) -> Path | None:
+    """The index of shards that ``path`` is, or has."""
     if path.is_file():
-        if path.name.endswith(".index.json"):
-            return _indexed(path)
+        return path if path.name.endswith(".index.json") else None
+    return next((path / name for name in (INDEX, "pytorch_model.bin.index.json") if (path / name).is_file()), None)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights, where there is no index. Raises CheckpointError: there are none."""
+    if path.is_file():
         if path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
             return [path]
         raise CheckpointError(f"{path}: expected .safetensors, .bin, .pt, .pth, an index of shards, or a directory")
-    for index in (path / INDEX, path / "pytorch_model.bin.index.json"):
-        if index.is_file():
-            return _indexed(index)
     for pattern in ("*.safetensors", "pytorch_model*.bin", "*.bin", "*.pt", "*.pth"):
         found = sorted(file for file in path.glob(pattern) if file.name != "training_args.bin")
         preferred = [file for file in found if file.name in ("model.safetensors", "pytorch_model.bin", "model.pt")]
@@ -165,17 +183,25 @@ def weight_files(path: Path) -> list[Path]:
     raise CheckpointError(f"{path}: holds no weights (safetensors, .bin, .pt, or a checkpoint of this project){config}")
 
 
-def _indexed(index: Path) -> list[Path]:
+def _indexed(index: Path) -> dict[str, str]:
+    """The shard of each tensor. Raises CheckpointError."""
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        names = sorted({str(name) for name in names})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not an index of shards: {error!r}") from error
-    if not names:
+        text = index.read_text(encoding="utf-8")
+        names = {name: str(shard) for name, shard in json.loads(text, object_pairs_hook=_once)["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: not an index of shards: {type(error).__name__}: {error}") from error
+    shards = sorted(set(names.values()))
+    if not shards:
         raise CheckpointError(f"{index}: names no shard")
-    if outside := [name for name in names if Path(name).name != name]:
+    if outside := [shard for shard in shards if Path(shard).name != shard]:
         raise CheckpointError(f"{index}: names files outside its directory: {', '.join(outside)}")
-    files = [index.with_name(name) for name in names]
-    if absent := [file.name for file in files if not file.is_file()]:
+    if absent := [shard for shard in shards if not index.with_name(shard).is_file()]:
         raise CheckpointError(f"{index}: names shards that are absent: {', '.join(absent)}")
-    return files
+    return names
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which Python's reader would keep the last of two equal keys. Raises ValueError."""
+    if twice := sorted(name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1):
+        raise ValueError(f"names {', '.join(twice)} more than once")
+    return dict(pairs)

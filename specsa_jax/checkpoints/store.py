@@ -33,6 +33,9 @@ from specsa_jax.config import ConfigError, ModelConfig
 
 SCHEMA = 1
 _PACKAGED = Path(__file__).parent
+# Ends the name of a directory that is being written. Nothing below such a name is read, so that the rename that gives
+# a directory its own name is what makes it a checkpoint: a writer killed at any moment leaves none.
+_PARTIAL = ".partial"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,7 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     if not isinstance(name_or_path, str | os.PathLike):
         raise CheckpointError(f"checkpoint: got {name_or_path!r}, expected a path or a packaged name")
     path = Path(name_or_path)
+    refuse_partial(path)
     packaged = {p.parent.name: p.parent for p in sorted(_PACKAGED.glob("*/config.json"))}
     if str(name_or_path) in packaged:
         return packaged[str(name_or_path)]
@@ -71,6 +75,15 @@ def resolve(name_or_path: str | os.PathLike[str]) -> Path:
     raise CheckpointError(
         f"checkpoint: got {str(name_or_path)!r}, expected an existing directory or a packaged name ({names})"
     )
+
+
+def refuse_partial(path: Path) -> None:
+    """Raises CheckpointError where ``path`` is, or lies in, a directory that :func:`replacing` has not finished."""
+    if any(part.startswith(".") and part.endswith(_PARTIAL) for part in path.resolve().parts):
+        raise CheckpointError(
+            f"{path}: got a directory that was not finished (.NAME-…{_PARTIAL}), expected a checkpoint; "
+            "delete it unless something is still writing it"
+        )
 
 
 def save(
@@ -98,7 +111,7 @@ def save(
     path = Path(path)
     check_target(path, overwrite)
     fit(expected_params(config), named_leaves(params), where="params")
-    with replacing(path) as scratch:
+    with replacing(path, overwrite) as scratch:
         write_tree(scratch / "params", params)
         tokenizer.save(str(scratch / "tokenizer.json"))
         seal(scratch, config, metadata, card)
@@ -107,6 +120,7 @@ def save(
 
 def check_target(path: Path, overwrite: bool) -> None:
     """Raises CheckpointError if ``path`` exists and is not to be overwritten, or is no checkpoint."""
+    refuse_partial(path)
     if (path.exists() or path.is_symlink()) and not overwrite:
         raise CheckpointError(f"{path}: already exists; choose another directory, or overwrite it")
     if path.exists() and not (path / "config.json").exists():
@@ -114,25 +128,30 @@ def check_target(path: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, overwrite: bool) -> Iterator[Path]:
     """A scratch directory beside ``path`` that takes its place at the end, unless something fails.
 
-    Raises CheckpointError where nothing can be written.
+    Raises CheckpointError where nothing can be written, and at the end as :func:`check_target`.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=_PARTIAL, dir=path.parent))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror}") from error
-    retired = scratch.with_name(scratch.name + "-old")
+    retired = scratch.with_suffix(".old" + _PARTIAL)
     try:
         scratch.chmod(0o755)  # mkdtemp's 0700 would survive the rename
         yield scratch
+        check_target(path, overwrite)  # somebody may have made it in the meantime
         if path.exists():
             path.rename(retired)
         scratch.rename(path)
-    except BaseException:
+    except BaseException as error:
+        if retired.exists() and not path.exists():
+            retired.rename(path)
         _remove(scratch)
+        if isinstance(error, OSError):  # the disk is full, say
+            raise CheckpointError(f"{path}: cannot be written: {error}") from error
         raise
     finally:
         shutil.rmtree(retired, ignore_errors=True)
@@ -165,7 +184,7 @@ def load(name_or_path: str | os.PathLike[str], *, verify: bool = True, mesh: Mes
 
     Args:
       verify: compare every file's SHA-256 (about a second per GB); sizes are always compared.
-      mesh: restore straight onto its devices, every tensor split over the last axis where :func:`partition` can.
+      mesh: restore straight onto its devices, every tensor split over the mesh's last axis as ``trees.partition`` says.
 
     Raises CheckpointError: no such checkpoint, unknown schema, missing, truncated or corrupt files, or weights that
     do not fit the config (one error lists every missing, unexpected and mis-shaped tensor).
@@ -229,7 +248,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: got {type(value).__name__}, expected an object")
@@ -284,12 +303,15 @@ def check_files(path: Path, files: Any, verify: bool) -> None:
     problems = []
     for name, entry in files.items():
         file = path / name
-        if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != entry["bytes"]:
-            problems.append(f"{name} has {file.stat().st_size} bytes, expected {entry['bytes']}")
-        elif verify and sha256(file) != entry["sha256"]:
-            problems.append(f"{name} is corrupt (SHA-256 differs)")
+        try:
+            if not file.is_file():
+                problems.append(f"{name} is missing")
+            elif file.stat().st_size != entry["bytes"]:
+                problems.append(f"{name} has {file.stat().st_size} bytes, expected {entry['bytes']}")
+            elif verify and sha256(file) != entry["sha256"]:
+                problems.append(f"{name} is corrupt (SHA-256 differs)")
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error.strerror}")
     if problems:
         raise CheckpointError(f"{path}: " + "; ".join(problems))
 

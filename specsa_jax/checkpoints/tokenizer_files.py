@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -44,15 +43,20 @@ def write_tokenizer(
         made = byte_tokenizer() if kind == "bytes" else id_tokenizer(vocab)
         if scratch is not None:
             made.save(str(scratch / "tokenizer.json"))
+            _copy(opened.directory, scratch, "generation_config.json")  # its end tokens are ids, whoever spells them
         return made
     tokenizer = store.read_tokenizer(found if kind is None else Path(kind), vocab)
     if scratch is not None:
-        for name in TOKENIZER_FILES:
-            if (opened.directory / name).is_file():
-                shutil.copyfile(opened.directory / name, scratch / name)
+        _copy(opened.directory, scratch, *TOKENIZER_FILES)
         if kind is not None:
             shutil.copyfile(kind, scratch / "tokenizer.json")
     return tokenizer
+
+
+def _copy(source: Path, target: Path, *names: str) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -74,17 +78,20 @@ def id_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def end_tokens(opened: Opened) -> tuple[int, ...] | None:
-    """Ids that end a text: ``eos_token_id`` of ``generation_config.json`` or the config; None where neither says."""
+    """Ids that end a text: ``eos_token_id`` of ``generation_config.json`` or the config; None where neither says.
+
+    Raises CheckpointError for what are no ids of the vocabulary: dropped, they would let texts go on and on.
+    """
     if opened.format is None:
         return store.end_tokens_of(opened.metadata)
-    generation: Any = {}
-    try:
-        generation = json.loads((opened.directory / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        pass
-    for config in (generation, opened.raw):
-        ids = config.get("eos_token_id") if isinstance(config, dict) else None
-        ids = [ids] if isinstance(ids, int) else ids
-        if isinstance(ids, list) and ids and all(isinstance(i, int) and 0 <= i < opened.model.vocab_size for i in ids):
-            return tuple(ids)
+    file = opened.directory / "generation_config.json"
+    vocab = opened.model.vocab_size
+    for where, config in ((file, store.read_json(file) if file.exists() else {}), (opened.path, opened.raw)):
+        if (ids := config.get("eos_token_id")) is None:
+            continue
+        found = ids if isinstance(ids, list) else [ids]
+        if not all(type(i) is int and 0 <= i < vocab for i in found):
+            raise CheckpointError(f"{where}: eos_token_id: got {ids!r:.80}, expected ids below vocab_size = {vocab}")
+        if found:
+            return tuple(found)
     return None

@@ -110,7 +110,7 @@ def read_tree(path: Path, like: Any, mesh: Mesh | None = None) -> Any:
     own part. Raises CheckpointError.
     """
     with _told(path, "read"), _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        saved = checkpointer.metadata(path.absolute()).item_metadata.tree
+        saved = _saved(checkpointer, path)
         fit(like, named_leaves(saved), where=str(path))
         args = {n: _restore_args(n, x, mesh) for n, x in named_leaves(saved).items()}
         as_asked = jax.tree.unflatten(jax.tree.structure(saved), [args[n] for n in named_leaves(saved)])
@@ -120,6 +120,14 @@ def read_tree(path: Path, like: Any, mesh: Mesh | None = None) -> Any:
     for name in leaves:  # one by one, so that NumPy's copy of each goes before the next is made
         leaves[name] = jnp.asarray(leaves[name])
     return fit(like, leaves, where=str(path))
+
+
+def _saved(checkpointer: ocp.Checkpointer, path: Path) -> Any:
+    """Orbax's metadata of every leaf. Raises CheckpointError."""
+    item = checkpointer.metadata(path.absolute()).item_metadata
+    if item is None:  # Orbax has logged why, and _quiet has swallowed it
+        raise CheckpointError(f"{path}: cannot be read: damaged, or no parameters of this project's (an Orbax tree)")
+    return item.tree
 
 
 def _restore_args(name: str, leaf: Any, mesh: Mesh | None) -> ocp.RestoreArgs:
@@ -153,7 +161,7 @@ class TreeReader:
     def __init__(self, path: Path):
         self.path = path
         with _told(path, "read"), _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            saved = checkpointer.metadata(path.absolute()).item_metadata.tree
+            saved = _saved(checkpointer, path)
             self.leaves = {n: (tuple(x.shape), np.dtype(x.dtype)) for n, x in named_leaves(saved).items()}
 
     def read(self, name: str) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -130,8 +131,8 @@ class Fields:
         value = self._get(name, default)
         if value is _MISSING:
             return 1.0
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            self.problems.append(f"{name}: got {value!r}, expected a number above 0")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
+            self.problems.append(f"{name}: got {value!r:.80}, expected a number above 0")
             return 1.0
         return float(value)
 
@@ -153,7 +154,7 @@ class Fields:
     def finish(self) -> None:
         """Raises ConfigError with every problem."""
         if self.problems:
-            raise ConfigError("; ".join(self.problems))
+            raise ConfigError("; ".join(dict.fromkeys(self.problems)))  # some fields are read twice
 
 
 def read_rope(fields: Fields, default_theta: Any = 10000.0) -> RopeConfig:

@@ -38,6 +38,11 @@ def adapted(model: ModelConfig, **options: Any) -> ModelConfig:
         model.nsa, compression="weighted", gate="per_head", gate_bias=True, compressed_output=True,
         fused_selected_window=False, dense_len=0, **options,
     )  # fmt: skip
+    if nsa.num_selected * nsa.select_block >= model.max_length or nsa.window >= model.max_length:
+        raise ConfigError(
+            f"adapt: got num_selected = {nsa.num_selected} blocks of select_block = {nsa.select_block} and window = "
+            f"{nsa.window}, expected fewer tokens than max_length = {model.max_length} in each, or nothing is sparse"
+        )
     return dataclasses.replace(model, nsa=nsa)
 
 
