@@ -142,9 +142,10 @@ class Recipe:
                          f"{context}:{batch}:1000000", "--learning-rate", args.learning_rate, "--warmup", args.warmup,
                          "--time-limit", f"{limit:.0f}")  # fmt: skip
         self.losses(first, "short")
-        second.mkdir()
-        for file in first.glob("tokens-*.npz"):  # the same text and tokenizer
-            shutil.copy(file, second)
+        for later in (second, self.folder / "draft"):
+            later.mkdir()
+            for file in first.glob("tokens-*.npz"):  # the same text and tokenizer
+                shutil.copy(file, later)
         context, batch = args.long
         limit = LONG * share * args.seconds
         steps = max(20, int(STEPPING * limit * short["tokens_per_second"] / (context * batch)))
