@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -90,7 +91,9 @@ class _LazyHandler(type_handlers.NumpyHandler):
     """Writes lazy leaves as NumPy arrays, each before the next is read."""
 
     def __init__(self) -> None:
-        super().__init__(deepcopy_host_arrays=False)
+        # A leaf is read for the write alone. Before 0.12.6 Orbax knew no such option, and made a copy.
+        known = inspect.signature(type_handlers.NumpyHandler.__init__).parameters
+        super().__init__(**{name: False for name in ("deepcopy_host_arrays",) if name in known})
 
     async def serialize(self, values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
         for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
