@@ -23,8 +23,10 @@ RESULTS = Path(__file__).parent / "results"
 Result = dict[str, Any]
 
 
-def title(result: Result, text: str) -> str:
-    return textwrap.fill(f"{text}: {result['device']}, commit {result['commit']}, {result['command']}", 110)
+def title(result: Result, text: str, figure: pyplot.Figure) -> str:
+    """What is drawn, of what and by which command, in lines that fit the figure."""
+    return textwrap.fill(f"{text}: {result['device']}, commit {result['commit']}, {result['command']}",
+                         int(13 * figure.get_figwidth()))  # fmt: skip
 
 
 def middle(bars: int) -> float:
@@ -109,7 +111,7 @@ def end_to_end(result: Result, path: Path) -> None:
         axis.set_title(f"class {panel[0]}, temperature {panel[1]:g}", fontsize=9)
         axis.legend(fontsize=7)
     checkpoint = result.get("checkpoint", result.get("measured_by", {}).get("checkpoint"))
-    figure.suptitle(title(result, f"decoding against one token at a time: {checkpoint}"), fontsize=9)
+    figure.suptitle(title(result, f"decoding against one token at a time: {checkpoint}", figure), fontsize=9)
     write(figure, path, dpi=110)
 
 
@@ -156,7 +158,9 @@ def shapes(result: Result, path: Path) -> None:
             for name in which:
                 getattr(axis, f"set_{name}scale")("log", base=2)
                 getattr(axis, f"{name}axis").set_major_formatter(ticker.ScalarFormatter())
-    figure.suptitle(title(result, "step times of random weights, and what acceptance would make of them"), fontsize=9)
+    figure.suptitle(
+        title(result, "step times of random weights, and what acceptance makes of them", figure), fontsize=9
+    )
     write(figure, path, dpi=110)
     kernels(result, path.with_name(f"{path.stem}_kernels.png"))
 
@@ -193,6 +197,7 @@ def kernels(result: Result, path: Path) -> None:
     rows = [row for row in result["rows"] if row.get("kernels")]
     if not rows:
         return
+    rows.sort(key=lambda row: (row["preset"], row["context"], row["batch"], row["width"]))
     parts = []
     for row in rows:
         sums: collections.Counter[str] = collections.Counter()
@@ -212,8 +217,8 @@ def kernels(result: Result, path: Path) -> None:
                                        for row in rows], fontsize=7)  # fmt: skip
     axis.invert_yaxis()
     axis.set_xlabel("ms")
-    axis.legend(fontsize=7, loc="lower right")
-    axis.set_title(title(result, "kernels of a step"), fontsize=8)
+    axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.set_title(title(result, "kernels of a step", figure), fontsize=8)
     write(figure, path, dpi=110)
 
 
@@ -241,7 +246,7 @@ def overhead(result: Result, path: Path) -> None:
                        f"{row['launches']:.0f} launches", fontsize=8)  # fmt: skip
         axis.legend(fontsize=6, loc="upper right")
     axes[-1, 0].set_xlabel("µs")
-    figure.suptitle(title(result, "about one step of the trace"), fontsize=9)
+    figure.suptitle(title(result, "about one step of the trace", figure), fontsize=9)
     write(figure, path, dpi=130)
 
 
@@ -271,7 +276,7 @@ def ablations(result: Result, path: Path) -> None:
     axes[0, 0].legend(fontsize=7)
     axes[-1, 0].set_xlabel("times as fast as one token at a time in class exact")
     shape = f"{result['checkpoint']}, context {result['context']}, batch {result['batch']}"
-    figure.suptitle(title(result, f"ablations: {shape}"), fontsize=9)
+    figure.suptitle(title(result, f"ablations: {shape}", figure), fontsize=9)
     write(figure, path, dpi=110)
 
 
@@ -292,12 +297,12 @@ def planner(result: Result, path: Path) -> None:
     axis.set_xticks(range(len(keys)), [f"{w}\n{c} tokens\nbatch {b}, T={t:g}" for w, c, b, t in keys], fontsize=7)
     axis.set_ylabel(f"tokens/s, of {default}'s")
     axis.legend()
-    axis.set_title(title(result, f"the planner, {result['checkpoint']}"), fontsize=8)
+    axis.set_title(title(result, f"the planner, {result['checkpoint']}", figure), fontsize=8)
     write(figure, path, dpi=110)
 
 
 def write(figure: pyplot.Figure, path: Path, dpi: int) -> None:
-    figure.tight_layout()
+    figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=dpi)
     pyplot.close(figure)
 
