@@ -289,7 +289,8 @@ def main() -> None:
     parser.add_argument("--overlap", default="70", help="percent of their blocks that adjacent queries share, or real")
     parser.add_argument("--batch", default="1,8,32")
     parser.add_argument("--width", default="1,4,8,16,64", help="T, up to 128")
-    parser.add_argument("--group", default="T,1", help="C: numbers, or T; those above T are left out")
+    parser.add_argument("--group", default="auto,1", help="C: numbers, T, or auto, what the kernels choose; "
+                        "those above T are left out")  # fmt: skip
     parser.add_argument("--xla", action="store_true", help="time the XLA path too")
     parser.add_argument(
         "--stages", action="store_true", help="the time of each of a refresh layer's launches, by the profiler"
@@ -302,7 +303,8 @@ def main() -> None:
     header = True
     for case in cases(args):
         width = case.spec.width
-        groups = dict.fromkeys(width if text == "T" else int(text) for text in args.group.split(","))
+        chosen = {"T": width, "auto": AttentionConfig.heuristic(case.spec.sparsity, case.spec.shape).group}
+        groups = dict.fromkeys(chosen.get(text) or int(text) for text in args.group.split(","))
         bench = xla = None
         for group in groups:
             if group > width or not rows.wanted(**case.axes, group=group):
