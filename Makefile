@@ -86,6 +86,8 @@ bench-target:
 
 bench-end-to-end:
 	$(BENCH)/end_to_end.py --checkpoint $(CHECKPOINT) --resume --budget $(END_TO_END_SECONDS) --out
+	$(BENCH)/end_to_end.py --checkpoint $(CHECKPOINT) --dtype float32 --precisions exact --contexts 65536 --batches 1 \
+		--temperatures 0 --strategies lookup@chain:16 --resume --budget 40 --out
 	$(BENCH)/dense_decode.py --checkpoint $(CHECKPOINT) --resume --budget 40 --out
 
 # The engine finds the profile in the checkpoint's directory: what comes after is planned by it.

@@ -151,12 +151,14 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=512 if gpu else 96)
     parser.add_argument("--prompts", type=int, default=2, help="one after the other, where the batch is 1")
     parser.add_argument("--repeats", type=int, default=2, help="timed runs of each")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as the device has it")
     args = parser.parse_args()
 
-    engine = Engine.from_pretrained(args.checkpoint)
-    rows = harness.Rows(args, AXES, checkpoint=args.checkpoint, fingerprint=engine.fingerprint, dtype=str(engine.dtype),
-                        implementation=engine.implementation, new_tokens=args.new_tokens, prompts=args.prompts,
-                        schedule=args.schedule)  # fmt: skip
+    engine = Engine.from_pretrained(args.checkpoint, dtype=args.dtype)
+    suffix = f"_{args.dtype}" if args.dtype else ""
+    rows = harness.Rows(args, AXES, suffix, checkpoint=args.checkpoint, fingerprint=engine.fingerprint,
+                        dtype=str(engine.dtype), implementation=engine.implementation, new_tokens=args.new_tokens,
+                        prompts=args.prompts, schedule=args.schedule)  # fmt: skip
     for point, names in order(args):
         precision, count = point["precision"], args.prompts if point["batch"] == 1 else 1
         options = {"precision": precision} | ({"schedule": args.schedule} if precision == "approx" else {})

@@ -98,12 +98,13 @@ def end_to_end(result: Result) -> Lines:
     """Of each workload the best strategy, greedy, in class exact, at the longest context, batch 1."""
     rows = [row for row in result["rows"] if "speedup" in row and row["precision"] == "exact" and row["batch"] == 1
             and row["temperature"] == 0 and row["strategy"] != "none"]  # fmt: skip
+    dtype = f", {result['dtype']}" if "dtype" in result else ""
     for workload in dict.fromkeys(row["workload"] for row in rows):
         mine = [row for row in rows if row["workload"] == workload]
         longest = max(row["context"] for row in mine)
         best = max((row for row in mine if row["context"] == longest), key=lambda row: row["speedup"])
         yield (
-            f"end to end, {workload}, {thousands(longest)}, batch 1, greedy, class exact",
+            f"end to end, {workload}, {thousands(longest)}, batch 1, greedy, class exact{dtype}",
             f"{best['speedup']:.2f}x one token at a time ({best['strategy']}), "
             f"{best['tokens_per_second']:.0f} tokens/s, {best['mean_acceptance_length']:.2f} tokens a step, "
             f"identical {best.get('identical', '-')}",
