@@ -35,7 +35,7 @@ from specsa_jax.drafting.watching import Watching
 from specsa_jax.planning import profile as profiles
 from specsa_jax.planning import replay, space
 from specsa_jax.planning.costs import Costs, measure_bandwidth
-from specsa_jax.planning.planner import Candidate, Fixed, Plan, Planner, cheapest
+from specsa_jax.planning.planner import Candidate, Fixed, Plan, Planner
 from specsa_jax.planning.predict import Acceptance
 from specsa_jax.planning.profile import Profile
 from specsa_jax.planning.space import Space
@@ -97,7 +97,9 @@ class Engine(Runtime):
         )  # fmt: skip
         Strategy(precision=precision)  # refused here rather than in each call
         self.precision = precision
-        self._candidates: dict[Any, list[Candidate]] = {}  # planners' spaces, read once
+        self._candidates: dict[Any, list[Candidate]] = {}  # of planners' spaces, read once
+        self._spaces: dict[Any, Space] = {}
+        self._records: tuple[Any, Records] | None = None
         self.checkpoint, self._profile, self._allow_mismatch = checkpoint, profile, allow_mismatch
         if profile is not None:
             _ = self.profile
@@ -109,8 +111,15 @@ class Engine(Runtime):
 
     @property
     def records(self) -> Records:
-        """What was measured of this model and is stored with its checkpoint, read anew. Raises CheckpointError."""
-        return Records(self.fingerprint) if self.checkpoint is None else records.load(self.checkpoint, self.fingerprint)
+        """What was measured of this model and is stored with its checkpoint, as the file is now. Raises
+        CheckpointError."""
+        stamp = None if self.checkpoint is None else records.stamp(self.checkpoint)
+        if self._records is None or self._records[0] != stamp:
+            loaded = Records(self.fingerprint)
+            if self.checkpoint is not None:
+                loaded = records.load(self.checkpoint, self.fingerprint)
+            self._records = stamp, loaded
+        return self._records[1]
 
     @functools.cached_property
     def profile(self) -> Profile | None:
@@ -280,12 +289,16 @@ class Engine(Runtime):
                 self.decoder.check(candidate.strategy)
                 self.load_drafter(candidate.strategy.drafter)
             self._candidates[key] = found
-        sharings = [Sharing()]
-        if self.implementation == "pallas" and precision != "strict" and profile is not None:
-            sharings += [s for s in dict.fromkeys(t.point.sharing for t in profile.steps) if not s.approximates]
         measured = self.records.measurements if precision == "approx" and bound.given else ()
-        found = self._candidates[key]
-        return Space(planner, found, sharings, [m for m in measured if bound.admits(m) and m.reach >= reach])
+        admitted = [m for m in measured if bound.admits(m) and m.reach >= reach]
+        # A measurement is the same object until the file changes. Its space keeps it, so its id is nobody else's.
+        asked = planner, precision, self.costs, tuple(map(id, admitted))
+        if asked not in self._spaces:
+            sharings = [Sharing()]
+            if self.implementation == "pallas" and precision != "strict" and profile is not None:
+                sharings += [s for s in dict.fromkeys(t.point.sharing for t in profile.steps) if not s.approximates]
+            self._spaces[asked] = Space(planner, self._candidates[key], sharings, admitted)
+        return self._spaces[asked]
 
     def _run(
         self,
@@ -306,12 +319,12 @@ class Engine(Runtime):
         if isinstance(choice, Strategy):
             course, observer = Fixed(choice, per_call), choice.drafter
         else:
-            course, compiled = self._plan(choice, rows, max_new_tokens, state)
+            course = self._plan(choice, rows, max_new_tokens, state)
             observer = Watching(None, course.watchers)
         state = state._replace(draft=self.draft_state(observer, len(rows), pages.shape[1]))
         longest = max(len(row) for row in rows)
         chunk = self.chunk(longest, course.strategy.precision)
-        few = jnp.int32(max(1, 1024 // chunk))  # so that Ctrl-C is heard during a long prefill
+        few = np.int32(max(1, 1024 // chunk))  # so that Ctrl-C is heard during a long prefill
         prefill, seconds, shown = self.prefill_program(state, chunk, observer, course.strategy.precision)
         compiled += seconds
         decode, seconds = self.decode_program(course.strategy, state, params)
@@ -332,15 +345,16 @@ class Engine(Runtime):
                 compiled += seconds
             begun = time.perf_counter()
             state, counts = programs[course.strategy](
-                self.params, state, params, jnp.int32(min(per_call, course.steps_left))
+                self.params, state, params, np.int32(min(per_call, course.steps_left))
             )
-            tokens, logprobs, known, done = jax.device_get((state.tokens, state.logprobs, state.known, state.done))
+            tokens, logprobs, known, done, counts = jax.device_get(
+                (state.tokens, state.logprobs, state.known, state.done, counts)
+            )
             seconds = time.perf_counter() - begun
             decode_seconds += seconds
-            counts = jax.device_get(counts)
             totals = add_counts(totals, counts)
             for index, output in enumerate(outputs):
-                text = output.update(tokens[index, : known[index]], bool(done[index]))
+                text = output.update(tokens[index, : known[index]], bool(done[index]), watched)
                 if text and watched:
                     yield Chunk(index, text, len(output.tokens))
             finished = np.array([output.finish is not None for output in outputs])
@@ -355,40 +369,26 @@ class Engine(Runtime):
         generations = (output.generation(logprobs[index]) for index, output in enumerate(outputs))
         return Result(tuple(generations), stats)
 
-    def _plan(self, found: Space, rows: list[np.ndarray], max_new_tokens: int, state: State) -> tuple[Plan, float]:
-        """A plan for these prompts, after replays on them; and the seconds that compiling the replay took."""
+    def _plan(self, found: Space, rows: list[np.ndarray], max_new_tokens: int, state: State) -> Plan:
+        """A plan for these prompts, after replays on them."""
         begun = time.perf_counter()
         batch, columns = state.cache.page_table.shape
         capacity = columns * self.config.nsa.select_block
         # XLA's path computes over whole page tables.
         context = capacity if self.implementation == "xla" else int(np.mean([len(row) for row in rows]))
-        candidates = [
-            dataclasses.replace(one, strategy=cheapest(one.strategy, found.sharings_of(one.strategy), self.costs, batch,
-                                                       context))
-            for one in found.candidates
-        ]  # fmt: skip
+        candidates, counted = found.priced(self.costs, batch, context)
         acceptance = self._priors.fresh()
-        compiling = 0.0
         for name, drafter, depth in found.replayed:
-            for index, row in enumerate(rows):
-                known = replay.places(len(row), depth)
-                arguments = (state.tokens[index], jnp.asarray(known))
-                drafts, seconds = self.executable(replay.drafts, {"drafter": drafter, "depth": depth}, *arguments)
-                compiling += seconds
-                chains, valid = jax.device_get(drafts(*arguments))
-                acceptance.add(name, f"chain:{depth}", *replay.fates(row, known, chains, valid), worth=replay.WORTH)
-        shapes = signature(state)
-
-        def ready(strategy: Strategy) -> bool:
-            return (strategy, shapes) in self.ready
-
+            drafted, accepted = replay.replay(rows, drafter, depth)
+            acceptance.add(name, f"chain:{depth}", drafted, accepted, worth=len(rows) * replay.WORTH)
         plan = Plan(
             found.planner, candidates, self.costs, acceptance, batch=batch, context=context, layers=self.config.layers,
-            compiled=ready, compile_seconds=statistics.median(self.compile_times or [_COMPILE_SECONDS]),
-            new_tokens=len(rows) * max_new_tokens,
+            compiled=self.ready.setdefault(signature(state), set()).__contains__,
+            compile_seconds=statistics.median(self.compile_times or [_COMPILE_SECONDS]),
+            new_tokens=len(rows) * max_new_tokens, counted=counted,
         )  # fmt: skip
-        plan.seconds = time.perf_counter() - begun - compiling
-        return plan, compiling
+        plan.seconds = time.perf_counter() - begun
+        return plan
 
     def resolve(self, strategy: Strategy) -> Strategy:
         """``strategy`` with its schedule as letters ("all" if all refresh), so that equal ones are one program.
@@ -438,7 +438,7 @@ class Engine(Runtime):
         if isinstance(choice, Strategy):
             strategies, observer, names = [choice], choice.drafter, None
         else:
-            plan, _ = self._plan(choice, rows, max_new_tokens, state)
+            plan = self._plan(choice, rows, max_new_tokens, state)
             strategies, observer, names = plan.contenders(), Watching(None, plan.watchers), plan.words
         state = state._replace(draft=self.draft_state(observer, batch, pages.shape[1], abstract=True))
         precision = strategies[0].precision

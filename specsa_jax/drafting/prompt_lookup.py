@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from specsa_jax.drafting.base import Context, Draft, Drafter
 from specsa_jax.drafting.tree import TreeTemplate
@@ -46,9 +47,21 @@ class PromptLookup(Drafter):
         if not 1 <= self.matches <= 64:
             raise ValueError(f"PromptLookup: got matches {self.matches}, expected 1 to 64")
 
-    @property
-    def replays(self) -> bool:
-        return True
+    def replay(self, texts: np.ndarray, known: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        # Pairs of a text and an n-gram's end in it, in order; those whose n-gram matches for longer are left.
+        text, end = np.nonzero(texts[:, :-1] == np.take_along_axis(texts, known[:, None] - 1, axis=1))
+        end += 1
+        latest = np.zeros(len(texts), np.int64)  # end of the best match, 0 without one
+        for back in range(1, self.max_ngram + 1):
+            here = (end >= back) & (end < known[text])
+            text, end = text[here], end[here]
+            same = texts[text, end - back] == texts[text, known[text] - back]
+            text, end = text[same], end[same]
+            if back >= self.min_ngram:
+                latest[text] = end  # of several of one text, the last holds
+        source = latest[:, None] + np.arange(depth) % np.maximum(known - latest, 1)[:, None]
+        chains = np.take_along_axis(texts, np.minimum(source, texts.shape[1] - 1), axis=1)
+        return chains, np.broadcast_to(latest[:, None] > 0, chains.shape)
 
     def propose(self, params: Any, state: Any, context: Context, template: TreeTemplate) -> Draft:
         """The longest match wins, then the most recent; a match that overlaps the end continues periodically.

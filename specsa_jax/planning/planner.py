@@ -39,6 +39,8 @@ _NEWEST = 0.5
 _SHARED_MEASURED, _SHARED_COUNTED = 0.8, 1.0
 # Of a segment's time, what choosing may take.
 _SHARE = 0.01
+# As long as the strategy stays, a segment is so many times the one before, up to so many times the first.
+_GROWTH, _LONGEST = 4, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +52,9 @@ class Planner:
       drafters: (name as :func:`specsa_jax.drafting.drafter_from_name` reads it, trees) that are considered; (): those
         of the profile, or :data:`specsa_jax.planning.space.DRAFTERS`. Not to speculate is always considered.
       hysteresis: a switch has to promise so much more throughput, as a fraction.
-      segment: steps of the first segment; they double, up to 8 times that, as long as the strategy stays. Where
-        choosing would take more than 1 % of a segment's time, it is longer.
+      segment: steps of the first segment; each is four times the one before, up to 16 times the first, as long as the
+        strategy stays. Where choosing would take more than 1 % of a segment's time, it is longer; where nothing could
+        change the choice any more, it goes to the end.
       switch: False: chosen once, before the first token.
 
     Raises ValueError for values outside their ranges.
@@ -152,6 +155,7 @@ class Plan:
       layers: of the target.
       compiled: whether a strategy's program is there; ``compile_seconds``: what it takes where it is not.
       new_tokens: the budget of all sequences together.
+      counted: seconds of steps, as plans of the same costs, batch and context have looked them up; adds to them.
     """
 
     def __init__(
@@ -167,12 +171,13 @@ class Plan:
         compiled: Callable[[Strategy], bool],
         compile_seconds: float,
         new_tokens: int,
+        counted: dict[tuple[Strategy, int], float] | None = None,
     ):
         begun = time.perf_counter()
         self.planner, self.costs, self.acceptance = planner, costs, acceptance
         self.batch, self.context, self.layers = batch, context, layers
         self._compiled, self._compile_seconds = compiled, compile_seconds
-        self._counted: dict[tuple[Strategy, int], float] = {}
+        self._counted = {} if counted is None else counted
         self.words = {candidate.strategy: candidate.describe() for candidate in candidates}
         self._factors: dict[Strategy, float] = {}
         self._factor = 1.0
@@ -226,15 +231,17 @@ class Plan:
         strategy, name = candidate.strategy, candidate.drafter
         length, seconds = 1.0, self._step_seconds(candidate, 1)
         if name != "none":
-            chances = self.acceptance.chances(name, strategy.tree, strategy.template.depth)
+            rate, depth = self.acceptance.rate(name) if rate is None else rate, strategy.template.depth
             if shift:
-                chances = 1.0 / (1.0 + (1.0 / np.clip(chances, 1e-6, 1 - 1e-6) - 1.0) * math.exp(-shift))
-            rate = self.acceptance.rate(name) if rate is None else rate
-            length += rate * float(np.cumprod(chances).sum())
+                chances = np.clip(self.acceptance.chances(name, strategy.tree, depth), 1e-6, 1 - 1e-6)
+                gain = float(np.cumprod(1.0 / (1.0 + (1.0 / chances - 1.0) * math.exp(-shift))).sum())
+            else:
+                gain = self.acceptance.gain(name, strategy.tree, depth)
+            length += rate * gain
             # Where nobody in the batch has a draft, a step decodes one token.
             some = 1.0 - (1.0 - rate) ** running
             seconds = some * self._step_seconds(candidate, strategy.width) + (1.0 - some) * seconds
-        seconds = float(seconds * self._factors.get(strategy, self._factor))
+        seconds *= self._factors.get(strategy, self._factor)
         return Option(self.words[strategy], length, seconds, running * length / seconds, self._compiled(strategy))
 
     def _step_seconds(self, candidate: Candidate, width: int) -> float:
@@ -271,10 +278,17 @@ class Plan:
         else:
             best = fastest
             reason = f"{options[fastest].tokens_per_second / current.tokens_per_second - 1:+.0%} over the one before"
-        stays = best == self.strategy and bool(self.decisions)
-        length = min(2 * self._length, 8 * self.planner.segment) if stays else self.planner.segment
-        share = self._choosing / (_SHARE * options[best].step_seconds) if self.decisions else 0.0
-        self._length = max(length, math.ceil(share))
+        others = [option for strategy, option in options.items() if strategy != best]
+        # Twice as long as it is expected to take, in case that is wrong.
+        settled = 2 * remaining / options[best].tokens_per_second < self._compile_seconds
+        if not self.planner.switch or not any(option.compiled for option in others) and (settled or not others):
+            self._length = max(1, remaining)  # a step gives at least a token
+            reason += "; to the end" + ("; compiling another would not repay" if self.planner.switch else "")
+        else:
+            stays = best == self.strategy and bool(self.decisions)
+            length = min(_GROWTH * self._length, _LONGEST * self.planner.segment) if stays else self.planner.segment
+            share = self._choosing / (_SHARE * options[best].step_seconds) if self.decisions else 0.0
+            self._length = max(length, math.ceil(share))
         self.strategy = best
         ranked = tuple(sorted(options.values(), key=lambda option: -option.tokens_per_second))
         self.decisions.append(Decision(self._steps, running, self.words[best], reason, ranked))

@@ -1,49 +1,45 @@
-"""How a drafter would have fared on the prompt itself: it drafts at places of the prompt's tail, whose next tokens are
-known. Costs no pass of the target."""
+"""How a drafter would have fared on the prompts themselves: it drafts at places of their tails, whose next tokens are
+known. Costs no pass of the target, and nothing of the device."""
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from specsa_jax.drafting import Context, Drafter, parse_tree
+from specsa_jax.drafting import Drafter
 
-PLACES, SPAN = 32, 256  # drafts, spread over so many last tokens
+PLACES, SPAN = 32, 256  # drafts of all prompts together; spread over so many last tokens of each
 # Steps of decoding that a replay counts for: a text is harder to foresee than what a model makes of it.
 WORTH = 8.0
 
 
-@functools.partial(jax.jit, static_argnames=("drafter", "depth"))
-def drafts(tokens: jax.Array, known: jax.Array, *, drafter: Drafter, depth: int) -> tuple[jax.Array, jax.Array]:
-    """Chains int32 [N, depth] that ``drafter`` (one that ``replays``) proposes behind the first ``known`` int32 [N] of
-    ``tokens`` int32 [S], and bool [N, depth] where it does."""
-    shape = (known.shape[0], tokens.shape[0])
-    nothing: Any = None  # what a drafter that replays does not look at
-    context = Context(
-        jnp.broadcast_to(tokens, shape), known, jnp.ones(shape[0], bool), nothing, nothing, nothing, nothing, nothing
-    )
-    draft = drafter.propose((), (), context, parse_tree(f"chain:{depth}"))
-    return draft.tokens, draft.valid
-
-
-def places(length: int, depth: int) -> np.ndarray:
-    """int32 [PLACES]: how much of a prompt of ``length`` tokens is known at each draft; as far as that goes, so that
+def places(length: int, depth: int, count: int = PLACES) -> np.ndarray:
+    """int32 [count]: how much of a prompt of ``length`` tokens is known at each draft; as far as that goes, so that
     all ``depth`` next tokens are known too."""
     last = max(1, length - depth)
     first = max(1, last - SPAN)
-    return np.linspace(first, last, PLACES).astype(np.int32)
+    return np.linspace(first, last, count).astype(np.int32)
 
 
-def fates(row: np.ndarray, known: np.ndarray, chains: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Histograms float [depth + 1] of drafts by depth, and by the tokens of them that ``row`` int32 [T] has."""
+def replay(rows: Sequence[np.ndarray], drafter: Drafter, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """Histograms float [depth + 1] of the drafts of chains on prompts int32 [T]: by depth, and by tokens that stood."""
+    count, longest = -(-PLACES // len(rows)), max(map(len, rows))
+    known = np.concatenate([places(len(row), depth, count) for row in rows])
+    texts = np.stack([np.pad(row, (0, longest - len(row)), constant_values=-1) for row in rows])
+    which = np.repeat(np.arange(len(rows)), count)
+    texts = texts[which] if len(rows) > 1 else np.broadcast_to(texts, (count, longest))
+    return fates(texts, known, *drafter.replay(texts, known, depth))
+
+
+def fates(
+    texts: np.ndarray, known: np.ndarray, chains: np.ndarray, valid: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Histograms float [depth + 1] of drafts [N, depth] behind ``known`` int32 [N] tokens of ``texts`` int32 [N, T]
+    (-1 behind the end of each): by depth, and by tokens that the texts have too."""
     depth = chains.shape[1]
     at = known[:, None] + np.arange(depth)
-    there = at < len(row)
-    stands = valid & there & (chains == row[np.minimum(at, len(row) - 1)])
-    accepted = np.cumprod(stands, axis=1).sum(axis=1)
-    drafted = np.where(valid[:, 0], np.maximum((valid & there).sum(axis=1), accepted), 0)
+    truth = np.where(at < texts.shape[1], np.take_along_axis(texts, np.minimum(at, texts.shape[1] - 1), axis=1), -1)
+    drafted = (valid & (truth >= 0)).sum(axis=1)
+    accepted = np.cumprod(valid & (chains == truth), axis=1).sum(axis=1)
     return tuple(np.bincount(x, minlength=depth + 1).astype(float) for x in (drafted, accepted))  # type: ignore[return-value]
