@@ -84,15 +84,19 @@ class Candidate:
 
     def describe(self) -> str:
         """The strategy in words, by the drafter's name, watchers left out."""
-        return _words(self)
+        return self._words
 
+    @functools.cached_property
+    def _words(self) -> str:
+        drafter = self.strategy.drafter
+        drafter = drafter.drafter if isinstance(drafter, Watching) else drafter
+        words = dataclasses.replace(self.strategy, drafter=drafter).describe()
+        return words.replace(str(drafter), self.drafter, 1)
 
-@functools.lru_cache
-def _words(candidate: Candidate) -> str:
-    drafter = candidate.strategy.drafter
-    drafter = drafter.drafter if isinstance(drafter, Watching) else drafter
-    words = dataclasses.replace(candidate.strategy, drafter=drafter).describe()
-    return words.replace(str(drafter), candidate.drafter, 1)
+    @functools.cached_property
+    def watcher(self) -> Drafter | None:
+        """The drafter whose state it drafts from."""
+        return watcher(self.strategy.drafter)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +188,7 @@ class Plan:
         self.decisions: list[Decision] = []
         self.watchers: tuple[Drafter, ...] = ()
         self.candidates = self._watched(candidates)
-        self.strategy, self._steps, self._length = Strategy(None), 0, planner.segment
+        self.strategy, self._steps, self._length = self.candidates[0].strategy, 0, planner.segment
         self._choosing = 0.0  # seconds that the last choice took
         self._seen: tuple[Counts | None, float, int] = (None, 0.0, 0)
         self.choose(batch, new_tokens)
@@ -194,19 +198,16 @@ class Plan:
 
     def _watched(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Those that are in the running, each with all drafters watching that some of them draw on."""
-        speeds = {candidate: self.option(candidate, self.batch).tokens_per_second for candidate in candidates}
-        by_watcher: dict[Drafter | None, float] = {}
-        for candidate, speed in speeds.items():
-            own = watcher(candidate.strategy.drafter)
-            by_watcher[own] = max(speed, by_watcher.get(own, 0.0))
-        best = max(by_watcher.values())
-        kept = {own for own, speed in by_watcher.items() if own is None or speed >= _WORTH_WATCHING * best}
-        self.watchers = tuple(own for own in by_watcher if own is not None and own in kept)
-        found = [
-            Candidate(c.drafter, watching(c.strategy, self.watchers))
-            for c in candidates if watcher(c.strategy.drafter) in kept
-        ]  # fmt: skip
-        self.words |= {candidate.strategy: candidate.describe() for candidate in found}
+        if all(candidate.watcher is None for candidate in candidates):
+            return list(candidates)
+        speeds = [self.option(candidate, self.batch).tokens_per_second for candidate in candidates]
+        enough = _WORTH_WATCHING * max(speeds)
+        promising = [c.watcher for c, speed in zip(candidates, speeds, strict=True) if speed >= enough]
+        self.watchers = tuple(dict.fromkeys(own for own in promising if own is not None))
+        found = [c for c in candidates if c.watcher is None or c.watcher in self.watchers]
+        if self.watchers:
+            found = [Candidate(c.drafter, watching(c.strategy, self.watchers)) for c in found]
+            self.words |= {candidate.strategy: candidate.describe() for candidate in found}
         return found
 
     def contenders(self) -> list[Strategy]:

@@ -38,7 +38,9 @@ class _Counts:
         reach = len(at_least[1])
         self.steps += weight * at_least[0][0]
         if reach > 1:
-            deep, stood = (np.pad(x, (0, max(0, reach - len(x))))[:reach] for x in at_least)
+            deep, stood = at_least
+            if len(deep) != reach:
+                deep = np.pad(deep, (0, max(0, reach - len(deep))))[:reach]
             self.drafted += weight * deep[1]
             # What came to position k was drafted that deep, and stood up to k − 1.
             self.tried[: reach - 1] += weight * np.minimum(deep[1:], stood[:-1])
@@ -68,13 +70,14 @@ class Acceptance:
         # What :meth:`rate` and :meth:`gains` have answered since evidence came; a plan asks for each candidate.
         self._rates: dict[str, float] = {}
         self._gains: dict[tuple[str, str], list[float]] = {}
+        self._unseen: dict[tuple[str, str], list[float]] = {}  # the gains as long as there is no evidence
         for prior in priors:
             self._prior[prior.drafter, family(prior.tree)].add(prior.drafted, prior.accepted, 1.0)
 
     def fresh(self) -> Acceptance:
         """The same priors, without what was learned: for another text."""
         other = Acceptance()
-        other._prior, other._known = self._prior, self._known
+        other._prior, other._known, other._unseen = self._prior, self._known, self._unseen
         return other
 
     def add(
@@ -114,15 +117,18 @@ class Acceptance:
         key = drafter, family(tree)
         _, odds, worth = self._expected(key)
         expected = _sigmoid(odds + self._shift(drafter))
-        live = self._live[key]
-        return ((expected * worth + live.stood) / (worth + live.tried))[:depth]
+        if key in self._live:
+            live = self._live[key]
+            expected = (expected * worth + live.stood) / (worth + live.tried)
+        return expected[:depth]
 
     def gain(self, drafter: str, tree: str, depth: int) -> float:
         """Drafted tokens that are expected to stand where there is a draft. All depths are computed at once."""
         key = drafter, family(tree)
-        if key not in self._gains:
-            self._gains[key] = np.cumsum(np.cumprod(self.chances(drafter, tree, _POSITIONS))).tolist()
-        return self._gains[key][min(depth, _POSITIONS) - 1]
+        gains = self._gains if key in self._live or self._shift(drafter) else self._unseen
+        if key not in gains:
+            gains[key] = np.cumsum(np.cumprod(self.chances(drafter, tree, _POSITIONS))).tolist()
+        return gains[key][min(depth, _POSITIONS) - 1]
 
     def length(self, drafter: str, tree: str, depth: int) -> float:
         """Expected tokens that a sequence gains in a step, the target's own included."""

@@ -14,22 +14,22 @@ PLACES, SPAN = 32, 256  # drafts of all prompts together; spread over so many la
 WORTH = 8.0
 
 
-def places(length: int, depth: int, count: int = PLACES) -> np.ndarray:
-    """int32 [count]: how much of a prompt of ``length`` tokens is known at each draft; as far as that goes, so that
+def places(lengths: np.ndarray, depth: int) -> np.ndarray:
+    """int32 [N, B], at least PLACES: how much of each of B prompts is known at each draft; as far as that goes, so that
     all ``depth`` next tokens are known too."""
-    last = max(1, length - depth)
-    first = max(1, last - SPAN)
-    return np.linspace(first, last, count).astype(np.int32)
+    last = np.maximum(1, lengths - depth)
+    return np.linspace(np.maximum(1, last - SPAN), last, -(-PLACES // len(lengths))).astype(np.int32)
 
 
 def replay(rows: Sequence[np.ndarray], drafter: Drafter, depth: int) -> tuple[np.ndarray, np.ndarray]:
     """Histograms float [depth + 1] of the drafts of chains on prompts int32 [T]: by depth, and by tokens that stood."""
-    count, longest = -(-PLACES // len(rows)), max(map(len, rows))
-    known = np.concatenate([places(len(row), depth, count) for row in rows])
-    texts = np.stack([np.pad(row, (0, longest - len(row)), constant_values=-1) for row in rows])
-    which = np.repeat(np.arange(len(rows)), count)
-    texts = texts[which] if len(rows) > 1 else np.broadcast_to(texts, (count, longest))
-    return fates(texts, known, *drafter.replay(texts, known, depth))
+    lengths = np.array([len(row) for row in rows])
+    known = places(lengths, depth)
+    texts = np.full((len(rows), lengths.max()), -1, np.int32)
+    for text, row in zip(texts, rows, strict=True):
+        text[: len(row)] = row
+    texts = np.broadcast_to(texts, (len(known), *texts.shape)).reshape(known.size, -1)
+    return fates(texts, known.ravel(), *drafter.replay(texts, known.ravel(), depth))
 
 
 def fates(

@@ -10,7 +10,6 @@ from typing import Any
 from specsa_jax.checkpoints.records import Measurement
 from specsa_jax.config import ModelConfig
 from specsa_jax.drafting import Drafter, drafter_from_name, parse_tree
-from specsa_jax.drafting.watching import watcher
 from specsa_jax.planning.costs import Costs
 from specsa_jax.planning.planner import Candidate, Planner, cheapest, watching
 from specsa_jax.planning.profile import Profile
@@ -98,8 +97,8 @@ class Space:
     @functools.cached_property
     def largest(self) -> Strategy:
         """One that needs the most memory: all drafters that keep a state watch."""
-        own = (watcher(candidate.strategy.drafter) for candidate in self.candidates)
-        watchers = tuple(dict.fromkeys(one for one in own if one is not None))
+        own = dict.fromkeys(candidate.watcher for candidate in self.candidates)
+        watchers = tuple(one for one in own if one is not None)
         return watching(self.candidates[0].strategy, watchers)
 
     @functools.cached_property
