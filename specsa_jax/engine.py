@@ -48,6 +48,8 @@ from specsa_jax.strategy import Precision, Strategy
 
 # Steps between two looks of the host when text is streamed or stop strings are watched for, and otherwise.
 _STREAM_STEPS, _QUIET_STEPS = 8, 512
+# Steps that a device is given to do while a plan looks at those before them, at most.
+_AHEAD = 4
 
 # What compiling a loop takes, as far as a planner knows before the first one.
 _COMPILE_SECONDS = 10.0
@@ -337,33 +339,55 @@ class Engine(Runtime):
         prefill_seconds = time.perf_counter() - begun
 
         outputs = [Output(self.tokenizer, len(row), stop, self.end_tokens) for row in rows]
+        limits = np.array([len(row) + max_new_tokens for row in rows])
+        given, left, running = 0, len(rows) * max_new_tokens, len(rows)
         totals: Counts | None = None
-        decode_seconds, running, given = 0.0, len(rows), 0
+        ahead, more = None, 0  # counts of at most so many steps that are under way, behind those that were read
+        begun, decode_seconds, overlap = 0.0, 0.0, 0.0
         while running:
             if course.strategy not in programs:
                 programs[course.strategy], seconds = self.decode_program(course.strategy, state, params)
                 compiled += seconds
-            begun = time.perf_counter()
-            state, counts = programs[course.strategy](
-                self.params, state, params, np.int32(min(per_call, course.steps_left))
-            )
-            tokens, logprobs, known, done, counts = jax.device_get(
-                (state.tokens, state.logprobs, state.known, state.done, counts)
-            )
-            seconds = time.perf_counter() - begun
-            decode_seconds += seconds
-            totals = add_counts(totals, counts)
-            for index, output in enumerate(outputs):
-                text = output.update(tokens[index, : known[index]], bool(done[index]), watched)
-                if text and watched:
-                    yield Chunk(index, text, len(output.tokens))
-            finished = np.array([output.finish is not None for output in outputs])
-            if (finished & ~done).any():  # a stop string, which only the host sees
-                state = state._replace(done=jnp.asarray(finished))
-            running = int((~finished).sum())
-            before, given = given, sum(len(output.tokens) for output in outputs)
-            left = sum(max_new_tokens - len(output.tokens) for output in outputs if output.finish is None)
+            run, steps = programs[course.strategy], max(1, min(per_call, course.steps_left - more))
+            if ahead is None:
+                begun, overlap = time.perf_counter(), 0.0
+            state, counts = run(self.params, state, params, np.int32(steps))
+            unread, ahead, more, texts = (counts,) if ahead is None else (ahead, counts), None, 0, None
+            if watched or course.steps_left >= left:  # the text is wanted, or this goes to the end
+                known, done, unread, texts = jax.device_get(
+                    (state.known, state.done, unread, (state.tokens, state.logprobs))
+                )
+            else:
+                # A few steps more go to the device before it is asked for anything: it does not wait for the plan.
+                looked, more = (jnp.copy(state.known), jnp.copy(state.done)), min(_AHEAD, -(-steps // 2))
+                state, ahead = run(self.params, state, params, np.int32(more))
+                (known, done), unread = jax.device_get((looked, unread))
+                if done.all():
+                    texts = jax.device_get((state.tokens, state.logprobs))
+            now = time.perf_counter()
+            seconds, begun = now - begun, now
+            decode_seconds += seconds - overlap
+            counts = functools.reduce(add_counts, unread)
+            totals, finished = add_counts(totals, counts), done
+            if texts is not None:
+                tokens, logprobs = texts
+                for index, output in enumerate(outputs):
+                    text = output.update(tokens[index, : known[index]], bool(done[index]), watched)
+                    if text and watched:
+                        yield Chunk(index, text, len(output.tokens))
+                finished = np.array([output.finish is not None for output in outputs])
+                if (finished & ~done).any():  # a stop string, which only the host sees
+                    state = state._replace(done=jnp.asarray(finished))
+            running, left = int((~finished).sum()), int((limits - known)[~finished].sum())
+            before, given = given, int((known - limits).sum()) + len(rows) * max_new_tokens
+            strategy, overlap = course.strategy, -course.seconds
             course.observe(counts, seconds, given - before, running, left)
+            overlap += course.seconds
+            if ahead is not None and course.strategy != strategy:
+                counts, ahead, more = jax.device_get(ahead), None, 0
+                decode_seconds += time.perf_counter() - begun - overlap
+                totals = add_counts(totals, counts)
+                course.late(counts)
         assert totals is not None
         stats = stats_of(course, rows, outputs, totals, prefill_seconds, decode_seconds, compiled, size)
         generations = (output.generation(logprobs[index]) for index, output in enumerate(outputs))

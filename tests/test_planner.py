@@ -351,7 +351,7 @@ def test_a_drafter_that_watches_takes_over_in_the_middle(restless, monkeypatch):
     engine.space, engine.__dict__["costs"] = lambda *args: found, Costs(0.1)
     planned = engine.generate(prompts(1), 50, strategy="auto")
     assert planned[0].tokens.tolist() == alone[0].tokens.tolist()
-    modelled = [d for d in planned.stats.plan if d.chosen.startswith("model") and d.observed_steps == 2]
+    modelled = [d for d in planned.stats.plan if d.chosen.startswith("model") and d.observed_steps >= 2]
     assert len(modelled) > 2
     # The target drafts for itself: every draft stands, if its state is that of the text.
     assert all(decision.observed_acceptance_length == 3 for decision in modelled[:-1])

@@ -126,7 +126,7 @@ class Drafter:
 
     @property
     def replays(self) -> bool:
-        """Whether there is :meth:`replay`: then a planner can try it on a prompt (:mod:`specsa_jax.planning.replay`)."""
+        """Whether there is :meth:`replay`: then planners try it on prompts (:mod:`specsa_jax.planning.replay`)."""
         return type(self).replay is not Drafter.replay
 
     def replay(self, texts: np.ndarray, known: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:

@@ -145,6 +145,9 @@ class Fixed:
     def observe(self, counts: Counts, seconds: float, new_tokens: int, running: int, remaining: int) -> None:
         """Nothing follows from it."""
 
+    def late(self, counts: Counts) -> None:
+        """As :meth:`observe`."""
+
 
 class Plan:
     """The choices of one call: ``strategy``, for ``steps_left`` steps, until :meth:`observe` changes them.
@@ -317,6 +320,31 @@ class Plan:
             self._choosing = time.perf_counter() - begun
         self.seconds += time.perf_counter() - begun
 
+    def late(self, counts: Counts) -> None:
+        """What the steps showed that still ran with the strategy before, while this one was chosen."""
+        begun = time.perf_counter()
+        if len(self.decisions) > 1 and int(counts.steps):
+            chosen, steps = self.decisions[-2], int(counts.steps)
+            (candidate,) = (c for c in self.candidates if self.words[c.strategy] == chosen.chosen)
+            self._count(candidate, counts)
+            sequence_steps, accepted = int(counts.accepted.sum()), counts.accepted @ np.arange(len(counts.accepted))
+            gained = 1.0 + float(accepted) / sequence_steps
+            both = chosen.observed_steps + steps
+            self.decisions[-2] = dataclasses.replace(
+                chosen, observed_steps=both, observed_acceptance_length=
+                (chosen.observed_acceptance_length * chosen.observed_steps + gained * steps) / both,
+            )  # fmt: skip
+            self._steps += steps
+            self.decisions[-1] = dataclasses.replace(self.decisions[-1], steps=self._steps)
+        self.seconds += time.perf_counter() - begun
+
+    def _count(self, candidate: Candidate, counts: Counts) -> None:
+        """The evidence of some steps."""
+        self.acceptance.decay(int(counts.steps))
+        if candidate.drafter != "none":
+            drafted, stood = np.asarray(counts.drafted), np.asarray(counts.accepted)
+            self.acceptance.add(candidate.drafter, candidate.strategy.tree, drafted, stood)
+
     def _learn(self, counts: Counts, seconds: float, new_tokens: int) -> None:
         steps, sequence_steps = int(counts.steps), int(counts.accepted.sum())
         if not sequence_steps:
@@ -325,10 +353,7 @@ class Plan:
         # Steps without a draft are cheaper: the time is compared with what such a mixture should have taken.
         rate = float(np.sum(counts.drafted[1:])) / sequence_steps
         expected = self.option(candidate, max(1, round(sequence_steps / steps)), rate)
-        self.acceptance.decay(steps)
-        if candidate.drafter != "none":
-            drafted, stood = np.asarray(counts.drafted), np.asarray(counts.accepted)
-            self.acceptance.add(candidate.drafter, self.strategy.tree, drafted, stood)
+        self._count(candidate, counts)
         known = self._factors.get(self.strategy, self._factor)
         ratio = known * (seconds / steps) / expected.step_seconds
         factor = ratio if self.strategy not in self._factors else known * (ratio / known) ** _NEWEST

@@ -32,9 +32,7 @@ def replay(rows: Sequence[np.ndarray], drafter: Drafter, depth: int) -> tuple[np
     return fates(texts, known.ravel(), *drafter.replay(texts, known.ravel(), depth))
 
 
-def fates(
-    texts: np.ndarray, known: np.ndarray, chains: np.ndarray, valid: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def fates(texts: np.ndarray, known: np.ndarray, chains: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Histograms float [depth + 1] of drafts [N, depth] behind ``known`` int32 [N] tokens of ``texts`` int32 [N, T]
     (-1 behind the end of each): by depth, and by tokens that the texts have too."""
     depth = chains.shape[1]
