@@ -137,6 +137,22 @@ def test_every_decision_says_what_was_predicted_and_observed():
     assert all(decision.reason for decision in plan.decisions)
 
 
+def test_steps_that_ran_while_the_plan_turned_count_for_the_strategy_before():
+    plan = make(0.1)
+    before = plan.strategy
+    while plan.strategy == before:
+        run(plan, lambda step: 0, 0.1, segments=1)
+    count, chance = plan.decisions[-2].observed_steps, plan.acceptance.chances("lookup", "chain:2", 1)[0]
+    depth = before.reach - 1
+    drafted, accepted = np.eye(depth + 1, dtype=int)[[depth, depth]] * 3
+    plan.late(Counts(np.array(3), drafted, accepted, np.array(3 * depth)))
+    assert (
+        plan.decisions[-2].observed_steps == count + 3 and plan.acceptance.chances("lookup", "chain:2", 1)[0] > chance
+    )
+    assert plan.decisions[-2].observed_acceptance_length == pytest.approx(1 + depth * 3 / (count + 3))
+    assert plan.decisions[-1].steps == sum(decision.observed_steps for decision in plan.decisions)
+
+
 def plan_depth(words):
     return int(words.rsplit(":", 1)[1])
 

@@ -323,7 +323,7 @@ class Plan:
     def late(self, counts: Counts) -> None:
         """What the steps showed that still ran with the strategy before, while this one was chosen."""
         begun = time.perf_counter()
-        if len(self.decisions) > 1 and int(counts.steps):
+        if int(counts.steps):
             chosen, steps = self.decisions[-2], int(counts.steps)
             (candidate,) = (c for c in self.candidates if self.words[c.strategy] == chosen.chosen)
             self._count(candidate, counts)
