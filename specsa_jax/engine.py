@@ -35,7 +35,7 @@ from specsa_jax.drafting.watching import Watching
 from specsa_jax.planning import profile as profiles
 from specsa_jax.planning import replay, space
 from specsa_jax.planning.costs import Costs, measure_bandwidth
-from specsa_jax.planning.planner import Candidate, Fixed, Plan, Planner, cheapest
+from specsa_jax.planning.planner import Candidate, Fixed, Plan, Planner
 from specsa_jax.planning.predict import Acceptance
 from specsa_jax.planning.profile import Profile
 from specsa_jax.planning.space import Space
@@ -48,6 +48,8 @@ from specsa_jax.strategy import Precision, Strategy
 
 # Steps between two looks of the host when text is streamed or stop strings are watched for, and otherwise.
 _STREAM_STEPS, _QUIET_STEPS = 8, 512
+# Steps that a device is given to do while a plan looks at those before them, at most.
+_AHEAD = 4
 
 # What compiling a loop takes, as far as a planner knows before the first one.
 _COMPILE_SECONDS = 10.0
@@ -97,7 +99,9 @@ class Engine(Runtime):
         )  # fmt: skip
         Strategy(precision=precision)  # refused here rather than in each call
         self.precision = precision
-        self._candidates: dict[Any, list[Candidate]] = {}  # planners' spaces, read once
+        self._candidates: dict[Any, list[Candidate]] = {}  # of planners' spaces, read once
+        self._spaces: dict[Any, Space] = {}
+        self._records: tuple[Any, Records] | None = None
         self.checkpoint, self._profile, self._allow_mismatch = checkpoint, profile, allow_mismatch
         if profile is not None:
             _ = self.profile
@@ -109,8 +113,15 @@ class Engine(Runtime):
 
     @property
     def records(self) -> Records:
-        """What was measured of this model and is stored with its checkpoint, read anew. Raises CheckpointError."""
-        return Records(self.fingerprint) if self.checkpoint is None else records.load(self.checkpoint, self.fingerprint)
+        """What was measured of this model and is stored with its checkpoint, as the file is now. Raises
+        CheckpointError."""
+        stamp = None if self.checkpoint is None else records.stamp(self.checkpoint)
+        if self._records is None or self._records[0] != stamp:
+            loaded = Records(self.fingerprint)
+            if self.checkpoint is not None:
+                loaded = records.load(self.checkpoint, self.fingerprint)
+            self._records = stamp, loaded
+        return self._records[1]
 
     @functools.cached_property
     def profile(self) -> Profile | None:
@@ -280,12 +291,16 @@ class Engine(Runtime):
                 self.decoder.check(candidate.strategy)
                 self.load_drafter(candidate.strategy.drafter)
             self._candidates[key] = found
-        sharings = [Sharing()]
-        if self.implementation == "pallas" and precision != "strict" and profile is not None:
-            sharings += [s for s in dict.fromkeys(t.point.sharing for t in profile.steps) if not s.approximates]
         measured = self.records.measurements if precision == "approx" and bound.given else ()
-        found = self._candidates[key]
-        return Space(planner, found, sharings, [m for m in measured if bound.admits(m) and m.reach >= reach])
+        admitted = [m for m in measured if bound.admits(m) and m.reach >= reach]
+        # A measurement is the same object until the file changes. Its space keeps it, so its id is nobody else's.
+        asked = planner, precision, self.costs, tuple(map(id, admitted))
+        if asked not in self._spaces:
+            sharings = [Sharing()]
+            if self.implementation == "pallas" and precision != "strict" and profile is not None:
+                sharings += [s for s in dict.fromkeys(t.point.sharing for t in profile.steps) if not s.approximates]
+            self._spaces[asked] = Space(planner, self._candidates[key], sharings, admitted)
+        return self._spaces[asked]
 
     def _run(
         self,
@@ -306,12 +321,12 @@ class Engine(Runtime):
         if isinstance(choice, Strategy):
             course, observer = Fixed(choice, per_call), choice.drafter
         else:
-            course, compiled = self._plan(choice, rows, max_new_tokens, state)
+            course = self._plan(choice, rows, max_new_tokens, state)
             observer = Watching(None, course.watchers)
         state = state._replace(draft=self.draft_state(observer, len(rows), pages.shape[1]))
         longest = max(len(row) for row in rows)
         chunk = self.chunk(longest, course.strategy.precision)
-        few = jnp.int32(max(1, 1024 // chunk))  # so that Ctrl-C is heard during a long prefill
+        few = np.int32(max(1, 1024 // chunk))  # so that Ctrl-C is heard during a long prefill
         prefill, seconds, shown = self.prefill_program(state, chunk, observer, course.strategy.precision)
         compiled += seconds
         decode, seconds = self.decode_program(course.strategy, state, params)
@@ -324,71 +339,80 @@ class Engine(Runtime):
         prefill_seconds = time.perf_counter() - begun
 
         outputs = [Output(self.tokenizer, len(row), stop, self.end_tokens) for row in rows]
+        limits = np.array([len(row) + max_new_tokens for row in rows])
+        given, left, running = 0, len(rows) * max_new_tokens, len(rows)
         totals: Counts | None = None
-        decode_seconds, running, given = 0.0, len(rows), 0
+        ahead, more = None, 0  # counts of at most so many steps that are under way, behind those that were read
+        begun, decode_seconds, overlap = 0.0, 0.0, 0.0
         while running:
             if course.strategy not in programs:
                 programs[course.strategy], seconds = self.decode_program(course.strategy, state, params)
                 compiled += seconds
-            begun = time.perf_counter()
-            state, counts = programs[course.strategy](
-                self.params, state, params, jnp.int32(min(per_call, course.steps_left))
-            )
-            tokens, logprobs, known, done = jax.device_get((state.tokens, state.logprobs, state.known, state.done))
-            seconds = time.perf_counter() - begun
-            decode_seconds += seconds
-            counts = jax.device_get(counts)
-            totals = add_counts(totals, counts)
-            for index, output in enumerate(outputs):
-                text = output.update(tokens[index, : known[index]], bool(done[index]))
-                if text and watched:
-                    yield Chunk(index, text, len(output.tokens))
-            finished = np.array([output.finish is not None for output in outputs])
-            if (finished & ~done).any():  # a stop string, which only the host sees
-                state = state._replace(done=jnp.asarray(finished))
-            running = int((~finished).sum())
-            before, given = given, sum(len(output.tokens) for output in outputs)
-            left = sum(max_new_tokens - len(output.tokens) for output in outputs if output.finish is None)
+            run, steps = programs[course.strategy], max(1, min(per_call, course.steps_left - more))
+            if ahead is None:
+                begun, overlap = time.perf_counter(), 0.0
+            state, counts = run(self.params, state, params, np.int32(steps))
+            unread, ahead, more, texts = (counts,) if ahead is None else (ahead, counts), None, 0, None
+            if watched or course.steps_left >= left:  # the text is wanted, or this goes to the end
+                known, done, unread, texts = jax.device_get(
+                    (state.known, state.done, unread, (state.tokens, state.logprobs))
+                )
+            else:
+                # A few steps more go to the device before it is asked for anything: it does not wait for the plan.
+                looked, more = (jnp.copy(state.known), jnp.copy(state.done)), min(_AHEAD, -(-steps // 2))
+                state, ahead = run(self.params, state, params, np.int32(more))
+                (known, done), unread = jax.device_get((looked, unread))
+                if done.all():
+                    texts = jax.device_get((state.tokens, state.logprobs))
+            now = time.perf_counter()
+            seconds, begun = now - begun, now
+            decode_seconds += seconds - overlap
+            counts = functools.reduce(add_counts, unread)
+            totals, finished = add_counts(totals, counts), done
+            if texts is not None:
+                tokens, logprobs = texts
+                for index, output in enumerate(outputs):
+                    text = output.update(tokens[index, : known[index]], bool(done[index]), watched)
+                    if text and watched:
+                        yield Chunk(index, text, len(output.tokens))
+                finished = np.array([output.finish is not None for output in outputs])
+                if (finished & ~done).any():  # a stop string, which only the host sees
+                    state = state._replace(done=jnp.asarray(finished))
+            running, left = int((~finished).sum()), int((limits - known)[~finished].sum())
+            before, given = given, int((known - limits).sum()) + len(rows) * max_new_tokens
+            strategy, overlap = course.strategy, -course.seconds
             course.observe(counts, seconds, given - before, running, left)
+            overlap += course.seconds
+            if ahead is not None and course.strategy != strategy:
+                counts, ahead, more = jax.device_get(ahead), None, 0
+                decode_seconds += time.perf_counter() - begun - overlap
+                totals = add_counts(totals, counts)
+                course.late(counts)
         assert totals is not None
         stats = stats_of(course, rows, outputs, totals, prefill_seconds, decode_seconds, compiled, size)
         generations = (output.generation(logprobs[index]) for index, output in enumerate(outputs))
         return Result(tuple(generations), stats)
 
-    def _plan(self, found: Space, rows: list[np.ndarray], max_new_tokens: int, state: State) -> tuple[Plan, float]:
-        """A plan for these prompts, after replays on them; and the seconds that compiling the replay took."""
+    def _plan(self, found: Space, rows: list[np.ndarray], max_new_tokens: int, state: State) -> Plan:
+        """A plan for these prompts, after replays on them."""
         begun = time.perf_counter()
         batch, columns = state.cache.page_table.shape
         capacity = columns * self.config.nsa.select_block
         # XLA's path computes over whole page tables.
         context = capacity if self.implementation == "xla" else int(np.mean([len(row) for row in rows]))
-        candidates = [
-            dataclasses.replace(one, strategy=cheapest(one.strategy, found.sharings_of(one.strategy), self.costs, batch,
-                                                       context))
-            for one in found.candidates
-        ]  # fmt: skip
+        candidates, counted = found.priced(self.costs, batch, context)
         acceptance = self._priors.fresh()
-        compiling = 0.0
         for name, drafter, depth in found.replayed:
-            for index, row in enumerate(rows):
-                known = replay.places(len(row), depth)
-                arguments = (state.tokens[index], jnp.asarray(known))
-                drafts, seconds = self.executable(replay.drafts, {"drafter": drafter, "depth": depth}, *arguments)
-                compiling += seconds
-                chains, valid = jax.device_get(drafts(*arguments))
-                acceptance.add(name, f"chain:{depth}", *replay.fates(row, known, chains, valid), worth=replay.WORTH)
-        shapes = signature(state)
-
-        def ready(strategy: Strategy) -> bool:
-            return (strategy, shapes) in self.ready
-
+            drafted, accepted = replay.replay(rows, drafter, depth)
+            acceptance.add(name, f"chain:{depth}", drafted, accepted, worth=len(rows) * replay.WORTH)
         plan = Plan(
             found.planner, candidates, self.costs, acceptance, batch=batch, context=context, layers=self.config.layers,
-            compiled=ready, compile_seconds=statistics.median(self.compile_times or [_COMPILE_SECONDS]),
-            new_tokens=len(rows) * max_new_tokens,
+            compiled=self.ready.setdefault(signature(state), set()).__contains__,
+            compile_seconds=statistics.median(self.compile_times or [_COMPILE_SECONDS]),
+            new_tokens=len(rows) * max_new_tokens, counted=counted,
         )  # fmt: skip
-        plan.seconds = time.perf_counter() - begun - compiling
-        return plan, compiling
+        plan.seconds = time.perf_counter() - begun
+        return plan
 
     def resolve(self, strategy: Strategy) -> Strategy:
         """``strategy`` with its schedule as letters ("all" if all refresh), so that equal ones are one program.
@@ -438,7 +462,7 @@ class Engine(Runtime):
         if isinstance(choice, Strategy):
             strategies, observer, names = [choice], choice.drafter, None
         else:
-            plan, _ = self._plan(choice, rows, max_new_tokens, state)
+            plan = self._plan(choice, rows, max_new_tokens, state)
             strategies, observer, names = plan.contenders(), Watching(None, plan.watchers), plan.words
         state = state._replace(draft=self.draft_state(observer, batch, pages.shape[1], abstract=True))
         precision = strategies[0].precision

@@ -129,13 +129,16 @@ class Output:
         self.shown = 0
         self.finish: str | None = None
 
-    def update(self, known: np.ndarray, done: bool) -> str:
-        """Takes the sequence's known tokens; returns the text that can now be shown."""
+    def update(self, known: np.ndarray, done: bool, watched: bool = True) -> str:
+        """Takes the sequence's known tokens; returns the text that can now be shown. Not ``watched``: nothing is to be
+        shown, and nothing stops it, before it is done."""
         if self.finish is not None:
             return ""
         self.tokens = known[self.prompt_length :]
         if done:
             self.finish = "end" if len(self.tokens) and int(self.tokens[-1]) in self.end_tokens else "length"
+        elif not watched:
+            return ""
         self.text = self._decode(self.tokens)
         if any(text in self.text for text in self.stop):
             self._cut()

@@ -31,7 +31,7 @@ class Runtime:
 
     Attributes:
       decoder: the jitted functions.
-      ready: strategies whose loop is compiled, with the shapes that it is compiled for (:func:`signature`).
+      ready: by shapes (:func:`signature`), the strategies whose loop is compiled for them.
       compile_times: seconds that compiling each loop took.
     """
 
@@ -62,7 +62,7 @@ class Runtime:
         self.end_tokens = tuple(end_tokens) if end_tokens is not None else () if end is None else (end,)
         self.implementation = kernels.choose(config.nsa, self.max_length, implementation)
         self.decoder = Decoder(config, self.dtype, self.end_tokens, self.implementation)
-        self.ready: set[tuple[Strategy, Any]] = set()
+        self.ready: dict[Any, set[Strategy]] = {}
         self.compile_times: list[float] = []
         self._compiled: dict[Any, Any] = {}
         self._draft_params: dict[Drafter, Any] = {}
@@ -105,7 +105,7 @@ class Runtime:
         )  # fmt: skip
         if seconds:
             self.compile_times.append(seconds)
-        self.ready.add((strategy, signature(state)))
+        self.ready.setdefault(signature(state), set()).add(strategy)
         return functools.partial(decode, draft_params=draft_params), seconds
 
     def forget_programs(self) -> None:

@@ -179,6 +179,15 @@ def load(directory: Path, model: str) -> Records:
         raise CheckpointError(f"{file}: damaged: {type(error).__name__}: {error}") from error
 
 
+def stamp(directory: Path) -> tuple[int, ...] | None:
+    """What differs as soon as the records of ``directory`` were written anew; None where there are none."""
+    try:
+        found = (directory / FILE).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
 def save(directory: Path, records: Records) -> Path:
     """Writes the file beside its place, then renames it. Raises CheckpointError where it cannot be written."""
     values = {"schema": SCHEMA, **dataclasses.asdict(records)}

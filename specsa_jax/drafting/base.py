@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tokenizers import Tokenizer
 
 from specsa_jax.cache import Cache, grown_topology
@@ -97,7 +98,7 @@ class Drafter:
     """Base class of drafters. Subclasses are frozen dataclasses: they are part of a
     :class:`specsa_jax.strategy.Strategy`, and so of a compiled program's identity.
 
-    Only :meth:`propose` has to be written. All but :meth:`load` is traced.
+    Only :meth:`propose` has to be written. All but :meth:`load` and :meth:`replay` is traced.
     """
 
     name: ClassVar[str] = ""  # as :func:`drafter_from_name` reads it
@@ -125,9 +126,13 @@ class Drafter:
 
     @property
     def replays(self) -> bool:
-        """Whether :meth:`propose` reads nothing but its context's tokens, known and active: then a planner can try it
-        on a prompt (:mod:`specsa_jax.planning.replay`)."""
-        return False
+        """Whether there is :meth:`replay`: then planners try it on prompts (:mod:`specsa_jax.planning.replay`)."""
+        return type(self).replay is not Drafter.replay
+
+    def replay(self, texts: np.ndarray, known: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """What :meth:`propose` gives behind the first ``known`` int32 [N] of ``texts`` int32 [N, T], where it reads
+        nothing else: chains int32 [N, depth], and bool [N, depth] where there are any. On the host."""
+        raise NotImplementedError
 
     def check(self, config: ModelConfig, template: TreeTemplate) -> None:
         """Raises ValueError where the drafter cannot draft such trees for such a model. Before any work."""

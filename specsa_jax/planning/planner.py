@@ -39,6 +39,8 @@ _NEWEST = 0.5
 _SHARED_MEASURED, _SHARED_COUNTED = 0.8, 1.0
 # Of a segment's time, what choosing may take.
 _SHARE = 0.01
+# As long as the strategy stays, a segment is so many times the one before, up to so many times the first.
+_GROWTH, _LONGEST = 4, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +52,9 @@ class Planner:
       drafters: (name as :func:`specsa_jax.drafting.drafter_from_name` reads it, trees) that are considered; (): those
         of the profile, or :data:`specsa_jax.planning.space.DRAFTERS`. Not to speculate is always considered.
       hysteresis: a switch has to promise so much more throughput, as a fraction.
-      segment: steps of the first segment; they double, up to 8 times that, as long as the strategy stays. Where
-        choosing would take more than 1 % of a segment's time, it is longer.
+      segment: steps of the first segment; each is four times the one before, up to 16 times the first, as long as the
+        strategy stays. Where choosing would take more than 1 % of a segment's time, it is longer; where nothing could
+        change the choice any more, it goes to the end.
       switch: False: chosen once, before the first token.
 
     Raises ValueError for values outside their ranges.
@@ -81,15 +84,19 @@ class Candidate:
 
     def describe(self) -> str:
         """The strategy in words, by the drafter's name, watchers left out."""
-        return _words(self)
+        return self._words
 
+    @functools.cached_property
+    def _words(self) -> str:
+        drafter = self.strategy.drafter
+        drafter = drafter.drafter if isinstance(drafter, Watching) else drafter
+        words = dataclasses.replace(self.strategy, drafter=drafter).describe()
+        return words.replace(str(drafter), self.drafter, 1)
 
-@functools.lru_cache
-def _words(candidate: Candidate) -> str:
-    drafter = candidate.strategy.drafter
-    drafter = drafter.drafter if isinstance(drafter, Watching) else drafter
-    words = dataclasses.replace(candidate.strategy, drafter=drafter).describe()
-    return words.replace(str(drafter), candidate.drafter, 1)
+    @functools.cached_property
+    def watcher(self) -> Drafter | None:
+        """The drafter whose state it drafts from."""
+        return watcher(self.strategy.drafter)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +145,9 @@ class Fixed:
     def observe(self, counts: Counts, seconds: float, new_tokens: int, running: int, remaining: int) -> None:
         """Nothing follows from it."""
 
+    def late(self, counts: Counts) -> None:
+        """As :meth:`observe`."""
+
 
 class Plan:
     """The choices of one call: ``strategy``, for ``steps_left`` steps, until :meth:`observe` changes them.
@@ -152,6 +162,7 @@ class Plan:
       layers: of the target.
       compiled: whether a strategy's program is there; ``compile_seconds``: what it takes where it is not.
       new_tokens: the budget of all sequences together.
+      counted: seconds of steps, as plans of the same costs, batch and context have looked them up; adds to them.
     """
 
     def __init__(
@@ -167,19 +178,20 @@ class Plan:
         compiled: Callable[[Strategy], bool],
         compile_seconds: float,
         new_tokens: int,
+        counted: dict[tuple[Strategy, int], float] | None = None,
     ):
         begun = time.perf_counter()
         self.planner, self.costs, self.acceptance = planner, costs, acceptance
         self.batch, self.context, self.layers = batch, context, layers
         self._compiled, self._compile_seconds = compiled, compile_seconds
-        self._counted: dict[tuple[Strategy, int], float] = {}
+        self._counted = {} if counted is None else counted
         self.words = {candidate.strategy: candidate.describe() for candidate in candidates}
         self._factors: dict[Strategy, float] = {}
         self._factor = 1.0
         self.decisions: list[Decision] = []
         self.watchers: tuple[Drafter, ...] = ()
         self.candidates = self._watched(candidates)
-        self.strategy, self._steps, self._length = Strategy(None), 0, planner.segment
+        self.strategy, self._steps, self._length = self.candidates[0].strategy, 0, planner.segment
         self._choosing = 0.0  # seconds that the last choice took
         self._seen: tuple[Counts | None, float, int] = (None, 0.0, 0)
         self.choose(batch, new_tokens)
@@ -189,19 +201,16 @@ class Plan:
 
     def _watched(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Those that are in the running, each with all drafters watching that some of them draw on."""
-        speeds = {candidate: self.option(candidate, self.batch).tokens_per_second for candidate in candidates}
-        by_watcher: dict[Drafter | None, float] = {}
-        for candidate, speed in speeds.items():
-            own = watcher(candidate.strategy.drafter)
-            by_watcher[own] = max(speed, by_watcher.get(own, 0.0))
-        best = max(by_watcher.values())
-        kept = {own for own, speed in by_watcher.items() if own is None or speed >= _WORTH_WATCHING * best}
-        self.watchers = tuple(own for own in by_watcher if own is not None and own in kept)
-        found = [
-            Candidate(c.drafter, watching(c.strategy, self.watchers))
-            for c in candidates if watcher(c.strategy.drafter) in kept
-        ]  # fmt: skip
-        self.words |= {candidate.strategy: candidate.describe() for candidate in found}
+        if all(candidate.watcher is None for candidate in candidates):
+            return list(candidates)
+        speeds = [self.option(candidate, self.batch).tokens_per_second for candidate in candidates]
+        enough = _WORTH_WATCHING * max(speeds)
+        promising = [c.watcher for c, speed in zip(candidates, speeds, strict=True) if speed >= enough]
+        self.watchers = tuple(dict.fromkeys(own for own in promising if own is not None))
+        found = [c for c in candidates if c.watcher is None or c.watcher in self.watchers]
+        if self.watchers:
+            found = [Candidate(c.drafter, watching(c.strategy, self.watchers)) for c in found]
+            self.words |= {candidate.strategy: candidate.describe() for candidate in found}
         return found
 
     def contenders(self) -> list[Strategy]:
@@ -226,15 +235,17 @@ class Plan:
         strategy, name = candidate.strategy, candidate.drafter
         length, seconds = 1.0, self._step_seconds(candidate, 1)
         if name != "none":
-            chances = self.acceptance.chances(name, strategy.tree, strategy.template.depth)
+            rate, depth = self.acceptance.rate(name) if rate is None else rate, strategy.template.depth
             if shift:
-                chances = 1.0 / (1.0 + (1.0 / np.clip(chances, 1e-6, 1 - 1e-6) - 1.0) * math.exp(-shift))
-            rate = self.acceptance.rate(name) if rate is None else rate
-            length += rate * float(np.cumprod(chances).sum())
+                chances = np.clip(self.acceptance.chances(name, strategy.tree, depth), 1e-6, 1 - 1e-6)
+                gain = float(np.cumprod(1.0 / (1.0 + (1.0 / chances - 1.0) * math.exp(-shift))).sum())
+            else:
+                gain = self.acceptance.gain(name, strategy.tree, depth)
+            length += rate * gain
             # Where nobody in the batch has a draft, a step decodes one token.
             some = 1.0 - (1.0 - rate) ** running
             seconds = some * self._step_seconds(candidate, strategy.width) + (1.0 - some) * seconds
-        seconds = float(seconds * self._factors.get(strategy, self._factor))
+        seconds *= self._factors.get(strategy, self._factor)
         return Option(self.words[strategy], length, seconds, running * length / seconds, self._compiled(strategy))
 
     def _step_seconds(self, candidate: Candidate, width: int) -> float:
@@ -271,10 +282,17 @@ class Plan:
         else:
             best = fastest
             reason = f"{options[fastest].tokens_per_second / current.tokens_per_second - 1:+.0%} over the one before"
-        stays = best == self.strategy and bool(self.decisions)
-        length = min(2 * self._length, 8 * self.planner.segment) if stays else self.planner.segment
-        share = self._choosing / (_SHARE * options[best].step_seconds) if self.decisions else 0.0
-        self._length = max(length, math.ceil(share))
+        others = [option for strategy, option in options.items() if strategy != best]
+        # Twice as long as it is expected to take, in case that is wrong.
+        settled = 2 * remaining / options[best].tokens_per_second < self._compile_seconds
+        if not self.planner.switch or not any(option.compiled for option in others) and (settled or not others):
+            self._length = max(1, remaining)  # a step gives at least a token
+            reason += "; to the end" + ("; compiling another would not repay" if self.planner.switch else "")
+        else:
+            stays = best == self.strategy and bool(self.decisions)
+            length = min(_GROWTH * self._length, _LONGEST * self.planner.segment) if stays else self.planner.segment
+            share = self._choosing / (_SHARE * options[best].step_seconds) if self.decisions else 0.0
+            self._length = max(length, math.ceil(share))
         self.strategy = best
         ranked = tuple(sorted(options.values(), key=lambda option: -option.tokens_per_second))
         self.decisions.append(Decision(self._steps, running, self.words[best], reason, ranked))
@@ -302,6 +320,31 @@ class Plan:
             self._choosing = time.perf_counter() - begun
         self.seconds += time.perf_counter() - begun
 
+    def late(self, counts: Counts) -> None:
+        """What the steps showed that still ran with the strategy before, while this one was chosen."""
+        begun = time.perf_counter()
+        if int(counts.steps):
+            chosen, steps = self.decisions[-2], int(counts.steps)
+            (candidate,) = (c for c in self.candidates if self.words[c.strategy] == chosen.chosen)
+            self._count(candidate, counts)
+            sequence_steps, accepted = int(counts.accepted.sum()), counts.accepted @ np.arange(len(counts.accepted))
+            gained = 1.0 + float(accepted) / sequence_steps
+            both = chosen.observed_steps + steps
+            self.decisions[-2] = dataclasses.replace(
+                chosen, observed_steps=both, observed_acceptance_length=
+                (chosen.observed_acceptance_length * chosen.observed_steps + gained * steps) / both,
+            )  # fmt: skip
+            self._steps += steps
+            self.decisions[-1] = dataclasses.replace(self.decisions[-1], steps=self._steps)
+        self.seconds += time.perf_counter() - begun
+
+    def _count(self, candidate: Candidate, counts: Counts) -> None:
+        """The evidence of some steps."""
+        self.acceptance.decay(int(counts.steps))
+        if candidate.drafter != "none":
+            drafted, stood = np.asarray(counts.drafted), np.asarray(counts.accepted)
+            self.acceptance.add(candidate.drafter, candidate.strategy.tree, drafted, stood)
+
     def _learn(self, counts: Counts, seconds: float, new_tokens: int) -> None:
         steps, sequence_steps = int(counts.steps), int(counts.accepted.sum())
         if not sequence_steps:
@@ -310,10 +353,7 @@ class Plan:
         # Steps without a draft are cheaper: the time is compared with what such a mixture should have taken.
         rate = float(np.sum(counts.drafted[1:])) / sequence_steps
         expected = self.option(candidate, max(1, round(sequence_steps / steps)), rate)
-        self.acceptance.decay(steps)
-        if candidate.drafter != "none":
-            drafted, stood = np.asarray(counts.drafted), np.asarray(counts.accepted)
-            self.acceptance.add(candidate.drafter, self.strategy.tree, drafted, stood)
+        self._count(candidate, counts)
         known = self._factors.get(self.strategy, self._factor)
         ratio = known * (seconds / steps) / expected.step_seconds
         factor = ratio if self.strategy not in self._factors else known * (ratio / known) ** _NEWEST

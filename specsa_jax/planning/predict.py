@@ -38,7 +38,9 @@ class _Counts:
         reach = len(at_least[1])
         self.steps += weight * at_least[0][0]
         if reach > 1:
-            deep, stood = (np.pad(x, (0, max(0, reach - len(x))))[:reach] for x in at_least)
+            deep, stood = at_least
+            if len(deep) != reach:
+                deep = np.pad(deep, (0, max(0, reach - len(deep))))[:reach]
             self.drafted += weight * deep[1]
             # What came to position k was drafted that deep, and stood up to k − 1.
             self.tried[: reach - 1] += weight * np.minimum(deep[1:], stood[:-1])
@@ -65,13 +67,17 @@ class Acceptance:
         # Of a key, what is expected without live evidence, in log-odds; and of a drafter, the shift that this shows.
         self._known: dict[tuple[str, str], tuple[np.ndarray, np.ndarray, float]] = {}
         self._shifts: dict[str, float] = {}
+        # What :meth:`rate` and :meth:`gains` have answered since evidence came; a plan asks for each candidate.
+        self._rates: dict[str, float] = {}
+        self._gains: dict[tuple[str, str], list[float]] = {}
+        self._unseen: dict[tuple[str, str], list[float]] = {}  # the gains as long as there is no evidence
         for prior in priors:
             self._prior[prior.drafter, family(prior.tree)].add(prior.drafted, prior.accepted, 1.0)
 
     def fresh(self) -> Acceptance:
         """The same priors, without what was learned: for another text."""
         other = Acceptance()
-        other._prior, other._known = self._prior, self._known
+        other._prior, other._known, other._unseen = self._prior, self._known, self._unseen
         return other
 
     def add(
@@ -84,33 +90,49 @@ class Acceptance:
         if steps:
             weight = 1.0 if worth is None else worth / steps
             self._live[drafter, family(tree)].add(drafted, accepted, weight)
-            self._shifts.clear()
+            self._changed()
 
     def decay(self, steps: int) -> None:
         """Older evidence counts less: ``steps`` have passed since the last call."""
         for counts in self._live.values():
             counts.scale(0.5 ** (steps / _HALF_LIFE))
+        self._changed()
+
+    def _changed(self) -> None:
         self._shifts.clear()
+        self._rates.clear()
+        self._gains.clear()
 
     def rate(self, drafter: str) -> float:
         """The fraction of a sequence's steps in which ``drafter`` has a draft."""
-        prior, live = _pooled(self._prior, drafter), _pooled(self._live, drafter)
-        worth = min(_PRIOR_STEPS, prior.steps)
-        expected = prior.drafted / prior.steps if prior.steps else _GUESSED_RATE
-        worth = worth or _GUESS_STEPS
-        return (expected * worth + live.drafted) / (worth + live.steps)
+        if drafter not in self._rates:
+            (prior_steps, prior_drafted), (steps, drafted) = _pooled(self._prior, drafter), _pooled(self._live, drafter)
+            worth = min(_PRIOR_STEPS, prior_steps) or _GUESS_STEPS
+            expected = prior_drafted / prior_steps if prior_steps else _GUESSED_RATE
+            self._rates[drafter] = (expected * worth + drafted) / (worth + steps)
+        return self._rates[drafter]
 
     def chances(self, drafter: str, tree: str, depth: int) -> np.ndarray:
         """float [depth]: the chance that a drafted token stands, given that those before it on its path do."""
         key = drafter, family(tree)
         _, odds, worth = self._expected(key)
         expected = _sigmoid(odds + self._shift(drafter))
-        live = self._live[key]
-        return ((expected * worth + live.stood) / (worth + live.tried))[:depth]
+        if key in self._live:
+            live = self._live[key]
+            expected = (expected * worth + live.stood) / (worth + live.tried)
+        return expected[:depth]
+
+    def gain(self, drafter: str, tree: str, depth: int) -> float:
+        """Drafted tokens that are expected to stand where there is a draft. All depths are computed at once."""
+        key = drafter, family(tree)
+        gains = self._gains if key in self._live or self._shift(drafter) else self._unseen
+        if key not in gains:
+            gains[key] = np.cumsum(np.cumprod(self.chances(drafter, tree, _POSITIONS))).tolist()
+        return gains[key][min(depth, _POSITIONS) - 1]
 
     def length(self, drafter: str, tree: str, depth: int) -> float:
         """Expected tokens that a sequence gains in a step, the target's own included."""
-        return 1.0 + self.rate(drafter) * float(np.cumprod(self.chances(drafter, tree, depth)).sum())
+        return 1.0 + self.rate(drafter) * self.gain(drafter, tree, depth)
 
     def _expected(self, key: tuple[str, str]) -> tuple[np.ndarray, np.ndarray, float]:
         """Chances [64] before live evidence, their log-odds, and the drafts that they are worth."""
@@ -146,10 +168,10 @@ class Acceptance:
         return self._shifts[drafter]
 
 
-def _pooled(table: dict[tuple[str, str], _Counts], drafter: str) -> _Counts:
+def _pooled(table: dict[tuple[str, str], _Counts], drafter: str) -> tuple[float, float]:
     """Steps and drafts of all families: whether there is a draft does not depend on its shape."""
     found = [counts for (name, _), counts in table.items() if name == drafter]
-    return _Counts(sum(c.steps for c in found), sum(c.drafted for c in found))
+    return sum(c.steps for c in found), sum(c.drafted for c in found)
 
 
 def _logit(x: np.ndarray) -> np.ndarray:

@@ -1,49 +1,43 @@
-"""How a drafter would have fared on the prompt itself: it drafts at places of the prompt's tail, whose next tokens are
-known. Costs no pass of the target."""
+"""How a drafter would have fared on the prompts themselves: it drafts at places of their tails, whose next tokens are
+known. Costs no pass of the target, and nothing of the device."""
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from specsa_jax.drafting import Context, Drafter, parse_tree
+from specsa_jax.drafting import Drafter
 
-PLACES, SPAN = 32, 256  # drafts, spread over so many last tokens
+PLACES, SPAN = 32, 256  # drafts of all prompts together; spread over so many last tokens of each
 # Steps of decoding that a replay counts for: a text is harder to foresee than what a model makes of it.
 WORTH = 8.0
 
 
-@functools.partial(jax.jit, static_argnames=("drafter", "depth"))
-def drafts(tokens: jax.Array, known: jax.Array, *, drafter: Drafter, depth: int) -> tuple[jax.Array, jax.Array]:
-    """Chains int32 [N, depth] that ``drafter`` (one that ``replays``) proposes behind the first ``known`` int32 [N] of
-    ``tokens`` int32 [S], and bool [N, depth] where it does."""
-    shape = (known.shape[0], tokens.shape[0])
-    nothing: Any = None  # what a drafter that replays does not look at
-    context = Context(
-        jnp.broadcast_to(tokens, shape), known, jnp.ones(shape[0], bool), nothing, nothing, nothing, nothing, nothing
-    )
-    draft = drafter.propose((), (), context, parse_tree(f"chain:{depth}"))
-    return draft.tokens, draft.valid
-
-
-def places(length: int, depth: int) -> np.ndarray:
-    """int32 [PLACES]: how much of a prompt of ``length`` tokens is known at each draft; as far as that goes, so that
+def places(lengths: np.ndarray, depth: int) -> np.ndarray:
+    """int32 [N, B], at least PLACES: how much of each of B prompts is known at each draft; as far as that goes, so that
     all ``depth`` next tokens are known too."""
-    last = max(1, length - depth)
-    first = max(1, last - SPAN)
-    return np.linspace(first, last, PLACES).astype(np.int32)
+    last = np.maximum(1, lengths - depth)
+    return np.linspace(np.maximum(1, last - SPAN), last, -(-PLACES // len(lengths))).astype(np.int32)
 
 
-def fates(row: np.ndarray, known: np.ndarray, chains: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Histograms float [depth + 1] of drafts by depth, and by the tokens of them that ``row`` int32 [T] has."""
+def replay(rows: Sequence[np.ndarray], drafter: Drafter, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """Histograms float [depth + 1] of the drafts of chains on prompts int32 [T]: by depth, and by tokens that stood."""
+    lengths = np.array([len(row) for row in rows])
+    known = places(lengths, depth)
+    texts = np.full((len(rows), lengths.max()), -1, np.int32)
+    for text, row in zip(texts, rows, strict=True):
+        text[: len(row)] = row
+    texts = np.broadcast_to(texts, (len(known), *texts.shape)).reshape(known.size, -1)
+    return fates(texts, known.ravel(), *drafter.replay(texts, known.ravel(), depth))
+
+
+def fates(texts: np.ndarray, known: np.ndarray, chains: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Histograms float [depth + 1] of drafts [N, depth] behind ``known`` int32 [N] tokens of ``texts`` int32 [N, T]
+    (-1 behind the end of each): by depth, and by tokens that the texts have too."""
     depth = chains.shape[1]
     at = known[:, None] + np.arange(depth)
-    there = at < len(row)
-    stands = valid & there & (chains == row[np.minimum(at, len(row) - 1)])
-    accepted = np.cumprod(stands, axis=1).sum(axis=1)
-    drafted = np.where(valid[:, 0], np.maximum((valid & there).sum(axis=1), accepted), 0)
+    truth = np.where(at < texts.shape[1], np.take_along_axis(texts, np.minimum(at, texts.shape[1] - 1), axis=1), -1)
+    drafted = (valid & (truth >= 0)).sum(axis=1)
+    accepted = np.cumprod(valid & (chains == truth), axis=1).sum(axis=1)
     return tuple(np.bincount(x, minlength=depth + 1).astype(float) for x in (drafted, accepted))  # type: ignore[return-value]

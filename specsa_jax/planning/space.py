@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 from specsa_jax.checkpoints.records import Measurement
 from specsa_jax.config import ModelConfig
 from specsa_jax.drafting import Drafter, drafter_from_name, parse_tree
-from specsa_jax.drafting.watching import watcher
-from specsa_jax.planning.planner import Candidate, Planner, watching
+from specsa_jax.planning.costs import Costs
+from specsa_jax.planning.planner import Candidate, Planner, cheapest, watching
 from specsa_jax.planning.profile import Profile
 from specsa_jax.schedule import Sharing
 from specsa_jax.strategy import Precision, Strategy
@@ -59,9 +61,9 @@ def profiled(profile: Profile, config: ModelConfig) -> tuple[tuple[str, tuple[st
     return tuple((name, tuple(found)) for name, found in trees.items())
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Space:
-    """What a planner may choose from in a call.
+    """What a planner may choose from in a call. Engines keep it: all that does not depend on the texts is known once.
 
     Attributes:
       candidates: drafters and trees.
@@ -73,14 +75,33 @@ class Space:
     sharings: list[Sharing]
     admitted: list[Measurement]
 
-    @property
+    @functools.cached_property
+    def _priced(self) -> dict[Any, tuple[list[Candidate], dict[tuple[Strategy, int], float]]]:
+        return {}
+
+    def priced(
+        self, costs: Costs, batch: int, context: int
+    ) -> tuple[list[Candidate], dict[tuple[Strategy, int], float]]:
+        """The candidates with the sharings that cost least in calls of this batch and context, and what plans have
+        looked up of their costs (``counted`` of :class:`specsa_jax.planning.planner.Plan`)."""
+        key = costs, batch, context
+        if key not in self._priced:
+            found = [
+                dataclasses.replace(one, strategy=cheapest(one.strategy, self.sharings_of(one.strategy), costs, batch,
+                                                           context))
+                for one in self.candidates
+            ]  # fmt: skip
+            self._priced[key] = found, {}
+        return self._priced[key]
+
+    @functools.cached_property
     def largest(self) -> Strategy:
         """One that needs the most memory: all drafters that keep a state watch."""
-        own = (watcher(candidate.strategy.drafter) for candidate in self.candidates)
-        watchers = tuple(dict.fromkeys(one for one in own if one is not None))
+        own = dict.fromkeys(candidate.watcher for candidate in self.candidates)
+        watchers = tuple(one for one in own if one is not None)
         return watching(self.candidates[0].strategy, watchers)
 
-    @property
+    @functools.cached_property
     def replayed(self) -> list[tuple[str, Drafter, int]]:
         """The drafters that can be tried on a prompt: name, drafter, tokens of the longest chain."""
         depths: dict[tuple[str, Drafter], int] = {}
