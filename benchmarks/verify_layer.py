@@ -33,7 +33,7 @@ import real_selections
 
 from pallas_kernels.attention import AttentionConfig, Sparsity, attend, specs
 
-STAGES = ("compressed+window", "selection", "selected", "merge", "layer")
+STAGES = ("compressed+window", "selection", "selected", "merge")
 L2_BYTES = 60e6
 LOOP_US = 5000
 # µs of Scalable-Flash-Native-Sparse-Attention (Triton, paged, split-K, CUDA graph), one layer, T draft tokens as T
