@@ -7,7 +7,8 @@ if model, settings, device and versions are the same. Compiled programs are kept
 
     python benchmarks/strict.py --out benchmarks/results/cpu/strict.json
     python benchmarks/strict.py --jobs 16 --out benchmarks/results/cpu/strict.json    # on a CPU of 16 cores
-    python benchmarks/strict.py --prompts 56 --dtype bfloat16 --implementation pallas --out strict.json    # on a GPU
+    XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/strict.py --prompts 56 --jobs 10 --dtype bfloat16 --out \
+        strict.json    # on a GPU
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +92,20 @@ class Worker:
     drafter: str | None = None
 
     @classmethod
-    def start(cls, options: argparse.Namespace, cores: Any) -> None:
+    def start(cls, options: argparse.Namespace, core: int | None) -> None:
         """In a process of its own: on a core of its own, where there are as many as processes."""
-        if cores is not None:
-            os.sched_setaffinity(0, {cores.get()})
+        if core is not None:
+            os.sched_setaffinity(0, {core})
         engine = make_engine(options)
         cls.check = Check(engine, prompts(engine, options.prompts), options.new_tokens)
 
     @classmethod
-    def group(cls, task: tuple[str, list[str], str, int]) -> tuple[np.ndarray, np.ndarray]:
-        drafter, trees, checkpoint, index = task
+    def group(
+        cls, until: float, drafter: str, trees: list[str], checkpoint: str, index: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """As :meth:`Check.group`; None behind the time ``until``."""
+        if time.time() > until:
+            return None
         if drafter != cls.drafter:
             # Each drafter has programs of its own, and a process room for a few hundred.
             cls.check.engine.forget_programs()
@@ -116,34 +122,40 @@ def make_engine(options: argparse.Namespace) -> Engine:
 
 
 def results(options: argparse.Namespace, tasks: list[tuple[str, int]]) -> Iterator[tuple[str, int, Any]]:
-    """(drafter, group, what :meth:`Check.group` gives), in the tasks' order; none begun after ``--seconds``."""
-    begun = time.perf_counter()
-
-    def wanted() -> Iterator[tuple[str, list[str], str, int]]:
-        for drafter, index in tasks:
-            if time.perf_counter() - begun > options.seconds:
-                return
-            yield drafter, options.trees, options.checkpoint, index
-
+    """(drafter, group, what :meth:`Check.group` gives); each drafter's groups in their order; none begun after
+    ``--seconds``."""
+    until = time.time() + options.seconds
+    work = {(drafter, index): (until, drafter, options.trees, options.checkpoint, index) for drafter, index in tasks}
     if options.jobs == 1:
         Worker.start(options, None)
-        for (drafter, index), task in zip(tasks, wanted(), strict=False):
-            yield drafter, index, Worker.group(task)
+        for (drafter, index), task in work.items():
+            if (found := Worker.group(*task)) is None:
+                return
+            yield drafter, index, found
         return
     context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would lose
-    cores, own = context.Queue(), sorted(os.sched_getaffinity(0))
-    for job in range(options.jobs):
-        cores.put(own[job % len(own)])
-    with context.Pool(options.jobs, Worker.start, (options, cores)) as pool:
-        # A task is given out when a process takes it, not before: the time is what it is then.
-        waiting: list[Any] = []
-        remaining = wanted()
-        for drafter, index in tasks:
-            while len(waiting) < 2 * options.jobs and (task := next(remaining, None)) is not None:
-                waiting.append(pool.apply_async(Worker.group, (task,)))
-            if not waiting:
-                return
-            yield drafter, index, waiting.pop(0).get()
+    cores = sorted(os.sched_getaffinity(0))
+    pools = [ProcessPoolExecutor(1, context, initializer=Worker.start, initargs=(options, cores[job % len(cores)]))
+             for job in range(options.jobs)]  # fmt: skip
+    # A drafter's groups of one length are one process's: no other compiles their programs.
+    kinds = list(dict.fromkeys((drafter, index % 2) for drafter, index in tasks))
+    futures = {
+        pools[kinds.index((drafter, index % 2)) % options.jobs].submit(Worker.group, *task): (drafter, index)
+        for (drafter, index), task in work.items()
+    }  # fmt: skip
+    following = {drafter: [index for name, index in tasks if name == drafter] for drafter, _ in tasks}
+    early: dict[tuple[str, int], Any] = {}
+    try:
+        for future in as_completed(futures):
+            drafter, index = futures[future]
+            early[drafter, index] = future.result()
+            left = following[drafter]
+            while left and early.get((drafter, left[0])) is not None:
+                index = left.pop(0)
+                yield drafter, index, early.pop((drafter, index))
+    finally:
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
 
 
 def main() -> None:
@@ -153,7 +165,8 @@ def main() -> None:
     parser.add_argument("--drafters", nargs="+", default=DRAFTERS)
     parser.add_argument("--trees", nargs="+", default=TREES)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no group of prompts after so many")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that share the prompts; one on a GPU")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, which share drafters and lengths of prompts; "
+                        "on a GPU all of them need its memory: set XLA_PYTHON_CLIENT_PREALLOCATE=false")  # fmt: skip
     parser.add_argument(
         "--implementation", choices=["xla", "pallas"], help="of attention; default: as the device has it"
     )

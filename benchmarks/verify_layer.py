@@ -9,8 +9,8 @@ A row is a case and a group size C: the refresh layer (scores, selection, three 
 XLA path with ``--xla``, and the peer. Times are medians in µs of a loop that runs 5 ms or more, less ``link``, the
 cost of what makes one call depend on the one before. ``floor`` is the time that HBM takes to deliver every needed byte
 once (compressed entries, windows, the union of the blocks that were selected); ``of floor`` its fraction of the
-refresh layer's. Group 1 is our per-query path. ``--overlap real`` is what queries of the embedded model share
-(benchmarks/real_selections.py).
+refresh layer's. Configs are those that the kernels take on this device, measured ones where there are any. Group 1 is
+our per-query path. ``--overlap real`` is what queries of the embedded model share (benchmarks/real_selections.py).
 
 The XLA path is ``specsa_jax.nsa.cached.attend_cached`` on the same arrays. Besides what the kernels do it rotates the
 tail's keys and compresses the blocks that end in the tail (mean pooling: the cheapest there is).
@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import real_selections
 
+from pallas_kernels import tuned
 from pallas_kernels.attention import AttentionConfig, Sparsity, attend, specs
 
 STAGES = ("compressed+window", "selection", "selected", "merge")
@@ -139,6 +140,12 @@ def xla_path(spec: specs.AttentionSpec):
     return run
 
 
+def chosen(spec: specs.AttentionSpec, group: int | None, untuned: bool) -> AttentionConfig:
+    """The config of a call with groups of so many queries, or as the kernels choose: measured, or the heuristic's."""
+    found = None if untuned else tuned.lookup(jax.devices()[0].device_kind, spec.sparsity, spec.shape, group)
+    return found or AttentionConfig.heuristic(spec.sparsity, spec.shape, group)
+
+
 def compare(name: str, out, expected, dtype: str) -> None:
     """Stops unless ``out`` is ``expected`` to what the dtype allows: no figures from a wrong kernel."""
     out, expected = (np.asarray(x, np.float32) for x in (out, expected))
@@ -154,7 +161,7 @@ class Bench:
     def __init__(self, case: Case, args: argparse.Namespace):
         self.case, self.spec, self.args = case, case.spec, args
         first = self.spec.arguments()
-        self.baseline = AttentionConfig.heuristic(self.spec.sparsity, self.spec.shape, 1)
+        self.baseline = self.config(1)
         self.expected, chosen = self.attend(self.baseline)(first)
         self.ids = np.asarray(chosen.ids)
         self.bytes = needed_bytes(self.spec, self.ids)
@@ -164,6 +171,9 @@ class Bench:
         self.floor = self.bytes / harness.copy_bandwidth() * 1e6
         self.link = 0.0
         self.link = self.time(lambda arguments: arguments[4], self.buffers)["median"]
+
+    def config(self, group: int) -> AttentionConfig:
+        return chosen(self.spec, group, self.args.untuned)
 
     def attend(self, config: AttentionConfig):
         spec, interpret = self.spec, self.args.interpret
@@ -196,7 +206,7 @@ class Bench:
     def row(self, group: int) -> dict[str, Any]:
         """All figures of one group size."""
         spec, args = self.spec, self.args
-        config = AttentionConfig.heuristic(spec.sparsity, spec.shape, group)
+        config = self.config(group)
         name = f"{spec.name}, group {group}"
         run = self.attend(config)
         out, selected = run(self.buffers[0])
@@ -291,6 +301,7 @@ def main() -> None:
     parser.add_argument("--width", default="1,4,8,16,64", help="T, up to 128")
     parser.add_argument("--group", default="auto,1", help="C: numbers, T, or auto, what the kernels choose; "
                         "those above T are left out")  # fmt: skip
+    parser.add_argument("--untuned", action="store_true", help="the heuristic's configs, not the measured ones")
     parser.add_argument("--xla", action="store_true", help="time the XLA path too")
     parser.add_argument(
         "--stages", action="store_true", help="the time of each of a refresh layer's launches, by the profiler"
@@ -303,8 +314,8 @@ def main() -> None:
     header = True
     for case in cases(args):
         width = case.spec.width
-        chosen = {"T": width, "auto": AttentionConfig.heuristic(case.spec.sparsity, case.spec.shape).group}
-        groups = dict.fromkeys(chosen.get(text) or int(text) for text in args.group.split(","))
+        sizes = {"T": width, "auto": chosen(case.spec, None, args.untuned).group}
+        groups = dict.fromkeys(sizes.get(text) or int(text) for text in args.group.split(","))
         bench = xla = None
         for group in groups:
             if group > width or not rows.wanted(**case.axes, group=group):

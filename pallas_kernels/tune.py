@@ -95,7 +95,7 @@ def tune(
         report(task, None)
         build = task.prepare()
         times: dict[Any, float] = {}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             for configs in descend(task.space, times):
                 # Compiling takes many times as long as measuring, on one core; but what compiles slows launches down.
                 programs = [pool.submit(build, config) for config in configs]

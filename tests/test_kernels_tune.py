@@ -66,7 +66,7 @@ def test_the_fastest_config_is_written_and_found(tmp_path, installed):
     assert tuned.lookup_selection(KIND, 8 * 8 * 8, 1023) is None
 
 
-def test_lookup_takes_the_nearest_entry_not_above(tmp_path, installed):
+def test_lookup_takes_the_nearest_entry_not_above_nor_far_below(tmp_path, installed):
     path = tmp_path / "device.json"
     tune.tune(tasks("B1-T8-H32x8-L16K", "B8-T8-H32x8-L16K", "B8-T8-H32x8-L64K", "B8-T16-H32x8-L64K"), path)
     installed(path)
@@ -84,8 +84,11 @@ def test_lookup_takes_the_nearest_entry_not_above(tmp_path, installed):
 
     table = SPEC.shape.table
     assert found() == written(8, 8, table, 8)
-    assert found(batch=31, table=table + 500) == written(8, 8, table, 8)
-    assert found(batch=7, table=table - 1) == written(1, 8, 256, 8)
+    assert found(batch=15, table=table + 500) == written(8, 8, table, 8)
+    assert found(batch=2, table=500) == written(1, 8, 256, 8)
+    assert found(batch=8, table=500) == written(8, 8, 256, 8)
+    # Splits are of a size: an entry of less than a quarter is none.
+    assert found(batch=33) is found(batch=16, table=2048 + 100) is found(batch=7, table=table - 1) is None
     # A group of all queries is looked up as one; another group's config takes the group asked for.
     assert found(width=10, group=10) == dataclasses.replace(written(8, 8, table, 8), group=10)
     assert found(width=16, group=4) == dataclasses.replace(written(8, 16, table, 1), group=4)

@@ -23,6 +23,8 @@ SCHEMA = 1
 # A call takes an entry of its own heads and block sizes, and of the nearest sizes not above its own.
 EXACT = ("num_heads", "num_kv_heads", "head_dim")
 NEAREST = ("table", "batch", "width")
+# But for none that is further off: two doublings of one size, or one of each of two. Splits follow the sizes.
+_FARTHEST = 2.0
 BLOCKS = ("compress_block", "compress_stride", "select_block", "num_selected", "compressed_output")
 
 
@@ -54,6 +56,8 @@ def lookup(device_kind: str, sparsity: Sparsity, shape: Shape, group: int | None
         if not fits or own > wanted:
             continue
         distance = sum(math.log2(getattr(shape, name) / of[name]) for name in NEAREST) + math.log2(wanted / own)
+        if distance > _FARTHEST:
+            continue
         candidates.append((distance, entry["microseconds"], len(candidates), wanted, entry["config"]))
     if not candidates:
         return None
