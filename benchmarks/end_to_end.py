@@ -63,6 +63,9 @@ def measure(
         options["max_kl"] = math.inf  # whatever it does: benchmarks/refresh_reuse.py measures that
     runs = []
     try:
+        if isinstance(strategy, Planner) and strategy.precision != "approx":
+            longest = max(len(row) for batch in batches for row in batch)
+            engine.warmup(strategy, batch=len(batches[0]), prompt_tokens=longest, max_new_tokens=new_tokens)
         for batch in batches:
             engine.generate(batch, new_tokens, **options)
             runs.append([engine.generate(batch, new_tokens, **options) for _ in range(repeats)])

@@ -15,6 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from specsa_jax.checkpoints import draft_head, records
 from specsa_jax.checkpoints.records import Records
 from specsa_jax.config import ModelConfig
 from specsa_jax.decoding import Counts, State, add_counts
+from specsa_jax.drafting import Drafter
 from specsa_jax.drafting.watching import Watching
 from specsa_jax.planning import profile as profiles
 from specsa_jax.planning import replay, space
@@ -345,6 +347,8 @@ class Engine(Runtime):
         ahead, more = None, 0  # counts of at most so many steps that are under way, behind those that were read
         begun, decode_seconds, overlap = 0.0, 0.0, 0.0
         while running:
+            if not isinstance(choice, Strategy) and not course.watchers:
+                state = state._replace(draft=())  # nobody watches any more
             if course.strategy not in programs:
                 programs[course.strategy], seconds = self.decode_program(course.strategy, state, params)
                 compiled += seconds
@@ -393,8 +397,11 @@ class Engine(Runtime):
         generations = (output.generation(logprobs[index]) for index, output in enumerate(outputs))
         return Result(tuple(generations), stats)
 
-    def _plan(self, found: Space, rows: list[np.ndarray], max_new_tokens: int, state: State) -> Plan:
-        """A plan for these prompts, after replays on them."""
+    def _plan(
+        self, found: Space, rows: list[np.ndarray], max_new_tokens: int, state: State, *, replays: bool = True,
+        watchers: tuple[Drafter, ...] | None = None,
+    ) -> Plan:  # fmt: skip
+        """A plan for these prompts, after replays on them; ``watchers`` as :class:`Plan`."""
         begun = time.perf_counter()
         batch, columns = state.cache.page_table.shape
         capacity = columns * self.config.nsa.select_block
@@ -402,14 +409,14 @@ class Engine(Runtime):
         context = capacity if self.implementation == "xla" else int(np.mean([len(row) for row in rows]))
         candidates, counted = found.priced(self.costs, batch, context)
         acceptance = self._priors.fresh()
-        for name, drafter, depth in found.replayed:
+        for name, drafter, depth in found.replayed if replays else ():
             drafted, accepted = replay.replay(rows, drafter, depth)
             acceptance.add(name, f"chain:{depth}", drafted, accepted, worth=len(rows) * replay.WORTH)
         plan = Plan(
             found.planner, candidates, self.costs, acceptance, batch=batch, context=context, layers=self.config.layers,
             compiled=self.ready.setdefault(signature(state), set()).__contains__,
             compile_seconds=statistics.median(self.compile_times or [_COMPILE_SECONDS]),
-            new_tokens=len(rows) * max_new_tokens, counted=counted,
+            new_tokens=len(rows) * max_new_tokens, counted=counted, watchers=watchers,
         )  # fmt: skip
         plan.seconds = time.perf_counter() - begun
         return plan
@@ -459,18 +466,31 @@ class Engine(Runtime):
         choice = self._choice(strategy, True, bound, prompt_tokens + max_new_tokens)
         pages, _ = self.plan_pages(rows, max_new_tokens, choice if isinstance(choice, Strategy) else choice.largest)
         state = self.initial_state(rows, pages, max_new_tokens)
+        # What is compiled: with each set of drafters that may watch, the loops in which they do.
+        wanted: dict[Strategy, Drafter | None] = {}
+        words: dict[Strategy, str] = {}
         if isinstance(choice, Strategy):
-            strategies, observer, names = [choice], choice.drafter, None
+            wanted[choice], words[choice] = choice.drafter, choice.describe()
         else:
-            plan = self._plan(choice, rows, max_new_tokens, state)
-            strategies, observer, names = plan.contenders(), Watching(None, plan.watchers), plan.words
-        state = state._replace(draft=self.draft_state(observer, batch, pages.shape[1], abstract=True))
-        precision = strategies[0].precision
-        self.prefill_program(state, self.chunk(prompt_tokens, precision), observer, precision)
+            for watchers in choice.watching:
+                plan = self._plan(choice, rows, max_new_tokens, state, replays=False, watchers=watchers)
+                words |= plan.words
+                for one in plan.contenders():
+                    wanted[one] = Watching(None, watchers) if isinstance(one.drafter, Watching) else None
         params = batch_sampling([SamplingParams()] * batch)
-        for one in strategies:
-            self.decode_program(one, state, params)
-        return [one.describe() if names is None else names[one] for one in strategies]
+        shown = {
+            observer: state._replace(draft=self.draft_state(observer, batch, pages.shape[1], abstract=True))
+            for observer in dict.fromkeys(wanted.values())
+        }
+        precision = next(iter(wanted)).precision
+        for observer, seen in shown.items():
+            self.prefill_program(seen, self.chunk(prompt_tokens, precision), observer, precision)
+        for one in wanted:
+            self.load_drafter(one.drafter)
+        # XLA compiles on one core, mostly.
+        with ThreadPoolExecutor(min(len(wanted), os.cpu_count() or 1)) as pool:
+            list(pool.map(lambda one: self.decode_program(one, shown[wanted[one]], params), wanted))
+        return [words[one] for one in wanted]
 
     # --- scoring ------------------------------------------------------------------------------------------------------
 

@@ -319,7 +319,7 @@ def restless(monkeypatch):
 
     def choose(self, running, remaining):
         original(self, running, remaining)
-        self.strategy = self.candidates[len(self.decisions) % len(self.candidates)].strategy
+        self.strategy = self._first[len(self.decisions) % len(self._first)].strategy
         words = self.words[self.strategy]
         self.decisions[-1] = dataclasses.replace(self.decisions[-1], chosen=words)
         self._length = 2
@@ -351,26 +351,51 @@ def test_tokens_do_not_depend_on_switches_and_each_strategy_is_traced_once(restl
     assert sum(decision.observed_steps for decision in planned.stats.plan) == planned.stats.steps
 
 
-@pytest.mark.slow
-def test_a_drafter_that_watches_takes_over_in_the_middle(restless, monkeypatch):
-    """A draft model whose state is kept while lookup drafts, or nobody: it drafts as if it had drafted all along."""
+MODEL = DraftModel("the same", config=ONE)
+STATEFUL = [
+    Candidate("none", Strategy(None)), Candidate("lookup", Strategy(PromptLookup(min_ngram=1), "chain:2")),
+    Candidate("model", Strategy(MODEL, "chain:2")),
+]  # fmt: skip
+
+
+@pytest.fixture
+def drafting_for_itself(monkeypatch):
+    """An engine whose target may draft for itself, as a draft model."""
     monkeypatch.setattr(planner, "_WORTH_WATCHING", 0.0)  # lookup's replay promises more
     engine = tiny_engine(ONE)
-    other = DraftModel("the same", config=ONE)
-    engine._draft_params[other] = engine.params
-    alone = engine.generate(prompts(1), 50, strategy=Strategy(other, "chain:2"))
-    candidates = [
-        Candidate("none", Strategy(None)), Candidate("lookup", Strategy(PromptLookup(min_ngram=1), "chain:2")),
-        Candidate("model", Strategy(other, "chain:2")),
-    ]  # fmt: skip
-    found = space.Space(Planner(), candidates, [Sharing()], [])
+    engine._draft_params[MODEL] = engine.params
+    found = space.Space(Planner(), STATEFUL, [Sharing()], [])
     engine.space, engine.__dict__["costs"] = lambda *args: found, Costs(0.1)
+    return engine
+
+
+@pytest.mark.slow
+def test_a_drafter_that_watches_takes_over_in_the_middle(restless, drafting_for_itself):
+    """A draft model whose state is kept while lookup drafts, or nobody: it drafts as if it had drafted all along."""
+    engine = drafting_for_itself
+    alone = engine.generate(prompts(1), 50, strategy=STATEFUL[-1].strategy)
     planned = engine.generate(prompts(1), 50, strategy="auto")
     assert planned[0].tokens.tolist() == alone[0].tokens.tolist()
     modelled = [d for d in planned.stats.plan if d.chosen.startswith("model") and d.observed_steps >= 2]
     assert len(modelled) > 2
     # The target drafts for itself: every draft stands, if its state is that of the text.
     assert all(decision.observed_acceptance_length == 3 for decision in modelled[:-1])
+
+
+@pytest.mark.slow
+def test_watching_ends_where_it_is_not_worth_its_time(drafting_for_itself, monkeypatch):
+    """Decoding goes on with the programs of a call in which nobody ever watched, and with the same tokens."""
+    engine = drafting_for_itself
+    alone = engine.generate(prompts(1), 50, strategy=STATEFUL[1].strategy)
+    costs = engine.costs
+    monkeypatch.setattr(costs, "draft", lambda name, *rest: 100.0 * (name == "model"))
+    planned = engine.generate(prompts(1), 50, strategy="auto")
+    assert planned[0].tokens.tolist() == alone[0].tokens.tolist()
+    first, *others = [decision.chosen for decision in planned.stats.plan]
+    assert first.endswith(", model:the same watching") and not any("model" in other for other in others[1:])
+    assert all("model" not in option.strategy for option in planned.stats.plan[-1].options) or len(others) == 1
+    # All programs were there when the call began, but those in which it watched.
+    assert STATEFUL[1].strategy in engine.ready[next(iter(engine.ready))]
 
 
 @pytest.mark.slow

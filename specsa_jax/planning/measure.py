@@ -45,7 +45,8 @@ GROUPS = (1, 2, 4, 8)
 SCHEDULES = ("every:2", "every:3")  # beside those of the records
 REACH = 16  # tokens of the chains that acceptance is measured on, at most
 DISTANCES = (1, 2, 4, 8, 16)
-PRIOR_TOKENS, PLACES, OVERLAP_QUERIES = 64, 8, 33
+# A model's own text repeats itself the more the longer it gets: acceptance is of as much as a call usually decodes.
+PRIOR_TOKENS, PLACES, SPACING, OVERLAP_QUERIES = 256, 8, 64, 33
 # A call of the loop has at least so many steps: the host's part in it is paid once.
 STEPS, REPEATS, SECONDS = 8, 5, 1.0
 
@@ -199,6 +200,7 @@ class _Bench:
             if not values or min(values) < 1 or max(values) > most:
                 raise ValueError(f"{name}: got {list(values)}, expected whole numbers from 1 to {most}")
         self.engine, self.calibration, self.batches, self.contexts = engine, calibration, batches, contexts
+        self.prior_tokens = min(PRIOR_TOKENS, engine.max_length // 2)
         self.missing: list[str] = []
         for tree in (tree for _, trees in drafters for tree in trees):
             parse_tree(tree)
@@ -298,13 +300,13 @@ class _Bench:
 
         Raises CalibrationError where there is none.
         """
-        room, refused = max(PRIOR_TOKENS, OVERLAP_QUERIES), None
+        room, refused = max(self.prior_tokens, OVERLAP_QUERIES), None
         found = []
         for context in self.contexts:
             if context + room > self.engine.max_length:
                 context = max(1, self.engine.max_length - room)
             try:
-                self.calibration.windows(context, room, PLACES)
+                self.calibration.windows(context, max(SPACING, OVERLAP_QUERIES), PLACES)
                 found.append(context)
             except CalibrationError as error:
                 refused = error
@@ -463,7 +465,7 @@ class _Bench:
             state = jax.tree.map(jnp.copy, self.prefilled(observer if observer.observes else None, text, context))
             if not observer.observes:
                 state = state._replace(draft=engine.draft_state(drafter, PLACES, state.cache.page_table.shape[1]))
-            arguments = (batch_sampling([SamplingParams()] * PLACES), jnp.int32(PRIOR_TOKENS))
+            arguments = (batch_sampling([SamplingParams()] * PLACES), jnp.int32(self.prior_tokens))
             decode, _ = engine.executable(
                 "decode", {"strategy": strategy}, engine.params, state, *arguments, draft_params=params
             )
@@ -476,13 +478,14 @@ class _Bench:
                      run)  # fmt: skip
 
     def _prefilled(self, observer: Drafter | None, text: TextKind, context: int) -> State:
-        """Read prompts of the calibration text, with room for PRIOR_TOKENS more."""
-        rows = list(self.calibration.windows(context, PRIOR_TOKENS, PLACES)[:, :context])
+        """Read prompts of the calibration text, with room for what is decoded."""
+        tokens = self.prior_tokens
+        rows = list(self.calibration.windows(context, SPACING, PLACES)[:, :context])
         if text == "edit":
             rows = [np.asarray(edited(self.engine.tokenizer, row.tolist(), context), np.int32) for row in rows]
-        state = self._initial(rows, context + PRIOR_TOKENS, Strategy(None))
+        state = self._initial(rows, context + tokens, Strategy(None))
         columns = state.cache.page_table.shape[1]
-        state = state._replace(limit=state.known + PRIOR_TOKENS,
+        state = state._replace(limit=state.known + tokens,
                                draft=self.engine.draft_state(observer, len(rows), columns))  # fmt: skip
         return self._read(state, context, observer)
 

@@ -3,7 +3,7 @@
 Expected tokens of a step come from :mod:`specsa_jax.planning.predict`, its seconds from
 :mod:`specsa_jax.planning.costs`, corrected by what the call's own steps took. Decoding runs in segments; between two of
 them the plan may change the strategy. Nothing moves then: all strategies share one cache, and drafters with a state of
-their own watch all along (:mod:`specsa_jax.drafting.watching`).
+their own watch (:mod:`specsa_jax.drafting.watching`) until a strategy without them is chosen.
 
 After arXiv 2605.19893, section on profile-guided orchestration; acceptance per position, the costs of switching and the
 corrections are ours.
@@ -29,9 +29,9 @@ from specsa_jax.planning.profile import Point
 from specsa_jax.schedule import Sharing
 from specsa_jax.strategy import Precision, Strategy
 
-# Watching costs time in every step, and cannot end before the call does: the others' programs would be of other shapes.
-# So a drafter with a state watches only if what it promises when a call begins is this much of the best.
-_WORTH_WATCHING = 1.0
+# Watching costs time in every step. A drafter with a state watches if what it promises when a call begins is this much
+# of the best; that may end after any segment, but it cannot begin again.
+_WORTH_WATCHING = 0.9
 # Weight of the newest segment in the corrections of predicted times.
 _NEWEST = 0.5
 # A strategy that has not run yet is taken to be off by this power of what those that have are off by: with a profile a
@@ -83,20 +83,32 @@ class Candidate:
     strategy: Strategy
 
     def describe(self) -> str:
-        """The strategy in words, by the drafter's name, watchers left out."""
+        """The strategy in words, by the drafter's name; and who watches in vain."""
         return self._words
 
     @functools.cached_property
     def _words(self) -> str:
         drafter = self.strategy.drafter
         drafter = drafter.drafter if isinstance(drafter, Watching) else drafter
-        words = dataclasses.replace(self.strategy, drafter=drafter).describe()
-        return words.replace(str(drafter), self.drafter, 1)
+        words = dataclasses.replace(self.strategy, drafter=drafter).describe().replace(str(drafter), self.drafter, 1)
+        return words + "".join(f", {one} watching" for one in self.idle)
+
+    @functools.cached_property
+    def watchers(self) -> tuple[Drafter, ...]:
+        """All drafters whose states it keeps up; ``idle``: those that it does not draft from."""
+        drafter = self.strategy.drafter
+        own = () if self.watcher is None else (self.watcher,)
+        return drafter.watchers if isinstance(drafter, Watching) else own
+
+    @property
+    def idle(self) -> tuple[Drafter, ...]:
+        return tuple(one for one in self.watchers if one != self.watcher)
 
     @functools.cached_property
     def watcher(self) -> Drafter | None:
         """The drafter whose state it drafts from."""
-        return watcher(self.strategy.drafter)
+        drafter = self.strategy.drafter
+        return watcher(drafter.drafter if isinstance(drafter, Watching) else drafter)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +175,7 @@ class Plan:
       compiled: whether a strategy's program is there; ``compile_seconds``: what it takes where it is not.
       new_tokens: the budget of all sequences together.
       counted: seconds of steps, as plans of the same costs, batch and context have looked them up; adds to them.
+      watchers: the drafters that watch; None: those that promise enough.
     """
 
     def __init__(
@@ -179,6 +192,7 @@ class Plan:
         compile_seconds: float,
         new_tokens: int,
         counted: dict[tuple[Strategy, int], float] | None = None,
+        watchers: tuple[Drafter, ...] | None = None,
     ):
         begun = time.perf_counter()
         self.planner, self.costs, self.acceptance = planner, costs, acceptance
@@ -189,9 +203,15 @@ class Plan:
         self._factors: dict[Strategy, float] = {}
         self._factor = 1.0
         self.decisions: list[Decision] = []
-        self.watchers: tuple[Drafter, ...] = ()
-        self.candidates = self._watched(candidates)
-        self.strategy, self._steps, self._length = self.candidates[0].strategy, 0, planner.segment
+        # Of a drafter with a state, the name that costs know it by.
+        self._names = {one.watcher: one.drafter.rpartition("+")[2] for one in candidates if one.watcher is not None}
+        self._alone = [candidate for candidate in candidates if candidate.watcher is None]
+        self.watchers = self._promising(candidates) if watchers is None else watchers
+        # A call begins with one of ``_first``: a segment shows what it is worth that the others watch.
+        self._first = self._watched(candidates) if self.watchers else self._alone
+        self.candidates = [*self._first, *self._alone] if self.watchers else self._alone
+        self._named = {self.words[candidate.strategy]: candidate for candidate in self.candidates}
+        self.strategy, self._steps, self._length = self._first[0].strategy, 0, planner.segment
         self._choosing = 0.0  # seconds that the last choice took
         self._seen: tuple[Counts | None, float, int] = (None, 0.0, 0)
         self.choose(batch, new_tokens)
@@ -199,31 +219,31 @@ class Plan:
 
     # --- the space ----------------------------------------------------------------------------------------------------
 
-    def _watched(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Those that are in the running, each with all drafters watching that some of them draw on."""
-        if all(candidate.watcher is None for candidate in candidates):
-            return list(candidates)
+    def _promising(self, candidates: Sequence[Candidate]) -> tuple[Drafter, ...]:
+        """The drafters that watch when a call begins."""
+        if not self._names:
+            return ()
         speeds = [self.option(candidate, self.batch).tokens_per_second for candidate in candidates]
         enough = _WORTH_WATCHING * max(speeds)
-        promising = [c.watcher for c, speed in zip(candidates, speeds, strict=True) if speed >= enough]
-        self.watchers = tuple(dict.fromkeys(own for own in promising if own is not None))
-        found = [c for c in candidates if c.watcher is None or c.watcher in self.watchers]
-        if self.watchers:
-            found = [Candidate(c.drafter, watching(c.strategy, self.watchers)) for c in found]
-            self.words |= {candidate.strategy: candidate.describe() for candidate in found}
+        own = (one.watcher for one, speed in zip(candidates, speeds, strict=True) if speed >= enough)
+        return tuple(dict.fromkeys(one for one in own if one is not None))
+
+    def _watched(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Those that can be had while all of ``watchers`` watch, in programs in which they do."""
+        found = [one for one in candidates if one.watcher is None or one.watcher in self.watchers]
+        found = [Candidate(one.drafter, watching(one.strategy, self.watchers)) for one in found]
+        self.words |= {candidate.strategy: candidate.describe() for candidate in found}
         return found
 
     def contenders(self) -> list[Strategy]:
         """The strategies that would be chosen at some acceptance of drafts, from none to all: what is worth compiling
         ahead."""
-        found = []
+        found = [self.strategy]
         for rate in (0.0, 0.25, 0.5, 0.75, 1.0):
             for shift in np.linspace(-3.0, 4.0, 15):
-                best = max(
-                    self.candidates, key=lambda c: self.option(c, self.batch, rate, shift).tokens_per_second
-                )  # fmt: skip
-                found.append(best.strategy)
-        return list(dict.fromkeys([self.strategy, *found]))
+                speeds = {c: self.option(c, self.batch, rate, shift).tokens_per_second for c in self.candidates}
+                found += [max(some, key=lambda c: speeds[c]).strategy for some in (self._first, self.candidates)]
+        return list(dict.fromkeys(found))
 
     # --- choosing -----------------------------------------------------------------------------------------------------
 
@@ -258,6 +278,9 @@ class Plan:
             chain = width == 1 or strategy.template.is_chain
             point = Point(self.batch, self.context, width, chain, sharing, _timed_as(strategy))
             draft = self.costs.draft(candidate.drafter, strategy.tree, strategy.width, self.batch, self.context)
+            # A drafter's shortest draft is what it has seen anyway, and the output matrix.
+            draft += sum(self.costs.draft(self._names[one], "chain:1", 2, self.batch, self.context)
+                         for one in candidate.idle)  # fmt: skip
             self._counted[strategy, width] = self.costs.step(point) + draft
         return self._counted[strategy, width]
 
@@ -272,7 +295,8 @@ class Plan:
             option = options[strategy]
             return remaining / option.tokens_per_second + (0.0 if option.compiled else self._compile_seconds)
 
-        fastest = min(options, key=total)
+        allowed = self.candidates if self.decisions else self._first
+        fastest = min((candidate.strategy for candidate in allowed), key=total)
         if current is None:
             best, reason = fastest, "fastest"
         elif not self.planner.switch or fastest == self.strategy:
@@ -293,9 +317,15 @@ class Plan:
             length = min(_GROWTH * self._length, _LONGEST * self.planner.segment) if stays else self.planner.segment
             share = self._choosing / (_SHARE * options[best].step_seconds) if self.decisions else 0.0
             self._length = max(length, math.ceil(share))
-        self.strategy = best
+        self._take(best)
         ranked = tuple(sorted(options.values(), key=lambda option: -option.tokens_per_second))
         self.decisions.append(Decision(self._steps, running, self.words[best], reason, ranked))
+
+    def _take(self, strategy: Strategy) -> None:
+        """It decodes from now on. Drafters that it does not show what is decoded are out: that is not made up for."""
+        self.strategy = strategy
+        if self.watchers and not self._named[self.words[strategy]].watchers:
+            self.watchers, self.candidates = (), self._alone
 
     @property
     def steps_left(self) -> int:
@@ -325,8 +355,7 @@ class Plan:
         begun = time.perf_counter()
         if int(counts.steps):
             chosen, steps = self.decisions[-2], int(counts.steps)
-            (candidate,) = (c for c in self.candidates if self.words[c.strategy] == chosen.chosen)
-            self._count(candidate, counts)
+            self._count(self._named[chosen.chosen], counts)
             sequence_steps, accepted = int(counts.accepted.sum()), counts.accepted @ np.arange(len(counts.accepted))
             gained = 1.0 + float(accepted) / sequence_steps
             both = chosen.observed_steps + steps
@@ -349,7 +378,7 @@ class Plan:
         steps, sequence_steps = int(counts.steps), int(counts.accepted.sum())
         if not sequence_steps:
             return
-        (candidate,) = (c for c in self.candidates if c.strategy == self.strategy)
+        candidate = self._named[self.words[self.strategy]]
         # Steps without a draft are cheaper: the time is compared with what such a mixture should have taken.
         rate = float(np.sum(counts.drafted[1:])) / sequence_steps
         expected = self.option(candidate, max(1, round(sequence_steps / steps)), rate)

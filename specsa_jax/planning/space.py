@@ -95,11 +95,17 @@ class Space:
         return self._priced[key]
 
     @functools.cached_property
+    def watching(self) -> list[tuple[Drafter, ...]]:
+        """Sets of drafters that may watch when a call begins: nobody, one, or, last, all that keep a state. With three
+        and more of these there are others, which are not worth compiling ahead."""
+        own = dict.fromkeys(candidate.watcher for candidate in self.candidates)
+        every = tuple(one for one in own if one is not None)
+        return list(dict.fromkeys([(), *((one,) for one in every), every]))
+
+    @functools.cached_property
     def largest(self) -> Strategy:
         """One that needs the most memory: all drafters that keep a state watch."""
-        own = dict.fromkeys(candidate.watcher for candidate in self.candidates)
-        watchers = tuple(one for one in own if one is not None)
-        return watching(self.candidates[0].strategy, watchers)
+        return watching(self.candidates[0].strategy, self.watching[-1])
 
     @functools.cached_property
     def replayed(self) -> list[tuple[str, Drafter, int]]:
