@@ -104,10 +104,13 @@ class Loop:
         self._compiled, self._buffers = loop.lower(state, buffers).compile(), buffers
         self.compile_seconds = time.perf_counter() - begun
         self._state = jax.tree.map(jnp.copy, state) if keep else state
-        self.seconds()  # loads the program and captures its graphs
+        self._warm = False
 
     def seconds(self) -> float:
-        """Wall time of one run."""
+        """Wall time of one run; of the second, before the first one: that loads the program and captures its graphs."""
+        if not self._warm:
+            self._warm = True
+            self.seconds()
         start = time.perf_counter()
         self._state = jax.block_until_ready(self._compiled(self._state, self._buffers))
         return time.perf_counter() - start

@@ -22,7 +22,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import harness
@@ -155,6 +158,15 @@ def compare(name: str, out, expected, dtype: str) -> None:
         raise SystemExit(f"{name}: an output is off by {error:.2g}, expected at most {tolerance:.2g}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A config's compiled loops."""
+
+    config: AttentionConfig
+    refresh: harness.Loop
+    reuse: harness.Loop
+
+
 class Bench:
     """One case's inputs on the device, and how its functions are timed."""
 
@@ -169,8 +181,12 @@ class Bench:
         self.buffers = [first, *(self.spec.arguments(seed) for seed in range(1, count))]
         jax.block_until_ready(self.buffers)
         self.floor = self.bytes / harness.copy_bandwidth() * 1e6
-        self.link = 0.0
-        self.link = self.time(lambda arguments: arguments[4], self.buffers)["median"]
+        self._link = self.loop(lambda arguments: arguments[4], self.buffers)
+
+    @functools.cached_property
+    def link(self) -> float:
+        """µs of what makes one call depend on the one before."""
+        return self._timing(self._link).median
 
     def config(self, group: int) -> AttentionConfig:
         return chosen(self.spec, group, self.args.untuned)
@@ -179,8 +195,8 @@ class Bench:
         spec, interpret = self.spec, self.args.interpret
         return jax.jit(lambda arguments: attend(spec.sparsity, *arguments, config=config, interpret=interpret))
 
-    def loop(self, function, buffers, guess: float | None = None) -> dict[str, Any]:
-        """Arguments of a loop over ``function(arguments, *rest)``; ``guess``: µs of a call, for the loop's length."""
+    def loop(self, function, buffers, guess: float | None = None) -> harness.Loop:
+        """A compiled loop over ``function(arguments, *rest)``; ``guess``: µs of a call, for the loop's length."""
 
         def step(lengths, buffer):
             arguments, *rest = buffer if isinstance(buffer, list) else [buffer]
@@ -189,22 +205,23 @@ class Bench:
         # Never faster than the floor, nor than a launch.
         guess = max(guess or self.floor, 5.0)
         iterations = 1 if self.args.tiny else math.ceil(LOOP_US / (guess * len(buffers)))
-        return dict(step=step, state=self.buffers[0][4], buffers=buffers, iterations=iterations)
+        return harness.Loop(step, self.buffers[0][4], buffers, iterations)
 
-    def time(self, function, buffers, guess: float | None = None) -> dict[str, float]:
+    def time(self, loop: harness.Loop) -> dict[str, float]:
         """µs of a call."""
-        sizes = dict(repeats=1) if self.args.tiny else dict(seconds=self.args.seconds, repeats=9)
-        timing = harness.measure(**self.loop(function, buffers, guess), **sizes)
-        return {field: value - self.link for field, value in dataclasses.asdict(timing).items()}
+        return {field: value - self.link for field, value in dataclasses.asdict(self._timing(loop)).items()}
 
-    def stages(self, function, guess: float) -> dict[str, float]:
+    def _timing(self, loop: harness.Loop) -> harness.Timing:
+        return loop.timing(1) if self.args.tiny else loop.timing(9, self.args.seconds)
+
+    def stages(self, loop: harness.Loop) -> dict[str, float]:
         """µs of each of a refresh layer's launches, by the profiler."""
-        kernels = harness.Loop(**self.loop(function, self.buffers, guess)).kernels()
+        kernels = loop.kernels()
         return {name: sum(time for kernel, time in kernels.items() if kernel.startswith(f"nsa_{name.split('+')[0]}"))
                 for name in STAGES}  # fmt: skip
 
-    def row(self, group: int) -> dict[str, Any]:
-        """All figures of one group size."""
+    def compile(self, group: int) -> Variant:
+        """Both layers with groups of so many queries, checked."""
         spec, args = self.spec, self.args
         config = self.config(group)
         name = f"{spec.name}, group {group}"
@@ -213,28 +230,34 @@ class Bench:
         compare(name, out, self.expected, spec.dtype)
         if not np.array_equal(selected.ids, self.ids):
             raise SystemExit(f"{name}: other blocks than group 1")
-        refresh = self.time(lambda arguments: run(arguments)[0], self.buffers)
 
+        @jax.jit
         def reuse_layer(arguments, selected):
             return attend(spec.sparsity, *arguments, selected=selected, config=config, interpret=args.interpret)[0]
 
-        compare(f"{name}, reuse layer", jax.jit(reuse_layer)(self.buffers[0], selected), self.expected, spec.dtype)
+        compare(f"{name}, reuse layer", reuse_layer(self.buffers[0], selected), self.expected, spec.dtype)
         pairs = [[arguments, run(arguments)[1]] for arguments in self.buffers]
-        reuse = self.time(reuse_layer, pairs, refresh["median"] / 2)["median"]
+        return Variant(config, self.loop(lambda arguments: run(arguments)[0], self.buffers),
+                       self.loop(reuse_layer, pairs))  # fmt: skip
+
+    def row(self, group: int, variant: Variant) -> dict[str, Any]:
+        """All figures of one group size."""
+        refresh = self.time(variant.refresh)
         row = {
             **self.case.axes, "group": group, "refresh": refresh["median"], "low": refresh["low"],
-            "high": refresh["high"], "floor": self.floor, "of floor": self.floor / refresh["median"], "reuse": reuse,
-            "peer": self.case.peer, "speed-up": self.case.peer and self.case.peer / refresh["median"],
+            "high": refresh["high"], "floor": self.floor, "of floor": self.floor / refresh["median"],
+            "reuse": self.time(variant.reuse)["median"], "peer": self.case.peer,
+            "speed-up": self.case.peer and self.case.peer / refresh["median"],
         }  # fmt: skip
-        if args.stages:
-            row |= self.stages(lambda arguments: run(arguments)[0], refresh["median"])
+        if self.args.stages:
+            row |= self.stages(variant.refresh)
         details = {
             "bytes": self.bytes,
             "link": self.link,
             "buffers": len(self.buffers),
             "measured overlap": overlap(self.ids),
         }
-        return row | details | {"config": dataclasses.asdict(config)}
+        return row | details | {"config": dataclasses.asdict(variant.config)}
 
     def xla(self) -> float | str:
         """The XLA path's median, or why it has none."""
@@ -246,7 +269,7 @@ class Bench:
             tail = tail._replace(compressed_key=new.compressed_key, compressed_value=new.compressed_value)
             ours = self.attend(self.baseline)((*others, tail))[0]
             compare(f"{spec.name}, XLA", out, ours, spec.dtype)
-            return self.time(lambda arguments: path(arguments)[0], self.buffers, 10 * self.floor)["median"]
+            return self.time(self.loop(lambda arguments: path(arguments)[0], self.buffers, 10 * self.floor))["median"]
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -306,27 +329,38 @@ def main() -> None:
     parser.add_argument(
         "--stages", action="store_true", help="the time of each of a refresh layer's launches, by the profiler"
     )
+    parser.add_argument("--together", type=int, default=3, help="cases that are compiled, and in memory, at a time")
     parser.add_argument("--seconds", type=float, default=0.2, help="spent on each figure's repeats")
     parser.add_argument("--interpret", action="store_true", help="interpret the kernels")
     parser.add_argument("--tiny", action="store_true", help="two small cases, once")
     args = parser.parse_args()
     rows = harness.Rows(args, ("heads", "context", "batch", "width", "overlap", "group"))
     header = True
+    todo: list[tuple[Case, list[int]]] = []
     for case in cases(args):
         width = case.spec.width
         sizes = {"T": width, "auto": chosen(case.spec, None, args.untuned).group}
         groups = dict.fromkeys(sizes.get(text) or int(text) for text in args.group.split(","))
-        bench = xla = None
-        for group in groups:
-            if group > width or not rows.wanted(**case.axes, group=group):
-                continue
-            if bench is None:
-                bench = Bench(case, args)
-                xla = bench.xla() if args.xla else None
-            row = bench.row(group) | ({"xla": xla} if args.xla else {})
-            rows.add(row, None)
-            print_row(shown(row), header)
-            header = False
+        if wanted := [group for group in groups if group <= width and rows.wanted(**case.axes, group=group)]:
+            todo.append((case, wanted))
+    harness.copy_bandwidth()
+    # What compiles slows launches down, so several cases are compiled first, on all cores, and then timed.
+    while todo and rows.wanted(**todo[0][0].axes, group=todo[0][1][0]):
+        some, todo = todo[: args.together], todo[args.together :]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            benches = list(pool.map(lambda one: Bench(one[0], args), some))
+            compiled = [
+                [pool.submit(bench.compile, group) for group in groups]
+                for bench, (_, groups) in zip(benches, some, strict=True)
+            ]
+            wait([future for futures in compiled for future in futures])
+        for bench, (_, groups), futures in zip(benches, some, compiled, strict=True):
+            xla = {"xla": bench.xla()} if args.xla else {}
+            for group, future in zip(groups, futures, strict=True):
+                row = bench.row(group, future.result()) | xla
+                rows.add(row, None)
+                print_row(shown(row), header)
+                header = False
     if not rows.rows:
         raise SystemExit("no case has these axes")
     rows.save()

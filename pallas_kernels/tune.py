@@ -206,6 +206,7 @@ def _attention(spec: attention_specs.AttentionSpec, group: int) -> Task:
         buffers = [spec.arguments(seed) for seed in range(max(1, min(24, math.ceil(ROTATED_BYTES / read))))]
 
         def build(config: AttentionConfig) -> Callable[[], float]:
+            @jax.jit  # traced once for all buffers
             def step(lengths, arguments):
                 arguments = (*arguments[:4], lengths, arguments[5])
                 return _depending(lengths, attend(spec.sparsity, *arguments, config=config)[0])

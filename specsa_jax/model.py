@@ -261,6 +261,17 @@ def head(
     return rows(bind(config, params, dtype).logits, hidden)
 
 
+# A function of its own, so that a program traces and lowers it once for all layers of a kind.
+@functools.partial(jax.jit, static_argnames=("graph", "backend", "reuse", "keep_compressed"))
+def _tail(
+    state: Any, x: jax.Array, cache: Cache, layer_cache: LayerCache, tail: Tail, selected: Any, when: jax.Array | None,
+    *, graph: Any, backend: Backend, reuse: bool, keep_compressed: bool,
+) -> tuple[jax.Array, LayerTail, Any]:  # fmt: skip
+    """:meth:`Layer.tail` of the layer with parameters ``state``."""
+    own = Reuse(selected, keep_compressed, when) if reuse else None
+    return nnx.merge(graph, state).tail(x, cache, layer_cache, tail, backend, own)
+
+
 def verify(
     config: ModelConfig,
     params: Params,
@@ -284,14 +295,18 @@ def verify(
     refresh layer's work. ``keep_compressed``: reuse layers keep the output of their compressed branch.
     """
     model = bind(config, params, dtype)
+    graph, _ = nnx.split(model.layers[0])
     x, tails, behind, selected = model.embedded(tokens), [], {}, None
     for depth, (layer, layer_cache) in enumerate(zip(model.layers, cache.layers, strict=True), 1):
-        reuse = None
+        reuse, when = False, None
         if not isinstance(schedule, str):
-            reuse = Reuse(selected, keep_compressed, schedule[depth - 1]) if depth > 1 else None
-        elif schedule and schedule[depth - 1] == "S":
-            reuse = Reuse(selected, keep_compressed)
-        x, layer_tail, selected = layer.tail(x, cache, layer_cache, tail, backend, reuse)
+            reuse, when = depth > 1, schedule[depth - 1]
+        elif schedule:
+            reuse = schedule[depth - 1] == "S"
+        x, layer_tail, selected = _tail(
+            nnx.state(layer), x, cache._replace(layers=[]), layer_cache, tail, selected if reuse else None, when,
+            graph=graph, backend=backend, reuse=reuse, keep_compressed=keep_compressed,
+        )  # fmt: skip
         tails.append(layer_tail)
         behind[depth] = x
     if features:

@@ -6,6 +6,7 @@ slots itself, loads what it is going to store from all arrays at once, then stor
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -31,6 +32,8 @@ def limit(slots: int, head_dim: int) -> str | None:
     return None
 
 
+# A function of its own, so that a program traces and lowers it once for all layers.
+@functools.partial(jax.jit, static_argnames=("compress_block", "shape", "config", "interpret"))
 def commit(
     layer: Entries,
     new: Entries,

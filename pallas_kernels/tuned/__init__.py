@@ -23,8 +23,8 @@ SCHEMA = 1
 # A call takes an entry of its own heads and block sizes, and of the nearest sizes not above its own.
 EXACT = ("num_heads", "num_kv_heads", "head_dim")
 NEAREST = ("table", "batch", "width")
-# But for none that is further off: two doublings of one size, or one of each of two. Splits follow the sizes.
-_FARTHEST = 2.0
+# But none that is further off than a doubling of one of them: splits follow the sizes.
+_FARTHEST = 1.0
 BLOCKS = ("compress_block", "compress_stride", "select_block", "num_selected", "compressed_output")
 
 
