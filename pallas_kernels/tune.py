@@ -33,7 +33,7 @@ from pallas_kernels.selection import specs as selection_specs
 ROTATED_BYTES, LOOP_US = 120e6, 4000
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Task:
     """One entry to be measured.
 
@@ -53,12 +53,12 @@ class Task:
 
 
 def tasks(names: Sequence[str] = ()) -> list[Task]:
-    """The tasks whose names contain any of ``names``; all if there are none. Raises ValueError where none does."""
+    """The tasks whose names contain any of ``names``, in the names' order; all if there are none. Raises ValueError where none does."""
     found = [_selection(spec) for spec in selection_specs.BENCHMARKS]
     for spec in attention_specs.BENCHMARKS:
         group = AttentionConfig.heuristic(spec.sparsity, spec.shape).group
         found += [_attention(spec, own) for own in dict.fromkeys((group, spec.width, 1))]
-    chosen = [task for task in found if not names or any(name in task.name for name in names)]
+    chosen = list(dict.fromkeys(task for name in names or ("",) for task in found if name in task.name))
     if not chosen:
         raise ValueError(f"names: got {', '.join(names)}, expected parts of names such as {found[-1].name}")
     return chosen
