@@ -53,7 +53,10 @@ class Task:
 
 
 def tasks(names: Sequence[str] = ()) -> list[Task]:
-    """The tasks whose names contain any of ``names``, in the names' order; all if there are none. Raises ValueError where none does."""
+    """The tasks whose names contain any of ``names``, in the names' order; all if there are none.
+
+    Raises ValueError where none does.
+    """
     found = [_selection(spec) for spec in selection_specs.BENCHMARKS]
     for spec in attention_specs.BENCHMARKS:
         group = AttentionConfig.heuristic(spec.sparsity, spec.shape).group
