@@ -353,6 +353,7 @@ class Engine(Runtime):
                 programs[course.strategy], seconds = self.decode_program(course.strategy, state, params)
                 compiled += seconds
             run, steps = programs[course.strategy], max(1, min(per_call, course.steps_left - more))
+            look = course.wants_text and steps >= course.steps_left - more
             if ahead is None:
                 begun, overlap = time.perf_counter(), 0.0
             state, counts = run(self.params, state, params, np.int32(steps))
@@ -363,9 +364,10 @@ class Engine(Runtime):
                 )
             else:
                 # A few steps more go to the device before it is asked for anything: it does not wait for the plan.
-                looked, more = (jnp.copy(state.known), jnp.copy(state.done)), min(_AHEAD, -(-steps // 2))
+                looked = jax.tree.map(jnp.copy, (state.known, state.done, state.tokens if look else ()))
+                more = min(_AHEAD, -(-steps // 2))
                 state, ahead = run(self.params, state, params, np.int32(more))
-                (known, done), unread = jax.device_get((looked, unread))
+                (known, done, tokens), unread = jax.device_get((looked, unread))
                 if done.all():
                     texts = jax.device_get((state.tokens, state.logprobs))
             now = time.perf_counter()
@@ -385,6 +387,8 @@ class Engine(Runtime):
             running, left = int((~finished).sum()), int((limits - known)[~finished].sum())
             before, given = given, int((known - limits).sum()) + len(rows) * max_new_tokens
             strategy, overlap = course.strategy, -course.seconds
+            if look and running:
+                course.look(tokens, known, finished)
             course.observe(counts, seconds, given - before, running, left)
             overlap += course.seconds
             if ahead is not None and course.strategy != strategy:
@@ -416,7 +420,8 @@ class Engine(Runtime):
             found.planner, candidates, self.costs, acceptance, batch=batch, context=context, layers=self.config.layers,
             compiled=self.ready.setdefault(signature(state), set()).__contains__,
             compile_seconds=statistics.median(self.compile_times or [_COMPILE_SECONDS]),
-            new_tokens=len(rows) * max_new_tokens, counted=counted, watchers=watchers,
+            new_tokens=len(rows) * max_new_tokens, counted=counted, watchers=watchers, replayed=found.replayed,
+            lengths=np.array([len(row) for row in rows]),
         )  # fmt: skip
         plan.seconds = time.perf_counter() - begun
         return plan

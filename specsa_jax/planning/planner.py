@@ -23,6 +23,7 @@ import numpy as np
 from specsa_jax.decoding import Counts, add_counts
 from specsa_jax.drafting import Drafter
 from specsa_jax.drafting.watching import Watching, watcher
+from specsa_jax.planning import replay
 from specsa_jax.planning.costs import Costs
 from specsa_jax.planning.predict import Acceptance
 from specsa_jax.planning.profile import Point
@@ -40,7 +41,7 @@ _SHARED_MEASURED, _SHARED_COUNTED = 0.8, 1.0
 # Of a segment's time, what choosing may take.
 _SHARE = 0.01
 # As long as the strategy stays, a segment is so many times the one before, up to so many times the first.
-_GROWTH, _LONGEST = 4, 16
+_GROWTH, _LONGEST = 2, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Planner:
       drafters: (name as :func:`specsa_jax.drafting.drafter_from_name` reads it, trees) that are considered; (): those
         of the profile, or :data:`specsa_jax.planning.space.DRAFTERS`. Not to speculate is always considered.
       hysteresis: a switch has to promise so much more throughput, as a fraction.
-      segment: steps of the first segment; each is four times the one before, up to 16 times the first, as long as the
-        strategy stays. Where choosing would take more than 1 % of a segment's time, it is longer; where nothing could
+      segment: steps of the first segment; as long as the strategy stays, each is twice the one before, up to 16 times
+        the first. Where choosing would take more than 1 % of a segment's time, it is longer; where nothing could
         change the choice any more, it goes to the end.
       switch: False: chosen once, before the first token.
 
@@ -153,6 +154,10 @@ class Fixed:
     watchers: tuple[Drafter, ...] = ()
     decisions: Sequence[Decision] = ()
     seconds: float = 0.0
+    wants_text: bool = False
+
+    def look(self, tokens: np.ndarray, known: np.ndarray, done: np.ndarray) -> None:
+        """Nothing follows from it."""
 
     def observe(self, counts: Counts, seconds: float, new_tokens: int, running: int, remaining: int) -> None:
         """Nothing follows from it."""
@@ -176,6 +181,8 @@ class Plan:
       new_tokens: the budget of all sequences together.
       counted: seconds of steps, as plans of the same costs, batch and context have looked them up; adds to them.
       watchers: the drafters that watch; None: those that promise enough.
+      replayed: drafters that can be tried on a text that is known: name, drafter, depth.
+      lengths: int [B], of the prompts.
     """
 
     def __init__(
@@ -193,6 +200,8 @@ class Plan:
         new_tokens: int,
         counted: dict[tuple[Strategy, int], float] | None = None,
         watchers: tuple[Drafter, ...] | None = None,
+        replayed: Sequence[tuple[str, Drafter, int]] = (),
+        lengths: np.ndarray | None = None,
     ):
         begun = time.perf_counter()
         self.planner, self.costs, self.acceptance = planner, costs, acceptance
@@ -206,12 +215,13 @@ class Plan:
         # Of a drafter with a state, the name that costs know it by.
         self._names = {one.watcher: one.drafter.rpartition("+")[2] for one in candidates if one.watcher is not None}
         self._alone = [candidate for candidate in candidates if candidate.watcher is None]
-        self.watchers = self._promising(candidates) if watchers is None else watchers
+        self.watchers = self._promising(candidates, new_tokens) if watchers is None else watchers
         # A call begins with one of ``_first``: a segment shows what it is worth that the others watch.
         self._first = self._watched(candidates) if self.watchers else self._alone
         self.candidates = [*self._first, *self._alone] if self.watchers else self._alone
         self._named = {self.words[candidate.strategy]: candidate for candidate in self.candidates}
         self.strategy, self._steps, self._length = self._first[0].strategy, 0, planner.segment
+        self._replayed, self._looked = replayed, lengths
         self._choosing = 0.0  # seconds that the last choice took
         self._seen: tuple[Counts | None, float, int] = (None, 0.0, 0)
         self.choose(batch, new_tokens)
@@ -219,19 +229,26 @@ class Plan:
 
     # --- the space ----------------------------------------------------------------------------------------------------
 
-    def _promising(self, candidates: Sequence[Candidate]) -> tuple[Drafter, ...]:
+    def _promising(self, candidates: Sequence[Candidate], new_tokens: int) -> tuple[Drafter, ...]:
         """The drafters that watch when a call begins."""
         if not self._names:
             return ()
-        speeds = [self.option(candidate, self.batch).tokens_per_second for candidate in candidates]
-        enough = _WORTH_WATCHING * max(speeds)
-        own = (one.watcher for one, speed in zip(candidates, speeds, strict=True) if speed >= enough)
+
+        def speed(one: Candidate) -> float:
+            option = self.option(one, self.batch)
+            beside = () if one.watcher is None else (one.watcher,)  # programs are those in which it watches
+            ready = self._compiled(watching(one.strategy, beside))
+            return 1.0 / (1.0 / option.tokens_per_second + (0.0 if ready else self._compile_seconds / new_tokens))
+
+        speeds = {candidate: speed(candidate) for candidate in candidates}
+        enough = _WORTH_WATCHING * max(speeds.values())
+        own = (one.watcher for one in candidates if speeds[one] >= enough)
         return tuple(dict.fromkeys(one for one in own if one is not None))
 
     def _watched(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Those that can be had while all of ``watchers`` watch, in programs in which they do."""
         found = [one for one in candidates if one.watcher is None or one.watcher in self.watchers]
-        found = [Candidate(one.drafter, watching(one.strategy, self.watchers)) for one in found]
+        found = [_watching(one, self.watchers) for one in found]
         self.words |= {candidate.strategy: candidate.describe() for candidate in found}
         return found
 
@@ -239,10 +256,14 @@ class Plan:
         """The strategies that would be chosen at some acceptance of drafts, from none to all: what is worth compiling
         ahead."""
         found = [self.strategy]
+        # Whoever drafts: of two drafters one may fare well on a text, and the other badly.
+        drafters: dict[tuple[str, bool], list[Candidate]] = {}
+        for one in self.candidates:
+            drafters.setdefault((one.drafter, bool(one.watchers)), []).append(one)
         for rate in (0.0, 0.25, 0.5, 0.75, 1.0):
             for shift in np.linspace(-3.0, 4.0, 15):
                 speeds = {c: self.option(c, self.batch, rate, shift).tokens_per_second for c in self.candidates}
-                found += [max(some, key=lambda c: speeds[c]).strategy for some in (self._first, self.candidates)]
+                found += [max(some, key=lambda c: speeds[c]).strategy for some in (self._first, *drafters.values())]
         return list(dict.fromkeys(found))
 
     # --- choosing -----------------------------------------------------------------------------------------------------
@@ -332,6 +353,25 @@ class Plan:
         """Steps until the next choice."""
         return self._length - (0 if self._seen[0] is None else int(self._seen[0].steps))
 
+    @property
+    def wants_text(self) -> bool:
+        """Whether :meth:`look` would show how drafters fare that are not drafting."""
+        drafting = self._named[self.words[self.strategy]].drafter
+        return self.planner.switch and any(name != drafting for name, _, _ in self._replayed)
+
+    def look(self, tokens: np.ndarray, known: np.ndarray, done: np.ndarray) -> None:
+        """Tries drafters on what others have decoded since the last look: ``tokens`` int32 [B, S], of which ``known``
+        int32 [B] are there, of sequences of which some are ``done``. Before :meth:`observe`, at a segment's end."""
+        begun = time.perf_counter()
+        since = np.zeros_like(known) if self._looked is None else self._looked
+        drafting = self._named[self.words[self.strategy]].drafter
+        for name, drafter, depth in self._replayed:
+            if name != drafting:
+                histograms = replay.walk(tokens[~done], since[~done], known[~done], drafter, depth)
+                self.acceptance.add(name, f"chain:{depth}", *histograms)
+        self._looked = known
+        self.seconds += time.perf_counter() - begun
+
     def observe(self, counts: Counts, seconds: float, new_tokens: int, running: int, remaining: int) -> None:
         """What some steps of ``strategy`` showed. At the end of a segment, chooses for the next.
 
@@ -409,6 +449,11 @@ def watching(strategy: Strategy, watchers: tuple[Drafter, ...]) -> Strategy:
         return strategy
     tree = "chain:1" if strategy.drafter is None else strategy.tree
     return dataclasses.replace(strategy, drafter=Watching(strategy.drafter, watchers), tree=tree)
+
+
+@functools.lru_cache
+def _watching(candidate: Candidate, watchers: tuple[Drafter, ...]) -> Candidate:
+    return Candidate(candidate.drafter, watching(candidate.strategy, watchers))
 
 
 def cheapest(strategy: Strategy, sharings: Sequence[Sharing], costs: Costs, batch: int, context: int) -> Strategy:

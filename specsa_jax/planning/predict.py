@@ -17,7 +17,7 @@ from specsa_jax.planning.profile import Prior
 
 # Sequence steps that a prior is worth; that the guess is worth where there is no prior; and the steps after which live
 # evidence counts half: the acceptance of a text changes along it.
-_PRIOR_STEPS, _GUESS_STEPS, _HALF_LIFE = 4.0, 4.0, 8.0
+_PRIOR_STEPS, _GUESS_STEPS, _HALF_LIFE = 4.0, 4.0, 16.0
 # A draft in every second step, of which each token stands with this chance. Where nothing is known.
 _GUESSED_RATE, _GUESSED_CHANCE = 0.5, 0.6
 _POSITIONS = 64  # a path is no longer than a page

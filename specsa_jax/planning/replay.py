@@ -1,5 +1,5 @@
-"""How a drafter would have fared on the prompts themselves: it drafts at places of their tails, whose next tokens are
-known. Costs no pass of the target, and nothing of the device."""
+"""How a drafter would have fared on texts that are known: on the prompts themselves, at places of their tails, and on
+what others have drafted, step by step. Costs no pass of the target, and nothing of the device."""
 
 from __future__ import annotations
 
@@ -41,3 +41,29 @@ def fates(texts: np.ndarray, known: np.ndarray, chains: np.ndarray, valid: np.nd
     drafted = (valid & (truth >= 0)).sum(axis=1)
     accepted = np.cumprod(valid & (chains == truth), axis=1).sum(axis=1)
     return tuple(np.bincount(x, minlength=depth + 1).astype(float) for x in (drafted, accepted))  # type: ignore[return-value]
+
+
+def walk(
+    texts: np.ndarray, since: np.ndarray, known: np.ndarray, drafter: Drafter, depth: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Histograms float [depth + 1] as :func:`replay`, of the steps that ``drafter`` would have taken to get from
+    ``since`` int32 [B] tokens of ``texts`` int32 [B, T] to ``known``; of long ways, and many texts, the last PLACES
+    tokens of all together. Of a draft that is right up to the end of what is known, only that much was drafted."""
+    drafted, accepted = np.zeros(depth + 1), np.zeros(depth + 1)
+    texts, since, known = texts[:PLACES], since[:PLACES], known[:PLACES]
+    for text, first, end in zip(texts, np.maximum(since, known - PLACES // max(1, len(texts))), known, strict=True):
+        places = np.arange(first, end, dtype=np.int32)
+        chains, valid = drafter.replay(np.broadcast_to(text[:end], (len(places), end)), places, depth)
+        at = places[:, None] + np.arange(depth)
+        right = np.cumprod(valid & (at < end) & (chains == text[np.minimum(at, end - 1)]), axis=1).sum(axis=1)
+        reach, place = valid.sum(axis=1), 0
+        while place < len(places):
+            stood, left = right[place], len(places) - place
+            if stood < left or reach[place] <= left:
+                drafted[reach[place]] += 1
+                accepted[stood] += 1
+            elif left:
+                drafted[left] += 1
+                accepted[left] += 1
+            place += stood + 1
+    return drafted, accepted
