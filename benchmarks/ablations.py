@@ -21,7 +21,7 @@ from typing import Any
 
 import harness
 import jax
-from end_to_end import against, measure, named
+from end_to_end import against, measure, named, warm
 from workloads import WORKLOADS, prompts
 
 from specsa_jax import Engine, Strategy
@@ -99,6 +99,10 @@ def main() -> None:
     for workload in args.workloads:
         add(workload, "baseline", "none", named("none", args.checkpoint))
     for name in args.sets:
+        try:
+            warm(engine, found[args.workloads[0]], args.new_tokens, [one for _, one in cases(name, args.checkpoint)])
+        except (ValueError, *harness.FAILURES):
+            pass  # whose it is, its own row will say
         for case, strategy in cases(name, args.checkpoint):
             for workload in args.workloads:
                 add(workload, name, case, strategy)

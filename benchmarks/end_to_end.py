@@ -49,6 +49,16 @@ def named(name: str, checkpoint: str, **options: Any) -> Strategy | Planner:
     return Strategy(drafter_from_name(drafter, checkpoint), tree or "chain:4", **options)
 
 
+def warm(engine: Engine, batches: list[list[list[int]]], new_tokens: int, strategies: list[Strategy | Planner]) -> None:
+    """Compiles what continuing the batches may take. Raises as ``Engine.generate``."""
+    longest = max(len(row) for batch in batches for row in batch)
+    for approximate in (False, True):
+        some = [one for one in strategies if (one.precision == "approx") == approximate]
+        if some:
+            engine.warmup(some, batch=len(batches[0]), prompt_tokens=longest, max_new_tokens=new_tokens,
+                          max_kl=math.inf if approximate else None)  # fmt: skip
+
+
 def measure(
     engine: Engine,
     batches: list[list[list[int]]],
@@ -63,9 +73,7 @@ def measure(
         options["max_kl"] = math.inf  # whatever it does: benchmarks/refresh_reuse.py measures that
     runs = []
     try:
-        if isinstance(strategy, Planner) and strategy.precision != "approx":
-            longest = max(len(row) for batch in batches for row in batch)
-            engine.warmup(strategy, batch=len(batches[0]), prompt_tokens=longest, max_new_tokens=new_tokens)
+        warm(engine, batches, new_tokens, [strategy])
         for batch in batches:
             engine.generate(batch, new_tokens, **options)
             runs.append([engine.generate(batch, new_tokens, **options) for _ in range(repeats)])
@@ -172,6 +180,12 @@ def main() -> None:
             found = prompts(engine, args.checkpoint, workload, size, count * point["batch"])
             return [found[i::count] for i in range(count)]
 
+        try:  # all of a point's programs at once
+            todo = [named(name, args.checkpoint, **options) for name in names
+                    if any(rows.wanted(**point, workload=one, strategy=name) for one in args.workloads)]  # fmt: skip
+            warm(engine, batches(args.workloads[0]), args.new_tokens, todo)
+        except (ValueError, *harness.FAILURES):
+            pass  # whose it is, its own row will say
         for name, workload in itertools.product(names, args.workloads):
             axes = point | {"workload": workload, "strategy": name}
             if not rows.wanted(**axes):

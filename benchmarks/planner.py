@@ -47,9 +47,9 @@ def fixed(engine: Engine, planner: Planner) -> dict[str, Strategy]:
 def cell(
     engine: Engine, rows: list[list[list[int]]], strategies: dict[str, Any], temperature: float, args: Any
 ) -> list[dict[str, Any]]:
-    """Figures of each strategy on batches of prompts, the planner's programs compiled ahead."""
+    """Figures of each strategy on batches of prompts, all programs compiled ahead."""
     longest = max(len(row) for batch in rows for row in batch)
-    engine.warmup(strategies["planner"], batch=len(rows[0]), prompt_tokens=longest, max_new_tokens=args.new_tokens)
+    engine.warmup(list(strategies.values()), batch=len(rows[0]), prompt_tokens=longest, max_new_tokens=args.new_tokens)
     times: dict[str, list[float]] = {name: [] for name in strategies}
     stats: dict[str, Any] = {}
     tokens: dict[str, Any] = {}

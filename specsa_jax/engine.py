@@ -451,7 +451,7 @@ class Engine(Runtime):
 
     def warmup(
         self,
-        strategy: Strategy | Planner | Literal["auto"] | None = None,
+        strategy: Strategy | Planner | Literal["auto"] | Sequence[Strategy | Planner] | None = None,
         *,
         batch: int = 1,
         prompt_tokens: int,
@@ -459,8 +459,9 @@ class Engine(Runtime):
         max_kl: float | None = None,
         min_top1: float | None = None,
     ) -> list[str]:
-        """Compiles ahead what :meth:`generate` needs for ``batch`` prompts of ``prompt_tokens`` tokens: the strategy's
-        programs, or those of all that a planner would choose at some acceptance of drafts.
+        """Compiles ahead, on all cores, what :meth:`generate` needs for ``batch`` prompts of ``prompt_tokens`` tokens:
+        the programs of a strategy or of several, or those of all that a planner would choose at some acceptance of
+        drafts.
 
         Programs are of rounded shapes, so near lengths share them. With JAX's persistent compilation cache
         (JAX_COMPILATION_CACHE_DIR) they outlive the process. Returns the strategies, in words. Raises as
@@ -468,34 +469,40 @@ class Engine(Runtime):
         """
         rows = [np.zeros(whole_number("prompt_tokens", prompt_tokens), np.int32)] * whole_number("batch", batch)
         bound, max_new_tokens = Bound(max_kl, min_top1), whole_number("max_new_tokens", max_new_tokens)
-        choice = self._choice(strategy, True, bound, prompt_tokens + max_new_tokens)
-        pages, _ = self.plan_pages(rows, max_new_tokens, choice if isinstance(choice, Strategy) else choice.largest)
-        state = self.initial_state(rows, pages, max_new_tokens)
-        # What is compiled: with each set of drafters that may watch, the loops in which they do.
-        wanted: dict[Strategy, Drafter | None] = {}
-        words: dict[Strategy, str] = {}
+        several = list(strategy) if isinstance(strategy, list | tuple) else [strategy]
+        choices = [self._choice(one, True, bound, prompt_tokens + max_new_tokens) for one in several]
+        params, words = batch_sampling([SamplingParams()] * batch), []
+        jobs: dict[Any, Callable[[], Any]] = {}
+        for choice in choices:
+            largest = choice if isinstance(choice, Strategy) else choice.largest
+            pages, _ = self.plan_pages(rows, max_new_tokens, largest)
+            state = jax.eval_shape(functools.partial(self.initial_state, rows, pages, max_new_tokens))
+            for one, observer, name in self._contenders(choice, rows, max_new_tokens, state):
+                self.load_drafter(one.drafter)
+                seen = state._replace(draft=self.draft_state(observer, batch, pages.shape[1], abstract=True))
+                chunk, key = self.chunk(prompt_tokens, one.precision), signature(state)
+                jobs[key, observer, one.precision] = functools.partial(
+                    self.prefill_program, seen, chunk, observer, one.precision
+                )
+                jobs[key, one] = functools.partial(self.decode_program, one, seen, params)
+                words.append(name)
+        # XLA compiles a program on one core, mostly.
+        with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+            for done in [pool.submit(job) for job in jobs.values()]:
+                done.result()
+        return list(dict.fromkeys(words))
+
+    def _contenders(
+        self, choice: Strategy | Space, rows: list[np.ndarray], max_new_tokens: int, state: State
+    ) -> Generator[tuple[Strategy, Drafter | None, str]]:
+        """What a call may come to use: strategies, who watches from the beginning, and words."""
         if isinstance(choice, Strategy):
-            wanted[choice], words[choice] = choice.drafter, choice.describe()
-        else:
-            for watchers in choice.watching:
-                plan = self._plan(choice, rows, max_new_tokens, state, replays=False, watchers=watchers)
-                words |= plan.words
-                for one in plan.contenders():
-                    wanted[one] = Watching(None, watchers) if isinstance(one.drafter, Watching) else None
-        params = batch_sampling([SamplingParams()] * batch)
-        shown = {
-            observer: state._replace(draft=self.draft_state(observer, batch, pages.shape[1], abstract=True))
-            for observer in dict.fromkeys(wanted.values())
-        }
-        precision = next(iter(wanted)).precision
-        for observer, seen in shown.items():
-            self.prefill_program(seen, self.chunk(prompt_tokens, precision), observer, precision)
-        for one in wanted:
-            self.load_drafter(one.drafter)
-        # XLA compiles on one core, mostly.
-        with ThreadPoolExecutor(min(len(wanted), os.cpu_count() or 1)) as pool:
-            list(pool.map(lambda one: self.decode_program(one, shown[wanted[one]], params), wanted))
-        return [words[one] for one in wanted]
+            yield choice, choice.drafter, choice.describe()
+            return
+        for watchers in choice.watching:
+            plan = self._plan(choice, rows, max_new_tokens, state, replays=False, watchers=watchers)
+            for one in plan.contenders():
+                yield one, Watching(None, watchers) if isinstance(one.drafter, Watching) else None, plan.words[one]
 
     # --- scoring ------------------------------------------------------------------------------------------------------
 
