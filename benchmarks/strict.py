@@ -7,7 +7,7 @@ if model, settings, device and versions are the same. Compiled programs are kept
 
     python benchmarks/strict.py --out benchmarks/results/cpu/strict.json
     python benchmarks/strict.py --jobs 16 --out benchmarks/results/cpu/strict.json    # on a CPU of 16 cores
-    XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/strict.py --prompts 56 --jobs 10 --dtype bfloat16 --out \
+    XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/strict.py --prompts 56 --jobs 25 --dtype bfloat16 --out \
         strict.json    # on a GPU
 """
 
@@ -62,10 +62,10 @@ class Check:
         result = self.engine.generate(rows, self.new_tokens, sampling=sampling, strategy=strategy)
         return [(g.tokens.tolist(), g.logprobs.tobytes()) for g in result], result.stats.accepted
 
-    def group(self, index: int, strategies: list[Strategy]) -> tuple[np.ndarray, np.ndarray]:
-        """int [strategies, greedy or sampled, alone or in a batch] of identical sequences; accepted drafts."""
+    def group(self, index: int, strategy: Strategy) -> tuple[np.ndarray, int]:
+        """int [greedy or sampled, alone or in a batch] of identical sequences; accepted drafts."""
         rows = self.groups[index]
-        same, accepted = np.zeros((len(strategies), 2, 2), int), np.zeros(len(strategies), int)
+        same, accepted = np.zeros((2, 2), int), 0
         for kind in range(2):
             sampling = [
                 SamplingParams(temperature=0.8 * kind, top_p=0.95, seed=8 * index + i) for i in range(len(rows))
@@ -74,14 +74,11 @@ class Check:
             if (index, kind) not in self.expected:
                 plain = Strategy(None, precision="strict")
                 self.expected[index, kind] = [self.bits([row], [params], plain)[0][0] for row, params in each]
-            for at, strategy in enumerate(strategies):
-                alone = [self.bits([row], [params], strategy)[0][0] for row, params in each]
-                together, stood = self.bits(rows, sampling, strategy)
-                accepted[at] += stood
-                for place, got in enumerate((alone, together)):
-                    same[at, kind, place] = sum(
-                        a == b for a, b in zip(got, self.expected[index, kind], strict=True)
-                    )  # fmt: skip
+            alone = [self.bits([row], [params], strategy)[0][0] for row, params in each]
+            together, stood = self.bits(rows, sampling, strategy)
+            accepted += stood
+            for place, got in enumerate((alone, together)):
+                same[kind, place] = sum(a == b for a, b in zip(got, self.expected[index, kind], strict=True))
         return same, accepted
 
 
@@ -92,17 +89,15 @@ class Worker:
     drafter: str | None = None
 
     @classmethod
-    def start(cls, options: argparse.Namespace, core: int | None) -> None:
-        """In a process of its own: on a core of its own, where there are as many as processes."""
-        if core is not None:
-            os.sched_setaffinity(0, {core})
+    def start(cls, options: argparse.Namespace, cores: list[int]) -> None:
+        """In a process of its own, with cores of its own where there are as many."""
+        if cores:
+            os.sched_setaffinity(0, cores)
         engine = make_engine(options)
         cls.check = Check(engine, prompts(engine, options.prompts), options.new_tokens)
 
     @classmethod
-    def group(
-        cls, until: float, drafter: str, trees: list[str], checkpoint: str, index: int
-    ) -> tuple[np.ndarray, np.ndarray] | None:
+    def group(cls, until: float, drafter: str, tree: str, checkpoint: str, index: int) -> tuple[np.ndarray, int] | None:
         """As :meth:`Check.group`; None behind the time ``until``."""
         if time.time() > until:
             return None
@@ -110,8 +105,7 @@ class Worker:
             # Each drafter has programs of its own, and a process room for a few hundred.
             cls.check.engine.forget_programs()
             cls.drafter = drafter
-        strategies = [Strategy(drafter_from_name(drafter, checkpoint), tree, precision="strict") for tree in trees]
-        return cls.check.group(index, strategies)
+        return cls.check.group(index, Strategy(drafter_from_name(drafter, checkpoint), tree, precision="strict"))
 
 
 def make_engine(options: argparse.Namespace) -> Engine:
@@ -121,38 +115,43 @@ def make_engine(options: argparse.Namespace) -> Engine:
     )  # fmt: skip
 
 
-def results(options: argparse.Namespace, tasks: list[tuple[str, int]]) -> Iterator[tuple[str, int, Any]]:
-    """(drafter, group, what :meth:`Check.group` gives); each drafter's groups in their order; none begun after
-    ``--seconds``."""
+def results(options: argparse.Namespace, tasks: list[tuple[str, str, int]]) -> Iterator[tuple[str, str, int, Any]]:
+    """(drafter, tree, group, what :meth:`Check.group` gives); the groups of a drafter and tree in their order; none
+    begun after ``--seconds``."""
     until = time.time() + options.seconds
-    work = {(drafter, index): (until, drafter, options.trees, options.checkpoint, index) for drafter, index in tasks}
+    work = {task: (until, *task[:2], options.checkpoint, task[2]) for task in tasks}
     if options.jobs == 1:
-        Worker.start(options, None)
-        for (drafter, index), task in work.items():
-            if (found := Worker.group(*task)) is None:
+        Worker.start(options, [])
+        for task, arguments in work.items():
+            if (found := Worker.group(*arguments)) is None:
                 return
-            yield drafter, index, found
+            yield *task, found
         return
     context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would lose
     cores = sorted(os.sched_getaffinity(0))
-    pools = [ProcessPoolExecutor(1, context, initializer=Worker.start, initargs=(options, cores[job % len(cores)]))
-             for job in range(options.jobs)]  # fmt: skip
-    # A drafter's groups of one length are one process's: no other compiles their programs.
-    kinds = list(dict.fromkeys((drafter, index % 2) for drafter, index in tasks))
+    pools = [
+        ProcessPoolExecutor(1, context, initializer=Worker.start,
+                            initargs=(options, cores[job :: options.jobs] or [cores[job % len(cores)]]))
+        for job in range(options.jobs)
+    ]  # fmt: skip
+    # Groups of one length, drafter and tree are one process's: no other compiles their programs.
+    kinds = list(dict.fromkeys((drafter, tree, index % 2) for drafter, tree, index in tasks))
     futures = {
-        pools[kinds.index((drafter, index % 2)) % options.jobs].submit(Worker.group, *task): (drafter, index)
-        for (drafter, index), task in work.items()
+        pools[kinds.index((drafter, tree, index % 2)) % options.jobs].submit(Worker.group, *work[drafter, tree, index]):
+        (drafter, tree, index) for drafter, tree, index in tasks
     }  # fmt: skip
-    following = {drafter: [index for name, index in tasks if name == drafter] for drafter, _ in tasks}
-    early: dict[tuple[str, int], Any] = {}
+    following: dict[tuple[str, str], list[int]] = {}
+    for drafter, tree, index in tasks:
+        following.setdefault((drafter, tree), []).append(index)
+    early: dict[tuple[str, str, int], Any] = {}
     try:
         for future in as_completed(futures):
-            drafter, index = futures[future]
-            early[drafter, index] = future.result()
-            left = following[drafter]
-            while left and early.get((drafter, left[0])) is not None:
+            drafter, tree, index = futures[future]
+            early[drafter, tree, index] = future.result()
+            left = following[drafter, tree]
+            while left and early.get((drafter, tree, left[0])) is not None:
                 index = left.pop(0)
-                yield drafter, index, early.pop((drafter, index))
+                yield drafter, tree, index, early.pop((drafter, tree, index))
     finally:
         for pool in pools:
             pool.shutdown(cancel_futures=True)
@@ -165,8 +164,8 @@ def main() -> None:
     parser.add_argument("--drafters", nargs="+", default=DRAFTERS)
     parser.add_argument("--trees", nargs="+", default=TREES)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no group of prompts after so many")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, which share drafters and lengths of prompts; "
-                        "on a GPU all of them need its memory: set XLA_PYTHON_CLIENT_PREALLOCATE=false")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=1, help="processes, which share drafters, trees and lengths of "
+                        "prompts; on a GPU all need its memory: set XLA_PYTHON_CLIENT_PREALLOCATE=false")  # fmt: skip
     parser.add_argument(
         "--implementation", choices=["xla", "pallas"], help="of attention; default: as the device has it"
     )
@@ -181,39 +180,32 @@ def main() -> None:
         "new_tokens": args.new_tokens, "trees": args.trees,
     }  # fmt: skip
     try:
-        rows = resumed(args.out, settings)
+        before = resumed(args.out, settings)
     except ValueError as error:
         parser.error(str(error))
     del engine
-    first = {drafter: max([0, *(row["prompts"] for row in rows if row["drafter"] == drafter)]) // 8
-             for drafter in args.drafters}  # fmt: skip
-    tasks = [(drafter, index) for drafter in args.drafters for index in range(first[drafter], -(-args.prompts // 8))]
-    for drafter, index, (found, stood) in results(args, tasks):
-        before = {row["tree"]: row for row in rows if row["drafter"] == drafter}
-        rows = [row for row in rows if row["drafter"] != drafter]
-        for at, tree in enumerate(args.trees):
-            old = before.get(tree, dict.fromkeys([*CASES, "drafts accepted"], 0))
-            same = {name: old[name] + int(more) for name, more in zip(CASES, found[at].ravel(), strict=True)}
-            rows.append(
-                {
-                    "drafter": drafter,
-                    "tree": tree,
-                    "prompts": 8 * (index + 1),
-                    **same,
-                    "drafts accepted": old["drafts accepted"] + int(stood[at]),
-                }
-            )
-        own = [row for row in rows if row["drafter"] == drafter]
-        identical = sum(row[name] == row["prompts"] for row in own for name in CASES)
-        print(f"{drafter}: {8 * (index + 1)} prompts, {identical} of {len(CASES) * len(own)} cases identical for all "
-              "of them", flush=True)  # fmt: skip
+    rows = {(row["drafter"], row["tree"]): row for row in before}
+    groups = -(-args.prompts // 8)
+    tasks = [(drafter, tree, index) for drafter in args.drafters for index in range(groups) for tree in args.trees
+             if index >= rows.get((drafter, tree), {"prompts": 0})["prompts"] // 8]  # fmt: skip
+    for drafter, tree, index, (found, stood) in results(args, tasks):
+        old = rows.get((drafter, tree), dict.fromkeys([*CASES, "drafts accepted"], 0))
+        rows[drafter, tree] = {
+            "drafter": drafter,
+            "tree": tree,
+            "prompts": 8 * (index + 1),
+            **{name: old[name] + int(more) for name, more in zip(CASES, found.ravel(), strict=True)},
+            "drafts accepted": old["drafts accepted"] + int(stood),
+        }
+        print(f"{drafter}, {tree}: {8 * (index + 1)} prompts, "
+              f"{'all' if _identical(rows[drafter, tree]) else 'not all'} identical", flush=True)  # fmt: skip
         if args.out:
             harness.save(
-                args.out, rows, **settings, prompts=min(row["prompts"] for row in rows),
-                drafters=sorted({row["drafter"] for row in rows}), identical=all(_identical(row) for row in rows),
+                args.out, list(rows.values()), **settings, prompts=min(row["prompts"] for row in rows.values()),
+                drafters=sorted({drafter for drafter, _ in rows}), identical=all(map(_identical, rows.values())),
             )  # fmt: skip
     if rows:
-        harness.print_table(rows)
+        harness.print_table(list(rows.values()))
 
 
 def resumed(out: str | None, settings: dict[str, Any]) -> list[dict[str, Any]]:

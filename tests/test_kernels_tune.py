@@ -85,15 +85,16 @@ def test_lookup_takes_the_nearest_entry_not_above_nor_far_below(tmp_path, instal
     table = SPEC.shape.table
     assert found() == written(8, 8, table, 8)
     assert found(batch=12, table=table + 300) == written(8, 8, table, 8)
-    assert found(batch=1, table=500) == written(1, 8, 256, 8)
     assert found(table=500) == written(8, 8, 256, 8)
-    # Splits are of a size: an entry of less than half is none.
+    # Splits are of a size: an entry of less than half is none; nor is one of other queries or groups.
     assert found(batch=17) is found(batch=15, table=table + 100) is found(batch=7) is None
-    # A group of all queries is looked up as one; another group's config takes the group asked for.
-    assert found(width=10, group=10) == dataclasses.replace(written(8, 8, table, 8), group=10)
-    assert found(width=16, group=2) == dataclasses.replace(written(8, 16, table, 1), group=2)
-    assert found(width=16, group=4) is None
+    assert found(width=10) is found(width=16) is found(group=4) is None
     assert found(group=None).group == 8  # the faster one of its entries, by the times made up
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention": [e for e in entries if e["group"] == 1]}))
+    installed(path)
+    assert found(group=None) is None and found(group=1) == written(8, 8, table, 1)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attention": entries}))
+    installed(path)
     for sizes in ({"table": 200}, {"width": 7}, {"num_heads": 64}, {"head_dim": 64}):
         assert found(**sizes) is None
     assert found(sparsity=dataclasses.replace(SPEC.sparsity, num_selected=8)) is None

@@ -340,7 +340,8 @@ def test_a_tiny_model_is_profiled_and_the_engine_finds_the_times_plausible(engin
     names = []
     found, missing = measure.measure(engine, text, measure.new_profile(engine, (128,)), **axes,
                                      progress=lambda done, total, name: names.append(name))  # fmt: skip
-    assert missing == [] and len(names) == len(set(names))
+    named = [name for name in names if not name.startswith("compiling")]
+    assert missing == [] and len(named) == len(set(named)) < len(names)
     assert found.fingerprint == engine.fingerprint and found.dtype == "float32" and found.text == text.text
     times = {s.point: s for s in found.steps}
     exact = {p.width: times[p].seconds for p in times if p.chain and p.precision == "exact" and p.sharing == Sharing()}

@@ -70,10 +70,13 @@ class AttentionConfig:
         About three programs for each of some 132 multiprocessors, no more: splits cost merging, and a second wave of
         programs would wait for the first.
         """
-        if group is None:
-            group = shape.width if shape.width <= 16 else 16
-        group = min(group, shape.width)
         every = shape.batch * shape.num_kv_heads
+        if group is None:
+            # As many rows as one product takes; of long drafts fewer, whose union would have many blocks of one query
+            # alone. Where all queries' programs fit the device at once, a union costs more than it saves.
+            most = min(16 if shape.width <= 16 else 8, 64 // shape.lanes)
+            group = 1 if every * shape.width <= 64 else most
+        group = min(group, shape.width)
         rows = _power(shape.rows, 16, 64)
         tiles = -(-shape.rows // rows)
         entries = -(-shape.table * sparsity.entries_per_page // 64)

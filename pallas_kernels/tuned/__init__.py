@@ -7,7 +7,6 @@ measured (``shape`` and ``sparsity``, or ``rows`` and ``num_blocks``), its best 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
@@ -20,9 +19,9 @@ from pallas_kernels.attention.config import AttentionConfig, Branch
 from pallas_kernels.selection.config import SelectionConfig
 
 SCHEMA = 1
-# A call takes an entry of its own heads and block sizes, and of the nearest sizes not above its own.
-EXACT = ("num_heads", "num_kv_heads", "head_dim")
-NEAREST = ("table", "batch", "width")
+# A call takes an entry of its own heads, queries and block sizes, and of the nearest sizes not above its own.
+EXACT = ("num_heads", "num_kv_heads", "head_dim", "width")
+NEAREST = ("table", "batch")
 # But none that is further off than a doubling of one of them: splits follow the sizes.
 _FARTHEST = 1.0
 BLOCKS = ("compress_block", "compress_stride", "select_block", "num_selected", "compressed_output")
@@ -40,29 +39,26 @@ def slug(device_kind: str) -> str:
 def lookup(device_kind: str, sparsity: Sparsity, shape: Shape, group: int | None = None) -> AttentionConfig | None:
     """The config measured for the call nearest to this one; None where no entry is near enough.
 
-    ``group`` None: the fastest of those measured there. Raises TuningError for a file that is broken.
+    ``group`` None: the fastest of those measured there, if the heuristic's is among them: others say nothing of it.
+    Raises TuningError for a file that is broken.
     """
-    candidates: list[Any] = []
+    found: dict[float, dict[int, tuple[float, Any]]] = {}  # by distance, and group
     for entry in _load(device_kind)["attention"]:
         of, blocks = entry["shape"], entry["sparsity"]
-        fits = (
+        if (
             all(of[name] == getattr(shape, name) for name in EXACT)
             and all(blocks[name] == getattr(sparsity, name) for name in BLOCKS)
             and all(of[name] <= getattr(shape, name) for name in NEAREST)
-        )
-        # A group of all T queries stands for that of any T.
-        own = shape.width if entry["config"]["group"] == of["width"] else entry["config"]["group"]
-        wanted = own if group is None else min(group, shape.width)
-        if not fits or own > wanted:
-            continue
-        distance = sum(math.log2(getattr(shape, name) / of[name]) for name in NEAREST) + math.log2(wanted / own)
-        if distance > _FARTHEST:
-            continue
-        candidates.append((distance, entry["microseconds"], len(candidates), wanted, entry["config"]))
-    if not candidates:
-        return None
-    *_, wanted, config = min(candidates)
-    return dataclasses.replace(attention_config(config), group=wanted)
+        ):
+            distance = sum(math.log2(getattr(shape, name) / of[name]) for name in NEAREST)
+            measured = entry["microseconds"], entry["config"]
+            found.setdefault(distance, {})[entry["config"]["group"]] = measured
+    default = AttentionConfig.heuristic(sparsity, shape, group).group
+    for distance, groups in sorted(found.items()):
+        if distance <= _FARTHEST and default in groups:
+            chosen = groups[default] if group is not None else min(groups.values(), key=lambda one: one[0])
+            return attention_config(chosen[1])
+    return None
 
 
 def lookup_selection(device_kind: str, rows: int, num_blocks: int) -> SelectionConfig | None:

@@ -10,6 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -27,7 +28,8 @@ from specsa_jax.checkpoints import CheckpointError
 from specsa_jax.checkpoints.records import measured_as
 from specsa_jax.config import NSAConfig
 from specsa_jax.decoding import Decoder, State
-from specsa_jax.drafting import Combined, Context, Draft, Drafter, Seen, TreeTemplate, drafter_from_name, parse_tree
+from specsa_jax.drafting import Context, Draft, Drafter, Seen, TreeTemplate, drafter_from_name, parse_tree
+from specsa_jax.drafting.watching import watcher
 from specsa_jax.engine import Engine
 from specsa_jax.nsa.cached import Backend
 from specsa_jax.planning.costs import interpolation_error, measure_bandwidth
@@ -49,6 +51,7 @@ DISTANCES = (1, 2, 4, 8, 16)
 PRIOR_TOKENS, PLACES, SPACING, OVERLAP_QUERIES = 256, 8, 64, 33
 # A call of the loop has at least so many steps: the host's part in it is paid once.
 STEPS, REPEATS, SECONDS = 8, 5, 1.0
+TOGETHER = 16  # programs that are compiled at a time, at most, if there are as many cores
 
 TextKind = Literal["continuation", "edit"]
 TEXTS: tuple[TextKind, ...] = ("continuation", "edit")
@@ -81,11 +84,13 @@ def _parents(template: TreeTemplate) -> Sequence[int]:
 
 
 class _Task(NamedTuple):
-    """Something to measure: its name, what it is found by in a profile, and what gives the new entries by field."""
+    """Something to measure: its name, what it is found by in a profile, what gives the new entries by field, and what
+    compiles its programs without running anything."""
 
     name: str
     key: tuple[Any, ...]
     run: Callable[[], dict[str, tuple[Any, ...]]]
+    compile: Callable[[], object] = lambda: None
 
 
 def default_contexts(max_length: int) -> tuple[int, ...]:
@@ -146,13 +151,20 @@ def measure(
     wanted, missing = [task for task in bench.tasks() if task.key not in known], bench.missing
     text = calibration.text
     longest: dict[str, float] = {}  # seconds, by kind of task
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    together, compiling, compiled = min(cores, TOGETHER), 0.0, 0  # compiled at a time; seconds of the last time; so far
     for done, task in enumerate(wanted):
         kind = task.key[0]
-        if time.perf_counter() - begun + longest.get(kind, 0.0) >= budget:
+        ahead = compiling if done >= compiled else 0.0
+        if time.perf_counter() - begun + ahead + longest.get(kind, 0.0) >= budget:
             missing.append(task.name)
             continue
+        if done >= compiled:
+            some = wanted[done : done + together]
+            progress(done, len(wanted), f"compiling {len(some)} programs")
+            compiling, compiled = _compile(some), done + len(some)
         progress(done, len(wanted), task.name)
-        started = time.perf_counter()
+        started = time.perf_counter() - compiling / together  # its share
         if kind not in ("step", "draft"):
             bench.held = None  # its memory is for others
         try:
@@ -172,6 +184,15 @@ def measure(
         keep(profile)
     progress(len(wanted), len(wanted), "")
     return profile, missing
+
+
+def _compile(tasks: Sequence[_Task]) -> float:
+    """Compiles what tasks will run, on all cores; seconds. What cannot be compiled fails when it is to run."""
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        for done in [pool.submit(task.compile) for task in tasks]:
+            done.exception()
+    return time.perf_counter() - begun
 
 
 def _keys(profile: Profile) -> set[tuple[Any, ...]]:
@@ -212,6 +233,7 @@ class _Bench:
         self.timer.decoder = Decoder(
             engine.config, engine.dtype, (), engine.implementation, engine.decoder.backend.interpret
         )
+        self._loops: dict[tuple[str, str], Callable[..., Any]] = {}
         self.held: tuple[Any, State] | None = None  # a state behind timed steps, for others of its shapes
         self.prefilled = functools.lru_cache(maxsize=4)(self._prefilled)
 
@@ -345,11 +367,13 @@ class _Bench:
         is_chain = strategy.drafter is None or strategy.template.is_chain
         point = Point(batch, context, strategy.width, is_chain, sharing, precise)
 
+        def program(state: State) -> Callable[..., Any]:
+            arguments = (self.engine.params, state, _greedy(batch), jnp.int32(0))
+            return self.timer.executable("decode", {"strategy": strategy}, *arguments, draft_params=())[0]
+
         def run() -> dict[str, tuple[Any, ...]]:
             state, sampling = self._filled(batch, context, strategy)
-            decode, _ = self.timer.executable(
-                "decode", {"strategy": strategy}, self.engine.params, state, sampling, jnp.int32(0), draft_params=()
-            )
+            decode = program(state)
             known, lengths = np.asarray(state.known), np.asarray(state.cache.lengths)
 
             def steps(state: State, count: int) -> State:
@@ -367,20 +391,23 @@ class _Bench:
         words += [sharing.describe()] if sharing.approximates else []
         words += [f"groups of {sharing.group}"] if sharing.group and not sharing.approximates else []
         words += ["strict"] if precise == "strict" else []
-        return _Task(", ".join([name, *words]), ("step", point), run)
+        return _Task(", ".join([name, *words]), ("step", point), run,
+                     lambda: program(self._filled_shapes(batch, context, strategy)))  # fmt: skip
 
     def _draft(self, name: str, tree: str, batch: int, context: int) -> _Task:
+        engine = self.engine
+
+        def program(state: State, params: Any, draft: Any) -> Callable[..., Any]:
+            arguments = (engine.params, params, draft, state, _greedy(batch), jnp.int32(0))
+            return engine.executable(self._drafting(name, tree), {}, *arguments)[0]
+
         def run() -> dict[str, tuple[Any, ...]]:
-            drafter, engine = self.drafters[name], self.engine
-            assert drafter is not None
-            strategy = Strategy(drafter, tree)
+            drafter, strategy = self._drafts(name, tree)
             params = engine.load_drafter(drafter)
             state, sampling = self._filled(batch, context, strategy)
             columns = state.cache.page_table.shape[1]
             draft = _with_values(engine.draft_state(drafter, batch, columns), np.asarray(state.cache.lengths))
-            loop = jax.jit(functools.partial(_draft_steps, engine.decoder, strategy), donate_argnums=2)
-            with jax.default_matmul_precision("highest" if engine.dtype == jnp.float32 else "default"):
-                compiled = loop.lower(engine.params, params, draft, state, sampling, jnp.int32(0)).compile()
+            compiled = program(state, params, draft)
 
             def steps(before: Any, count: int) -> Any:
                 return compiled(engine.params, params, before[0], state, sampling, jnp.int32(count))
@@ -388,8 +415,26 @@ class _Bench:
             (seconds, _, _), _ = _timed(steps, (draft, None), _room(context) // 2)
             return {"drafts": (DraftTime(name, tree, batch, context, seconds),)}
 
+        def compile() -> None:
+            drafter, strategy = self._drafts(name, tree)
+            state = self._filled_shapes(batch, context, strategy)
+            draft = engine.draft_state(drafter, batch, state.cache.page_table.shape[1], abstract=True)
+            program(state, engine.load_drafter(drafter), draft)
+
         return _Task(f"drafts of {name}, {tree}, batch {batch}, context {context:,}",
-                     ("draft", name, tree, batch, context), run)  # fmt: skip
+                     ("draft", name, tree, batch, context), run, compile)  # fmt: skip
+
+    def _drafts(self, name: str, tree: str) -> tuple[Drafter, Strategy]:
+        drafter = self.drafters[name]
+        assert drafter is not None
+        return drafter, Strategy(drafter, tree)
+
+    def _drafting(self, name: str, tree: str) -> Callable[..., Any]:
+        """The jitted :func:`_draft_steps`, one for each drafter and tree."""
+        if (name, tree) not in self._loops:
+            loop = functools.partial(_draft_steps, self.engine.decoder, self._drafts(name, tree)[1])
+            self._loops[name, tree] = jax.jit(loop, donate_argnums=2)
+        return self._loops[name, tree]
 
     def _prefill(self, batch: int, tokens: int) -> _Task:
         def run() -> dict[str, tuple[Any, ...]]:
@@ -429,65 +474,85 @@ class _Bench:
 
         The kernels' time depends on which blocks queries share, so there the cache holds text; XLA's does not.
         """
-        rows = self._rows(batch, max(1, min(context, self.engine.max_length) - _room(context)))
+        rows = self._filling(batch, context)
         lengths = jnp.full(batch, len(rows[0]), jnp.int32)
         key = batch, context, _columns(self.engine, context, strategy)
         if self.held is not None and self.held[0] == key:
             state = self.held[1]
             return state._replace(
                 known=lengths, done=jnp.zeros(batch, bool), cache=state.cache._replace(lengths=lengths - 1)
-            ), batch_sampling([SamplingParams()] * batch)
+            ), _greedy(batch)
         self.held = None
         state = self._initial(rows, context, strategy)
         if self.engine.implementation == "pallas":
             state = self._read(state, len(rows[0]), None)
         else:
             state = _with_values(state, np.asarray(lengths) - 1)
-        return state, batch_sampling([SamplingParams()] * batch)
+        return state, _greedy(batch)
+
+    def _filling(self, batch: int, context: int) -> list[np.ndarray]:
+        return self._rows(batch, max(1, min(context, self.engine.max_length) - _room(context)))
+
+    def _filled_shapes(self, batch: int, context: int, strategy: Strategy) -> State:
+        """Shapes of :meth:`_filled`, whose programs are compiled."""
+        rows = self._filling(batch, context)
+        state = jax.eval_shape(lambda: self._initial(rows, context, strategy))
+        if self.engine.implementation == "pallas":
+            self._reader(state, len(rows[0]), None)
+        return state
 
     def _read(self, state: State, longest: int, drafter: Drafter | None) -> State:
         """Prefilled, shown to a drafter that observes."""
-        engine = self.engine
-        shown = {} if drafter is None else {"draft_params": engine.load_drafter(drafter)}
-        static = {"chunk": engine.chunk(longest), "drafter": drafter, "precision": "exact"}
-        arguments = (engine.params, state, jnp.int32(longest))
-        return engine.executable("prefill", static, *arguments, **shown)[0](*arguments, **shown)
+        prefill, shown = self._reader(state, longest, drafter)
+        return prefill(self.engine.params, state, jnp.int32(longest), **shown)
+
+    def _reader(self, state: State, longest: int, drafter: Drafter | None) -> tuple[Callable[..., Any], dict[str, Any]]:
+        prefill, _, shown = self.engine.prefill_program(state, self.engine.chunk(longest), drafter, "exact")
+        return prefill, shown
 
     # --- what real text shows -----------------------------------------------------------------------------------------
 
     def _prior(self, name: str, tree: str, text: TextKind, context: int) -> _Task:
+        engine = self.engine
+
         def run() -> dict[str, tuple[Any, ...]]:
-            drafter, engine = self.drafters[name], self.engine
-            assert drafter is not None
-            strategy = Strategy(drafter, tree)
-            params = engine.load_drafter(drafter)
-            observer = drafter.second if isinstance(drafter, Combined) else drafter
-            state = jax.tree.map(jnp.copy, self.prefilled(observer if observer.observes else None, text, context))
-            if not observer.observes:
+            drafter, strategy = self._drafts(name, tree)
+            state = jax.tree.map(jnp.copy, self.prefilled(watcher(drafter), text, context))
+            if watcher(drafter) is None:
                 state = state._replace(draft=engine.draft_state(drafter, PLACES, state.cache.page_table.shape[1]))
-            arguments = (batch_sampling([SamplingParams()] * PLACES), jnp.int32(self.prior_tokens))
-            decode, _ = engine.executable(
-                "decode", {"strategy": strategy}, engine.params, state, *arguments, draft_params=params
-            )
-            _, counts = decode(engine.params, state, *arguments, draft_params=params)  # a step gives at least a token
+            sampling = _greedy(PLACES)
+            decode, _ = engine.decode_program(strategy, state, sampling)
+            _, counts = decode(
+                engine.params, state, sampling, jnp.int32(self.prior_tokens)
+            )  # each gives a token or more
             drafted, accepted = (tuple(map(int, column)) for column in (counts.drafted, counts.accepted))
             found = Prior(name, tree, text, context, sum(accepted), drafted, accepted, int(counts.nodes))
             return {"priors": (found,)}
 
+        def compile() -> None:
+            drafter, strategy = self._drafts(name, tree)
+            own = watcher(drafter)
+            state = jax.eval_shape(lambda: self._prompted([np.zeros(context, np.int32)] * PLACES, context))
+            columns = state.cache.page_table.shape[1]
+            self._reader(state._replace(draft=engine.draft_state(own, PLACES, columns, abstract=True)), context, own)
+            draft = engine.draft_state(drafter, PLACES, columns, abstract=True)
+            engine.decode_program(strategy, state._replace(draft=draft), _greedy(PLACES))
+
         return _Task(f"acceptance of {name}, {tree}, {text} behind {context:,}", ("prior", name, tree, text, context),
-                     run)  # fmt: skip
+                     run, compile)  # fmt: skip
 
     def _prefilled(self, observer: Drafter | None, text: TextKind, context: int) -> State:
         """Read prompts of the calibration text, with room for what is decoded."""
-        tokens = self.prior_tokens
         rows = list(self.calibration.windows(context, SPACING, PLACES)[:, :context])
         if text == "edit":
             rows = [np.asarray(edited(self.engine.tokenizer, row.tolist(), context), np.int32) for row in rows]
-        state = self._initial(rows, context + tokens, Strategy(None))
-        columns = state.cache.page_table.shape[1]
-        state = state._replace(limit=state.known + tokens,
-                               draft=self.engine.draft_state(observer, len(rows), columns))  # fmt: skip
-        return self._read(state, context, observer)
+        state = self._prompted(rows, context)
+        draft = self.engine.draft_state(observer, len(rows), state.cache.page_table.shape[1])
+        return self._read(state._replace(draft=draft), context, observer)
+
+    def _prompted(self, rows: list[np.ndarray], context: int) -> State:
+        state = self._initial(rows, context + self.prior_tokens, Strategy(None))
+        return state._replace(limit=state.known + self.prior_tokens)
 
     def _overlap(self, context: int) -> _Task:
         def run() -> dict[str, tuple[Any, ...]]:
@@ -507,6 +572,10 @@ class _Bench:
             return {"measurements": tuple(found)}
 
         return _Task(f"divergence of {schedule}", ("divergence", *measured_as(self._sharing(schedule), 0)), run)
+
+
+def _greedy(batch: int) -> Sampling:
+    return batch_sampling([SamplingParams()] * batch)
 
 
 def _columns(engine: Engine, context: int, strategy: Strategy) -> int:
