@@ -20,6 +20,7 @@ from specsa_jax.config import PRESETS
 from specsa_jax.drafting import parse_tree
 from specsa_jax.planning import measure, show
 from specsa_jax.planning.costs import Costs, interpolation_error
+from specsa_jax.planning.overlap import overlaps
 from specsa_jax.planning.profile import (
     DraftTime,
     Interpolation,
@@ -35,6 +36,7 @@ from specsa_jax.planning.profile import (
     read,
     save,
 )
+from specsa_jax.planning.steps import Fixed
 from specsa_jax.schedule import Sharing
 
 CONFIG = PRESETS["embedded"]
@@ -365,7 +367,7 @@ def test_a_timed_step_verifies_as_many_tokens_as_it_says(engine, text):
     """Nothing is timed in which the loop falls back to one token, or ends."""
     bench = measure._Bench(engine, text, (2,), (128,), ())
     for tree in ("chain:4", "best:8:2"):
-        strategy = Strategy(measure._Fixed(), tree)
+        strategy = Strategy(Fixed(), tree)
         state, sampling = bench._filled(2, 128, strategy)
         arguments = (engine.params, state, sampling, jnp.int32(8))
         decode, _ = bench.timer.executable("decode", {"strategy": strategy}, *arguments, draft_params=())
@@ -392,11 +394,11 @@ def test_overlap_counts_blocks_that_both_queries_selected():
     one = np.array([[0, 1, 2, 5], [0, 1, 3, 5]])  # of four, the second query shares 0, 1, 5
     other = np.array([[0, 1, 5, -1], [0, 1, 2, 5]])
     selected = np.stack([one, other])[:, None, :, None]  # [layers, B, T, Hkv, n]
-    found = list(measure.overlaps(selected, 40, nsa))
+    found = list(overlaps(selected, 40, nsa))
     assert [(o.layer, o.distance) for o in found] == [(0, 1), (1, 1)]
     assert [o.shared for o in found] == [0.75, 0.75] and [o.free for o in found] == [0.5, 0.5]
     same = np.stack([one[:1].repeat(2, axis=0)])[:, None, :, None]
-    assert [(o.shared, o.free) for o in measure.overlaps(same, 40, nsa)] == [(1.0, 1.0)]
+    assert [(o.shared, o.free) for o in overlaps(same, 40, nsa)] == [(1.0, 1.0)]
 
 
 # --- pictures and the command ----------------------------------------------------------------------------------------

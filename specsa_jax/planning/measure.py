@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,21 +19,20 @@ import numpy as np
 
 import specsa_jax
 from pallas_kernels import UnsupportedError
-from specsa_jax import model as transformer
 from specsa_jax import precision
-from specsa_jax.cache import Cache, CapacityError, chain, chain_slots, make_tail, pages_for
+from specsa_jax.cache import CapacityError, pages_for
 from specsa_jax.calibration import Calibration, CalibrationError, edited
 from specsa_jax.checkpoints import CheckpointError
 from specsa_jax.checkpoints.records import measured_as
-from specsa_jax.config import NSAConfig
 from specsa_jax.decoding import Decoder, State
-from specsa_jax.drafting import Context, Draft, Drafter, Seen, TreeTemplate, drafter_from_name, parse_tree
+from specsa_jax.drafting import Drafter, drafter_from_name, parse_tree
 from specsa_jax.drafting.watching import watcher
 from specsa_jax.engine import Engine
-from specsa_jax.nsa.cached import Backend
 from specsa_jax.planning.costs import interpolation_error, measure_bandwidth
-from specsa_jax.planning.profile import DraftTime, Overlap, Point, PrefillTime, Prior, Profile, StepTime
+from specsa_jax.planning.overlap import overlaps, selected_blocks
+from specsa_jax.planning.profile import DraftTime, Point, PrefillTime, Prior, Profile, StepTime
 from specsa_jax.planning.space import DRAFTERS
+from specsa_jax.planning.steps import Fixed, draft_steps, timed, with_values
 from specsa_jax.runtime import bucket
 from specsa_jax.sampling import Sampling, SamplingParams, batch_sampling
 from specsa_jax.schedule import Sharing
@@ -46,11 +44,8 @@ CORNERS = (1, 5, 17)  # those at every batch and context
 GROUPS = (1, 2, 4, 8)
 SCHEDULES = ("every:2", "every:3")  # beside those of the records
 REACH = 16  # tokens of the chains that acceptance is measured on, at most
-DISTANCES = (1, 2, 4, 8, 16)
 # A model's own text repeats itself the more the longer it gets: acceptance is of as much as a call usually decodes.
 PRIOR_TOKENS, PLACES, SPACING, OVERLAP_QUERIES = 256, 8, 64, 33
-# A call of the loop has at least so many steps: the host's part in it is paid once.
-STEPS, REPEATS, SECONDS = 8, 5, 1.0
 TOGETHER = 16  # programs that are compiled at a time, at most, if there are as many cores
 
 TextKind = Literal["continuation", "edit"]
@@ -58,29 +53,6 @@ TEXTS: tuple[TextKind, ...] = ("continuation", "edit")
 
 # progress(number of tasks done, of all tasks, name of the next one)
 Progress = Callable[[int, int, str], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fixed(Drafter):
-    """Drafts what stands elsewhere in the text, at no cost: steps that only verify, of any tree."""
-
-    def propose(self, params: Any, state: Any, context: Context, template: TreeTemplate) -> Draft:
-        parents = _parents(template)
-        depth = np.zeros(template.nodes + 1, np.int32)
-        for node, parent in enumerate(parents, 1):
-            depth[node] = depth[parent] + 1
-        at = context.known[:, None] // 2 + depth[1:]  # text from elsewhere: it seldom stands, so steps stay in place
-        tokens = jnp.take_along_axis(context.tokens, at, axis=1)
-        grown = None if template.is_static else jnp.broadcast_to(jnp.asarray(parents, jnp.int32), tokens.shape)
-        return Draft(tokens, jnp.ones(tokens.shape, bool), grown)
-
-
-def _parents(template: TreeTemplate) -> Sequence[int]:
-    """Of nodes 1 … K; grown trees as chains side by side, as long as they may be."""
-    if template.is_static:
-        return template.parents[1:]
-    side = -(-template.nodes // template.depth)
-    return [max(0, node - side) for node in range(1, template.nodes + 1)]
 
 
 class _Task(NamedTuple):
@@ -353,10 +325,10 @@ class _Bench:
 
     def _step(self, batch: int, context: int, width: int, **options: Any) -> _Task:
         drafts: dict[str, Any] = {"tree": f"chain:{width - 1}"} if width > 1 else {}
-        return self._step_of(batch, context, Strategy(_Fixed() if width > 1 else None, **drafts, **options))
+        return self._step_of(batch, context, Strategy(Fixed() if width > 1 else None, **drafts, **options))
 
     def _tree_step(self, batch: int, context: int, tree: str) -> _Task:
-        return self._step_of(batch, context, Strategy(_Fixed(), tree))
+        return self._step_of(batch, context, Strategy(Fixed(), tree))
 
     def _step_of(self, batch: int, context: int, strategy: Strategy) -> _Task:
         columns = _columns(self.engine, context, strategy)
@@ -382,7 +354,7 @@ class _Bench:
                 state = state._replace(cache=cache, known=jnp.asarray(known), done=jnp.zeros(batch, bool))
                 return decode(self.engine.params, state, sampling, jnp.int32(count), draft_params=())[0]
 
-            seconds, state = _timed(steps, state, _room(context) // 2)
+            seconds, state = timed(steps, state, _room(context) // 2)
             self.held = ((batch, context, columns), state)
             return {"steps": (StepTime(point, *seconds),)}
 
@@ -406,13 +378,13 @@ class _Bench:
             params = engine.load_drafter(drafter)
             state, sampling = self._filled(batch, context, strategy)
             columns = state.cache.page_table.shape[1]
-            draft = _with_values(engine.draft_state(drafter, batch, columns), np.asarray(state.cache.lengths))
+            draft = with_values(engine.draft_state(drafter, batch, columns), np.asarray(state.cache.lengths))
             compiled = program(state, params, draft)
 
             def steps(before: Any, count: int) -> Any:
                 return compiled(engine.params, params, before[0], state, sampling, jnp.int32(count))
 
-            (seconds, _, _), _ = _timed(steps, (draft, None), _room(context) // 2)
+            (seconds, _, _), _ = timed(steps, (draft, None), _room(context) // 2)
             return {"drafts": (DraftTime(name, tree, batch, context, seconds),)}
 
         def compile() -> None:
@@ -430,9 +402,9 @@ class _Bench:
         return drafter, Strategy(drafter, tree)
 
     def _drafting(self, name: str, tree: str) -> Callable[..., Any]:
-        """The jitted :func:`_draft_steps`, one for each drafter and tree."""
+        """The jitted :func:`draft_steps`, one for each drafter and tree."""
         if (name, tree) not in self._loops:
-            loop = functools.partial(_draft_steps, self.engine.decoder, self._drafts(name, tree)[1])
+            loop = functools.partial(draft_steps, self.engine.decoder, self._drafts(name, tree)[1])
             self._loops[name, tree] = jax.jit(loop, donate_argnums=2)
         return self._loops[name, tree]
 
@@ -487,7 +459,7 @@ class _Bench:
         if self.engine.implementation == "pallas":
             state = self._read(state, len(rows[0]), None)
         else:
-            state = _with_values(state, np.asarray(lengths) - 1)
+            state = with_values(state, np.asarray(lengths) - 1)
         return state, _greedy(batch)
 
     def _filling(self, batch: int, context: int) -> list[np.ndarray]:
@@ -559,7 +531,9 @@ class _Bench:
             rows = self.calibration.windows(context, OVERLAP_QUERIES, PLACES)
             cache = self.engine.prefill(list(rows[:, : context + 1]), OVERLAP_QUERIES)
             tokens = jnp.asarray(rows[:, context:-1])
-            selected = np.asarray(jax.jit(functools.partial(_selected, self.engine))(self.engine.params, tokens, cache))
+            selected = np.asarray(
+                jax.jit(functools.partial(selected_blocks, self.engine))(self.engine.params, tokens, cache)
+            )
             return {"overlaps": tuple(overlaps(selected, context, self.engine.config.nsa))}
 
         return _Task(f"overlap of selected blocks behind {context:,}", ("overlap", context), run)
@@ -587,99 +561,3 @@ def _columns(engine: Engine, context: int, strategy: Strategy) -> int:
 def _room(context: int) -> int:
     """Tokens of ``context`` that are left free for timed steps."""
     return min(192, context // 2)
-
-
-def _with_values(state: Any, lengths: np.ndarray) -> Any:
-    """A state with all its caches filled with values of no meaning, ``lengths`` int32 [B] of them committed."""
-    values = np.random.default_rng(0).standard_normal(1 << 16).astype(np.float32)
-
-    def filled(node: Any) -> Any:
-        if not isinstance(node, Cache):
-            return node
-        layers = jax.tree.map(lambda leaf: jnp.asarray(np.resize(values, leaf.shape), leaf.dtype), node.layers)
-        return node._replace(layers=layers, lengths=jnp.asarray(lengths, jnp.int32))
-
-    return jax.tree.map(filled, state, is_leaf=lambda node: isinstance(node, Cache))
-
-
-def _timed(steps: Callable[[Any, int], Any], state: Any, most: int) -> tuple[tuple[float, float, float], Any]:
-    """Seconds of a step: median, fastest and slowest call of ``steps(state, count)``, which gives the next state; and
-    the last state.
-
-    ``most``: steps of a call, at least STEPS all the same.
-    """
-
-    def call(count: int) -> float:
-        nonlocal state
-        begun = time.perf_counter()
-        state = jax.block_until_ready(steps(state, count))
-        return (time.perf_counter() - begun) / count
-
-    call(1)
-    count = max(STEPS, min(most, int(0.05 / call(1))))
-    times: list[float] = []
-    while len(times) < 3 or (len(times) < REPEATS and sum(times) * count < SECONDS):
-        times.append(call(count))
-    while max(times) > 1.5 * min(times) and len(times) < 3 * REPEATS and sum(times) * count < 2 * SECONDS:
-        times.append(call(count))  # the machine does something else, too
-    return (statistics.median(times), min(times), max(times)), state
-
-
-def _draft_steps(
-    decoder: Decoder, strategy: Strategy, params: Any, draft_params: Any, draft: Any, state: State, sampling: Sampling,
-    count: jax.Array,
-) -> Any:  # fmt: skip
-    """The drafter's state, and ``known``, after ``count`` steps that propose, and observe one token each."""
-    drafter, reach = strategy.drafter, strategy.reach
-    assert drafter is not None
-    place = jnp.arange(reach, dtype=jnp.int32)
-    shape = (*state.known.shape, reach, len(drafter.features), decoder.config.hidden)
-    features = jnp.zeros(shape, decoder.dtype) if drafter.features else None
-
-    def body(carry: tuple[Any, jax.Array, jax.Array]) -> tuple[Any, jax.Array, jax.Array]:
-        draft, known, step = carry
-        here = state._replace(known=known, cache=state.cache._replace(lengths=known - 1))
-        context = decoder._context(params, here, sampling, sampling.keys, strategy)
-        made = drafter.propose(draft_params, draft, context, strategy.template)
-        # Token ids are never negative; but XLA does not know, so each step waits for the draft of the one before.
-        size = jnp.where((made.valid & (made.tokens < 0)).any(axis=1), 2, 1).astype(jnp.int32)
-        if drafter.observes:
-            at = known[:, None] - 1 + place
-            taken = jnp.take_along_axis(state.tokens, jnp.minimum(at, state.tokens.shape[1] - 1), axis=1)
-            following = jnp.take_along_axis(state.tokens, jnp.minimum(at + 1, state.tokens.shape[1] - 1), axis=1)
-            seen = Seen(taken, following, known - 1, size, features, decoder.backend)
-            draft = drafter.observe(draft_params, draft, seen)
-        return draft, known + size, step + 1
-
-    # Both are given back: drafts that nobody observes would not be computed otherwise, nor waited for.
-    return jax.lax.while_loop(lambda carry: carry[2] < count, body, (draft, state.known, jnp.int32(0)))[:2]
-
-
-def _selected(engine: Engine, params: Any, tokens: jax.Array, cache: Cache) -> jax.Array:
-    """Block ids int32 [layers, B, T, Hkv, n] that the queries of a chain int32 [B, T] behind the cache select."""
-    config, nsa, width = engine.config, engine.config.nsa, tokens.shape[1]
-    tail = make_tail(nsa, chain(width, nsa.compress_block), cache.lengths, chain_slots(nsa, width))
-    model = transformer.bind(config, params, engine.dtype)
-    x, found = model.embedded(tokens), []
-    for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
-        x, _, selected = layer.tail(x, cache, layer_cache, tail, Backend("xla"))
-        found.append(selected)
-    return jnp.stack(found)
-
-
-def overlaps(selected: np.ndarray, context: int, nsa: NSAConfig) -> Iterator[Overlap]:
-    """What adjacent queries share of the blocks int32 [layers, B, T, Hkv, n] that they select (−1: none).
-
-    Query t stands at position ``context`` + t.
-    """
-    own = (context + np.arange(selected.shape[2])) // nsa.select_block
-    back = own[:, None, None] - selected
-    forced = (selected < nsa.num_initial) | ((back >= 0) & (back < nsa.num_local))
-    for layer, (blocks, is_forced) in enumerate(zip(selected, forced, strict=True)):
-        for distance in (one for one in DISTANCES if one < selected.shape[2]):
-            later, before = blocks[:, distance:], blocks[:, :-distance]
-            real = later >= 0
-            found = (later[..., :, None] == before[..., None, :]).any(axis=-1) & real
-            free = real & ~is_forced[:, distance:]
-            yield Overlap(layer, context, distance, float(found.sum() / real.sum()),
-                          float(found[free].mean()) if free.any() else 0.0)  # fmt: skip
