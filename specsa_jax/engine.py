@@ -31,7 +31,7 @@ from specsa_jax.cache import Cache, CacheBytes
 from specsa_jax.checkpoints import draft_head, records
 from specsa_jax.checkpoints.records import Records
 from specsa_jax.config import ModelConfig
-from specsa_jax.decoding import Counts, State, add_counts
+from specsa_jax.decoding import State
 from specsa_jax.drafting import Drafter
 from specsa_jax.drafting.watching import Watching
 from specsa_jax.planning import profile as profiles
@@ -46,12 +46,8 @@ from specsa_jax.results import Chunk, Output, Result, Stream, stats_of
 from specsa_jax.runtime import Runtime, signature
 from specsa_jax.sampling import SamplingParams, batch_sampling
 from specsa_jax.schedule import Sharing, parse_schedule
+from specsa_jax.segments import Segments
 from specsa_jax.strategy import Precision, Strategy
-
-# Steps between two looks of the host when text is streamed or stop strings are watched for, and otherwise.
-_STREAM_STEPS, _QUIET_STEPS = 8, 512
-# Steps that a device is given to do while a plan looks at those before them, at most.
-_AHEAD = 4
 
 # What compiling a loop takes, as far as a planner knows before the first one.
 _COMPILE_SECONDS = 10.0
@@ -317,11 +313,9 @@ class Engine(Runtime):
     ) -> Generator[Chunk, None, Result]:
         params = batch_sampling(sampling)
         state = self.initial_state(rows, pages, max_new_tokens)
-        per_call = _STREAM_STEPS if watched else _QUIET_STEPS
         course: Plan | Fixed
-        compiled = 0.0
         if isinstance(choice, Strategy):
-            course, observer = Fixed(choice, per_call), choice.drafter
+            course, observer = Fixed(choice), choice.drafter
         else:
             course = self._plan(choice, rows, max_new_tokens, state)
             observer = Watching(None, course.watchers)
@@ -329,11 +323,8 @@ class Engine(Runtime):
         longest = max(len(row) for row in rows)
         chunk = self.chunk(longest, course.strategy.precision)
         few = np.int32(max(1, 1024 // chunk))  # so that Ctrl-C is heard during a long prefill
-        prefill, seconds, shown = self.prefill_program(state, chunk, observer, course.strategy.precision)
-        compiled += seconds
-        decode, seconds = self.decode_program(course.strategy, state, params)
-        compiled += seconds
-        programs = {course.strategy: decode}
+        prefill, compiled, shown = self.prefill_program(state, chunk, observer, course.strategy.precision)
+        compiled += self.decode_program(course.strategy, state, params)[1]
 
         begun = time.perf_counter()
         for _ in range(0, longest, int(few) * chunk):
@@ -342,63 +333,26 @@ class Engine(Runtime):
 
         outputs = [Output(self.tokenizer, len(row), stop, self.end_tokens) for row in rows]
         limits = np.array([len(row) + max_new_tokens for row in rows])
-        given, left, running = 0, len(rows) * max_new_tokens, len(rows)
-        totals: Counts | None = None
-        ahead, more = None, 0  # counts of at most so many steps that are under way, behind those that were read
-        begun, decode_seconds, overlap = 0.0, 0.0, 0.0
-        while running:
-            if not isinstance(choice, Strategy) and not course.watchers:
-                state = state._replace(draft=())  # nobody watches any more
-            if course.strategy not in programs:
-                programs[course.strategy], seconds = self.decode_program(course.strategy, state, params)
-                compiled += seconds
-            run, steps = programs[course.strategy], max(1, min(per_call, course.steps_left - more))
-            look = course.wants_text and steps >= course.steps_left - more
-            if ahead is None:
-                begun, overlap = time.perf_counter(), 0.0
-            state, counts = run(self.params, state, params, np.int32(steps))
-            unread, ahead, more, texts = (counts,) if ahead is None else (ahead, counts), None, 0, None
-            if watched or course.steps_left >= left:  # the text is wanted, or this goes to the end
-                known, done, unread, texts = jax.device_get(
-                    (state.known, state.done, unread, (state.tokens, state.logprobs))
-                )
-            else:
-                # A few steps more go to the device before it is asked for anything: it does not wait for the plan.
-                looked = jax.tree.map(jnp.copy, (state.known, state.done, state.tokens if look else ()))
-                more = min(_AHEAD, -(-steps // 2))
-                state, ahead = run(self.params, state, params, np.int32(more))
-                (known, done, tokens), unread = jax.device_get((looked, unread))
-                if done.all():
-                    texts = jax.device_get((state.tokens, state.logprobs))
-            now = time.perf_counter()
-            seconds, begun = now - begun, now
-            decode_seconds += seconds - overlap
-            counts = functools.reduce(add_counts, unread)
-            totals, finished = add_counts(totals, counts), done
-            if texts is not None:
-                tokens, logprobs = texts
+        known, finished, left = limits - max_new_tokens, np.zeros(len(rows), bool), len(rows) * max_new_tokens
+        segments = Segments(self, state, params, course, streamed=watched)
+        del state  # the loop is given it
+        while not finished.all():
+            read, before = segments.run(left), known
+            known, finished = read.known, read.done
+            if len(read.logprobs):
                 for index, output in enumerate(outputs):
-                    text = output.update(tokens[index, : known[index]], bool(done[index]), watched)
+                    text = output.update(read.tokens[index, : known[index]], bool(read.done[index]), watched)
                     if text and watched:
                         yield Chunk(index, text, len(output.tokens))
                 finished = np.array([output.finish is not None for output in outputs])
-                if (finished & ~done).any():  # a stop string, which only the host sees
-                    state = state._replace(done=jnp.asarray(finished))
-            running, left = int((~finished).sum()), int((limits - known)[~finished].sum())
-            before, given = given, int((known - limits).sum()) + len(rows) * max_new_tokens
-            strategy, overlap = course.strategy, -course.seconds
-            if look and running:
-                course.look(tokens, known, finished)
-            course.observe(counts, seconds, given - before, running, left)
-            overlap += course.seconds
-            if ahead is not None and course.strategy != strategy:
-                counts, ahead, more = jax.device_get(ahead), None, 0
-                decode_seconds += time.perf_counter() - begun - overlap
-                totals = add_counts(totals, counts)
-                course.late(counts)
-        assert totals is not None
-        stats = stats_of(course, rows, outputs, totals, prefill_seconds, decode_seconds, compiled, size)
-        generations = (output.generation(logprobs[index]) for index, output in enumerate(outputs))
+                if (finished & ~read.done).any():  # a stop string, which only the host sees
+                    segments.stop(finished)
+            left = int((limits - known)[~finished].sum())
+            segments.tell(read, finished, int((known - before).sum()), left)
+        assert segments.totals is not None
+        stats = stats_of(course, rows, outputs, segments.totals, prefill_seconds, segments.seconds,
+                         compiled + segments.compile_seconds, size)  # fmt: skip
+        generations = (output.generation(read.logprobs[index]) for index, output in enumerate(outputs))
         return Result(tuple(generations), stats)
 
     def _plan(
@@ -470,6 +424,8 @@ class Engine(Runtime):
         rows = [np.zeros(whole_number("prompt_tokens", prompt_tokens), np.int32)] * whole_number("batch", batch)
         bound, max_new_tokens = Bound(max_kl, min_top1), whole_number("max_new_tokens", max_new_tokens)
         several = list(strategy) if isinstance(strategy, list | tuple) else [strategy]
+        if not several:
+            raise PromptError("strategy: got an empty list, expected at least one Strategy or Planner")
         choices = [self._choice(one, True, bound, prompt_tokens + max_new_tokens) for one in several]
         params, words = batch_sampling([SamplingParams()] * batch), []
         jobs: dict[Any, Callable[[], Any]] = {}

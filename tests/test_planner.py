@@ -139,20 +139,9 @@ def test_every_decision_says_what_was_predicted_and_observed():
     assert all(decision.reason for decision in plan.decisions)
 
 
-def test_steps_that_ran_while_the_plan_turned_count_for_the_strategy_before():
-    plan = make(0.1)
-    before = plan.strategy
-    while plan.strategy == before:
-        run(plan, lambda step: 0, 0.1, segments=1)
-    count, chance = plan.decisions[-2].observed_steps, plan.acceptance.chances("lookup", "chain:2", 1)[0]
-    depth = before.reach - 1
-    drafted, accepted = np.eye(depth + 1, dtype=int)[[depth, depth]] * 3
-    plan.late(Counts(np.array(3), drafted, accepted, np.array(3 * depth)))
-    assert (
-        plan.decisions[-2].observed_steps == count + 3 and plan.acceptance.chances("lookup", "chain:2", 1)[0] > chance
-    )
-    assert plan.decisions[-2].observed_acceptance_length == pytest.approx(1 + depth * 3 / (count + 3))
-    assert plan.decisions[-1].steps == sum(decision.observed_steps for decision in plan.decisions)
+def test_a_segment_is_long_enough_to_be_worth_a_call(monkeypatch):
+    monkeypatch.setattr(Costs, "step", lambda self, point: 1e-3)
+    assert make(0.0, segment=4).steps_left == 30 and make(0.0, segment=40).steps_left == 40
 
 
 def plan_depth(words):
@@ -436,7 +425,11 @@ def test_warmup_leaves_nothing_to_compile():
     stats = engine.generate(rows, 40, strategy=TREES).stats
     assert stats.compile_seconds == 0
     assert {decision.chosen for decision in stats.plan} <= set(words)
-    assert engine.warmup(Strategy(tree="chain:2"), prompt_tokens=18, max_new_tokens=40) == ["lookup chain:2"]
+    several = [Strategy(tree="chain:2"), Strategy(None), Strategy(tree="chain:2")]
+    assert engine.warmup(several, prompt_tokens=18, max_new_tokens=40) == ["lookup chain:2", "autoregressive"]
+    assert engine.generate(rows[:1], 40, strategy=several[0]).stats.compile_seconds == 0
+    with pytest.raises(PromptError, match="strategy: got an empty list, expected at least one"):
+        engine.warmup([], prompt_tokens=18)
 
 
 def test_a_planner_and_no_speculation_contradict_each_other(engine):

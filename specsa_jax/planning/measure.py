@@ -46,7 +46,7 @@ SCHEDULES = ("every:2", "every:3")  # beside those of the records
 REACH = 16  # tokens of the chains that acceptance is measured on, at most
 # A model's own text repeats itself the more the longer it gets: acceptance is of as much as a call usually decodes.
 PRIOR_TOKENS, PLACES, SPACING, OVERLAP_QUERIES = 256, 8, 64, 33
-TOGETHER = 16  # programs that are compiled at a time, at most, if there are as many cores
+TOGETHER = 4  # programs that are compiled at a time, at most: what one compiles waits for the GPU that others tune on
 
 TextKind = Literal["continuation", "edit"]
 TEXTS: tuple[TextKind, ...] = ("continuation", "edit")

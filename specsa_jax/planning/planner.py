@@ -42,6 +42,8 @@ _SHARED_MEASURED, _SHARED_COUNTED = 0.8, 1.0
 _SHARE = 0.01
 # As long as the strategy stays, a segment is so many times the one before, up to so many times the first.
 _GROWTH, _LONGEST = 2, 16
+# Seconds that a segment takes at least: calling a compiled loop costs the host some milliseconds, and a GPU its graphs.
+_SHORTEST = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Fixed:
     """What :class:`Plan` is, for a strategy that somebody has chosen."""
 
     strategy: Strategy
-    steps_left: int
+    steps_left: float = math.inf
     watchers: tuple[Drafter, ...] = ()
     decisions: Sequence[Decision] = ()
     seconds: float = 0.0
@@ -162,8 +164,9 @@ class Fixed:
     def observe(self, counts: Counts, seconds: float, new_tokens: int, running: int, remaining: int) -> None:
         """Nothing follows from it."""
 
-    def late(self, counts: Counts) -> None:
-        """As :meth:`observe`."""
+    def ends_with(self, counts: Counts) -> bool:
+        """Never."""
+        return False
 
 
 class Plan:
@@ -336,8 +339,8 @@ class Plan:
         else:
             stays = best == self.strategy and bool(self.decisions)
             length = min(_GROWTH * self._length, _LONGEST * self.planner.segment) if stays else self.planner.segment
-            share = self._choosing / (_SHARE * options[best].step_seconds) if self.decisions else 0.0
-            self._length = max(length, math.ceil(share))
+            least = max(_SHORTEST, self._choosing / _SHARE if self.decisions else 0.0)
+            self._length = max(length, math.ceil(least / options[best].step_seconds))
         self._take(best)
         ranked = tuple(sorted(options.values(), key=lambda option: -option.tokens_per_second))
         self.decisions.append(Decision(self._steps, running, self.words[best], reason, ranked))
@@ -352,6 +355,10 @@ class Plan:
     def steps_left(self) -> int:
         """Steps until the next choice."""
         return self._length - (0 if self._seen[0] is None else int(self._seen[0].steps))
+
+    def ends_with(self, counts: Counts) -> bool:
+        """Whether these steps are a segment's last."""
+        return self.steps_left <= int(counts.steps)
 
     @property
     def wants_text(self) -> bool:
@@ -388,23 +395,6 @@ class Plan:
             if running:
                 self.choose(running, remaining)
             self._choosing = time.perf_counter() - begun
-        self.seconds += time.perf_counter() - begun
-
-    def late(self, counts: Counts) -> None:
-        """What the steps showed that still ran with the strategy before, while this one was chosen."""
-        begun = time.perf_counter()
-        if int(counts.steps):
-            chosen, steps = self.decisions[-2], int(counts.steps)
-            self._count(self._named[chosen.chosen], counts)
-            sequence_steps, accepted = int(counts.accepted.sum()), counts.accepted @ np.arange(len(counts.accepted))
-            gained = 1.0 + float(accepted) / sequence_steps
-            both = chosen.observed_steps + steps
-            self.decisions[-2] = dataclasses.replace(
-                chosen, observed_steps=both, observed_acceptance_length=
-                (chosen.observed_acceptance_length * chosen.observed_steps + gained * steps) / both,
-            )  # fmt: skip
-            self._steps += steps
-            self.decisions[-1] = dataclasses.replace(self.decisions[-1], steps=self._steps)
         self.seconds += time.perf_counter() - begun
 
     def _count(self, candidate: Candidate, counts: Counts) -> None:
