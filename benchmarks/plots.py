@@ -168,7 +168,8 @@ def shapes(result: Result, path: Path) -> None:
 def measured_lengths(folder: Path) -> list[tuple[str, float]]:
     """(of what, mean acceptance length) of the embedded model's drafters, and of models that ran end to end there."""
     found = []
-    for file in (RESULTS / "cpu" / "acceptance.json", folder / "end_to_end.json", folder / "train_target.json"):
+    runs = (folder / f"{name}.json" for name in ("end_to_end", "end_to_end_embedded", "train_target"))
+    for file in (RESULTS / "cpu" / "acceptance.json", *runs):
         if not file.exists():
             continue
         result = json.loads(file.read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ import numpy as np
 from pallas_kernels.attention import Sparsity
 from specsa_jax import Engine, checkpoints
 from specsa_jax.calibration import read_calibration
-from specsa_jax.planning.measure import _selected
+from specsa_jax.planning.overlap import selected_blocks
 
 FILE = Path(__file__).with_suffix(".npz")
 TEXTS, QUERIES = 4, 64
@@ -38,7 +38,7 @@ def record(context: int, texts: int, queries: int) -> np.ndarray:
     for start in np.linspace(0, len(stream) - context, texts + 2)[1:-1].astype(int):
         row, before = stream[start : start + context], context - queries
         cache = engine.prefill([row[: before + 1]], queries - 1)
-        ids = np.asarray(_selected(engine, engine.params, row[None, before:], cache))[:, 0]  # [layers, T, Hkv, n]
+        ids = np.asarray(selected_blocks(engine, engine.params, row[None, before:], cache))[:, 0]  # [layers, T, Hkv, n]
         own = np.arange(before, context)[:, None, None] // nsa.select_block
         free = (ids >= nsa.num_initial) & (ids <= own - nsa.num_local)
         assert (free.sum(axis=-1) == nsa.num_selected - nsa.num_initial - nsa.num_local).all()

@@ -256,6 +256,7 @@ class Bench:
             "link": self.link,
             "buffers": len(self.buffers),
             "measured overlap": overlap(self.ids),
+            "default": group == chosen(self.spec, None, self.args.untuned).group,
         }
         return row | details | {"config": dataclasses.asdict(variant.config)}
 
@@ -286,7 +287,7 @@ def overlap(ids: np.ndarray) -> float | None:
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
     """The columns of a row that fit a screen."""
-    hidden = {"low", "high", "bytes", "link", "buffers", "config", "measured overlap"}
+    hidden = {"low", "high", "bytes", "link", "buffers", "config", "measured overlap", "default"}
     return {key: "-" if value is None else value for key, value in row.items() if key not in hidden}
 
 
