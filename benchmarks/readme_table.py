@@ -193,7 +193,8 @@ def memory(result: Result) -> Lines:
 TABLES: dict[str, Callable[[Result], Lines]] = {
     "train_target": train_target, "end_to_end": end_to_end, "dense_decode": dense_decode, "held_out": held_out,
     "planner": planner, "strict": strict, "acceptance": acceptance, "shapes": shapes, "overhead": overhead,
-    "memory": memory, "refresh_reuse": refresh_reuse, "verify_layer": verify_layer, "selection": selection, "prefill": prefill,
+    "memory": memory, "refresh_reuse": refresh_reuse, "verify_layer": verify_layer, "selection": selection,
+    "prefill": prefill,
 }  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def test_lookup_takes_the_nearest_entry_not_above_nor_far_below(tmp_path, instal
     assert found(table=500) == written(8, 8, 256, 8)
     # Splits are of a size: an entry of less than half is none; nor is one of other queries or groups.
     assert found(batch=17) is found(batch=15, table=table + 100) is found(batch=7) is None
-    assert found(width=10) is found(width=16) is found(group=4) is None
+    assert found(width=10) is found(width=32) is found(group=4) is None
     assert found(group=None).group == 8  # the faster one of its entries, by the times made up
     path.write_text(json.dumps({**json.loads(path.read_text()), "attention": [e for e in entries if e["group"] == 1]}))
     installed(path)
