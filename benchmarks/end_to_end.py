@@ -19,6 +19,7 @@ the two begin with alike.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import math
@@ -50,13 +51,19 @@ def named(name: str, checkpoint: str, **options: Any) -> Strategy | Planner:
 
 
 def warm(engine: Engine, batches: list[list[list[int]]], new_tokens: int, strategies: list[Strategy | Planner]) -> None:
-    """Compiles what continuing the batches may take. Raises as ``Engine.generate``."""
-    longest = max(len(row) for batch in batches for row in batch)
+    """Compiles what continuing the batches may take, but for what does not run: its own row will say why."""
+    sizes = {"batch": len(batches[0]), "prompt_tokens": max(len(row) for batch in batches for row in batch),
+             "max_new_tokens": new_tokens}  # fmt: skip
     for approximate in (False, True):
         some = [one for one in strategies if (one.precision == "approx") == approximate]
-        if some:
-            engine.warmup(some, batch=len(batches[0]), prompt_tokens=longest, max_new_tokens=new_tokens,
-                          max_kl=math.inf if approximate else None)  # fmt: skip
+        bound = math.inf if approximate else None  # whatever it does
+        try:
+            if some:
+                engine.warmup(some, **sizes, max_kl=bound)
+        except (ValueError, *harness.FAILURES):
+            for one in some:
+                with contextlib.suppress(ValueError, *harness.FAILURES):
+                    engine.warmup(one, **sizes, max_kl=bound)
 
 
 def measure(
@@ -180,12 +187,13 @@ def main() -> None:
             found = prompts(engine, args.checkpoint, workload, size, count * point["batch"])
             return [found[i::count] for i in range(count)]
 
-        try:  # all of a point's programs at once
-            todo = [named(name, args.checkpoint, **options) for name in names
-                    if any(rows.wanted(**point, workload=one, strategy=name) for one in args.workloads)]  # fmt: skip
+        todo = []  # all of a point's programs are compiled at once
+        for name in names:
+            if any(rows.wanted(**point, workload=one, strategy=name) for one in args.workloads):
+                with contextlib.suppress(ValueError):
+                    todo.append(named(name, args.checkpoint, **options))
+        with contextlib.suppress(ValueError):  # of a text that is too short
             warm(engine, batches(args.workloads[0]), args.new_tokens, todo)
-        except (ValueError, *harness.FAILURES):
-            pass  # whose it is, its own row will say
         for name, workload in itertools.product(names, args.workloads):
             axes = point | {"workload": workload, "strategy": name}
             if not rows.wanted(**axes):

@@ -201,7 +201,9 @@ def main() -> None:
               f"{'all' if _identical(rows[drafter, tree]) else 'not all'} identical", flush=True)  # fmt: skip
         if args.out:
             harness.save(
-                args.out, list(rows.values()), **settings, prompts=min(row["prompts"] for row in rows.values()),
+                args.out, list(rows.values()), **settings,
+                prompts=min(rows.get((drafter, tree), {"prompts": 0})["prompts"] for drafter in args.drafters
+                            for tree in args.trees),
                 drafters=sorted({drafter for drafter, _ in rows}), identical=all(map(_identical, rows.values())),
             )  # fmt: skip
     if rows:

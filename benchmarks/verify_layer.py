@@ -358,10 +358,13 @@ def main() -> None:
         for bench, (_, groups), futures in zip(benches, some, compiled, strict=True):
             xla = {"xla": bench.xla()} if args.xla else {}
             for group, future in zip(groups, futures, strict=True):
+                if not rows.wanted(**bench.case.axes, group=group):
+                    continue
                 row = bench.row(group, future.result()) | xla
                 rows.add(row, None)
                 print_row(shown(row), header)
                 header = False
+        del benches, bench, compiled, futures, future  # their memory is for the next
     if not rows.rows:
         raise SystemExit("no case has these axes")
     rows.save()

@@ -440,7 +440,7 @@ class Engine(Runtime):
                 jobs[key, observer, one.precision] = functools.partial(
                     self.prefill_program, seen, chunk, observer, one.precision
                 )
-                jobs[key, one] = functools.partial(self.decode_program, one, seen, params)
+                jobs[key, one] = functools.partial(self.decode_program, one, seen, params, alone=False)
                 words.append(name)
         # XLA compiles a program on one core, mostly.
         with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -65,6 +66,7 @@ class Runtime:
         self.ready: dict[Any, set[Strategy]] = {}
         self.compile_times: list[float] = []
         self._compiled: dict[Any, Any] = {}
+        self._compiling: dict[Any, threading.Lock] = {}
         self._draft_params: dict[Drafter, Any] = {}
 
     # --- programs -----------------------------------------------------------------------------------------------------
@@ -76,16 +78,17 @@ class Runtime:
         """
         leaves, structure = jax.tree.flatten((args, kwargs))
         key = (kind, *static.values(), structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
-        if key in self._compiled:
-            return self._compiled[key], 0.0
         begun = time.perf_counter()
-        strict = "strict" in (static.get("precision"), getattr(static.get("strategy"), "precision", None))
-        options = STRICT_OPTIONS if strict and jax.default_backend() == "gpu" else None
-        # float32 means float32: a GPU's default would round the factors to TF32.
-        with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
-            jitted = getattr(self.decoder, kind) if isinstance(kind, str) else kind
-            self._compiled[key] = jitted.lower(*args, **kwargs, **static).compile(options)
-        return self._compiled[key], time.perf_counter() - begun
+        with self._compiling.setdefault(key, threading.Lock()):  # who comes second finds what the first one compiled
+            if key in self._compiled:
+                return self._compiled[key], 0.0
+            strict = "strict" in (static.get("precision"), getattr(static.get("strategy"), "precision", None))
+            options = STRICT_OPTIONS if strict and jax.default_backend() == "gpu" else None
+            # float32 means float32: a GPU's default would round the factors to TF32.
+            with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
+                jitted = getattr(self.decoder, kind) if isinstance(kind, str) else kind
+                self._compiled[key] = jitted.lower(*args, **kwargs, **static).compile(options)
+            return self._compiled[key], time.perf_counter() - begun
 
     def prefill_program(
         self, state: State, chunk: int, observer: Drafter | None, precision: Precision
@@ -97,13 +100,16 @@ class Runtime:
         prefill, seconds = self.executable("prefill", static, self.params, state, jnp.int32(0), **shown)
         return prefill, seconds, shown
 
-    def decode_program(self, strategy: Strategy, state: State, sampling: Sampling) -> tuple[Callable, float]:
-        """The compiled loop for a strategy, with its drafter's weights; and what compiling took."""
+    def decode_program(
+        self, strategy: Strategy, state: State, sampling: Sampling, *, alone: bool = True
+    ) -> tuple[Callable, float]:
+        """The compiled loop for a strategy, with its drafter's weights; and what compiling took. Not ``alone``: others
+        are compiled at the same time, so that says nothing of the next."""
         draft_params = self.load_drafter(strategy.drafter)
         decode, seconds = self.executable(
             "decode", {"strategy": strategy}, self.params, state, sampling, jnp.int32(0), draft_params=draft_params
         )  # fmt: skip
-        if seconds:
+        if seconds and alone:
             self.compile_times.append(seconds)
         self.ready.setdefault(signature(state), set()).add(strategy)
         return functools.partial(decode, draft_params=draft_params), seconds
@@ -111,6 +117,7 @@ class Runtime:
     def forget_programs(self) -> None:
         """Drops all compiled programs: a process has room for some hundreds."""
         self._compiled.clear()
+        self._compiling.clear()
         self.ready.clear()
         jax.clear_caches()
 

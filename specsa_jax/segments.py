@@ -25,7 +25,7 @@ class Read(NamedTuple):
 
     Attributes:
       known, done: of :class:`specsa_jax.decoding.State`, in NumPy.
-      counts: of its steps; ``seconds``: that they took.
+      counts: of its steps; ``seconds``: that they took, without reading the text.
       tokens: int32 [B, S], where the plan or the text wants them; else (). ``logprobs``: float32 [B, S], where the text
         is wanted; else ().
     """
@@ -42,7 +42,7 @@ class Segments:
     """The compiled loops of a call, by the strategies that ``course`` chooses. Nothing else runs between two segments.
 
     Attributes:
-      totals: counts of all steps; ``seconds`` that they took, and ``compile_seconds``.
+      totals: counts of all steps; ``seconds`` that they and reading them took, and ``compile_seconds``.
     """
 
     def __init__(self, runtime: Runtime, state: State, sampling: Sampling, course: Plan | Fixed, streamed: bool):
@@ -67,14 +67,12 @@ class Segments:
         looked = course.wants_text and steps >= course.steps_left
         begun = time.perf_counter()
         state, counts = program(self._runtime.params, self._state, self._sampling, np.int32(steps))
-        known, done, counts, tokens, logprobs = jax.device_get(
-            (state.known, state.done, counts, state.tokens if ends or looked else (), state.logprobs if ends else ())
-        )
+        known, done, counts = jax.device_get((state.known, state.done, counts))
         seconds = time.perf_counter() - begun
-        if done.all() and not ends:
-            tokens, logprobs = jax.device_get((state.tokens, state.logprobs))
+        ends = ends or bool(done.all())
+        tokens, logprobs = jax.device_get((state.tokens if ends or looked else (), state.logprobs if ends else ()))
         self._state, self.totals = state, add_counts(self.totals, counts)
-        self.seconds += seconds
+        self.seconds += time.perf_counter() - begun
         return Read(known, done, counts, seconds, tokens, logprobs)
 
     def stop(self, done: np.ndarray) -> None:
@@ -83,7 +81,5 @@ class Segments:
 
     def tell(self, read: Read, finished: np.ndarray, new_tokens: int, left: int) -> None:
         """Tells the course what was read, and goes where it goes."""
-        running = int((~finished).sum())
-        if running and len(read.tokens) and self.course.wants_text and self.course.ends_with(read.counts):
-            self.course.look(read.tokens, read.known, finished)
-        self.course.observe(read.counts, read.seconds, new_tokens, running, left)
+        self.course.look(read.tokens, read.known, finished)
+        self.course.observe(read.counts, read.seconds, new_tokens, int((~finished).sum()), left)

@@ -232,15 +232,28 @@ def test_a_walk_is_the_steps_that_lookup_would_have_taken():
 
 
 def test_what_others_decode_shows_how_lookup_would_fare():
-    text = np.array([[1, 2, 3, 4, 5] * 20], np.int32)
-    plan = make(0.1, replayed=[("lookup", PromptLookup(), 16)], lengths=np.array([20]))
-    plan._take(CANDIDATES[0].strategy)
+    text, lookup = np.array([[1, 2, 3, 4, 5] * 40], np.int32), [("lookup", PromptLookup(), 16)]
+    plan = make(0.1, replayed=lookup, lengths=np.array([20]), segment=64)
+
+    def segment(strategy, known):
+        plan._take(strategy)
+        steps, depth = plan.steps_left, strategy.reach - 1
+        counts = np.eye(depth + 1, dtype=int)[0] * steps  # without a draft, each of them
+        plan.look(text if plan.wants_text else (), np.array([known]), np.array([False]))
+        plan.observe(Counts(np.array(steps), counts, counts, np.array(0)), float(steps), steps, 1, 1000)
+        return plan.acceptance.gain("lookup", "chain:16", 16)
+
     before = plan.acceptance.gain("lookup", "chain:16", 16)
-    assert plan.wants_text
-    plan.look(text, np.array([90]), np.array([False]))
-    assert plan.acceptance.gain("lookup", "chain:16", 16) > before + 2
-    plan._take(CANDIDATES[1].strategy)
-    assert not plan.wants_text and not make(0.1, switch=False, replayed=[("lookup", PromptLookup(), 16)]).wants_text
+    assert segment(CANDIDATES[0].strategy, 90) > before + 2  # however long the segment was
+    own = segment(CANDIDATES[1].strategy, 154)
+    assert not plan.wants_text or plan.strategy.drafter is None
+    # What lookup has drafted itself is not looked at again.
+    looked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "walk", lambda texts, since, known, *rest: looked.append((since, known)) or ([1], [1]))
+        segment(CANDIDATES[0].strategy, 158)
+    assert [(int(since[0]), int(known[0])) for since, known in looked] == [(154, 158)] and own > 0
+    assert not make(0.1, switch=False, replayed=lookup).wants_text
 
 
 @pytest.mark.parametrize("drafter", [PromptLookup(), PromptLookup(max_ngram=3, min_ngram=1), PromptLookup(64, 5)])
@@ -412,8 +425,22 @@ def test_watching_ends_where_it_is_not_worth_its_time(drafting_for_itself, monke
     first, *others = [decision.chosen for decision in planned.stats.plan]
     assert first.endswith(", model:the same watching") and not any("model" in other for other in others[1:])
     assert all("model" not in option.strategy for option in planned.stats.plan[-1].options) or len(others) == 1
-    # All programs were there when the call began, but those in which it watched.
-    assert STATEFUL[1].strategy in engine.ready[next(iter(engine.ready))]
+
+
+@pytest.mark.slow
+def test_all_that_a_planner_may_choose_is_compiled_ahead_and_stops_and_streams_as_ever(drafting_for_itself):
+    engine, row = drafting_for_itself, prompts(1)
+    words = engine.warmup("auto", prompt_tokens=len(row[0]), max_new_tokens=50)
+    assert {one.split(",")[0].split(" ")[0] for one in words} == {"autoregressive", "lookup", "model"}
+    assert any(one.endswith("watching") for one in words)
+    alone = engine.generate(row, 50, strategy=STATEFUL[1].strategy)[0]
+    stop = alone.text.split()[9]
+    for strategy in ("auto", STATEFUL[1].strategy):
+        stream = engine.stream(row, 50, stop=[f" {stop}"], strategy=strategy)
+        text = "".join(chunk.text for chunk in stream)
+        assert text == stream.result[0].text == alone.text[: alone.text.index(f" {stop}")]
+        assert stream.result[0].finish == "stop"
+    assert engine.generate(row, 50, strategy="auto").stats.compile_seconds == 0
 
 
 @pytest.mark.slow

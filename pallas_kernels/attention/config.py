@@ -74,7 +74,7 @@ class AttentionConfig:
         if group is None:
             # As many rows as one product takes, but for small batches and long drafts fewer queries: a larger union has
             # more blocks of one query alone. Where all programs fit the device at once, it costs more than it saves.
-            most = min(16 if shape.width <= 16 and every >= 128 else 8, 64 // shape.lanes)
+            most = min(16 if shape.width <= 16 and every >= 128 else 8, max(1, 64 // shape.lanes))
             group = 1 if every * shape.width <= 64 else most
         group = min(group, shape.width)
         rows = _power(shape.rows, 16, 64)

@@ -42,7 +42,7 @@ def lookup(device_kind: str, sparsity: Sparsity, shape: Shape, group: int | None
     ``group`` None: the fastest of those measured there, if the heuristic's is among them: others say nothing of it.
     Raises TuningError for a file that is broken.
     """
-    found: dict[float, dict[int, tuple[float, Any]]] = {}  # by distance, and group
+    found: dict[tuple[Any, ...], dict[int, tuple[float, Any]]] = {}  # by distance and sizes, and group
     for entry in _load(device_kind)["attention"]:
         of, blocks = entry["shape"], entry["sparsity"]
         if (
@@ -52,9 +52,10 @@ def lookup(device_kind: str, sparsity: Sparsity, shape: Shape, group: int | None
         ):
             distance = sum(math.log2(getattr(shape, name) / of[name]) for name in NEAREST)
             measured = entry["microseconds"], entry["config"]
-            found.setdefault(distance, {})[entry["config"]["group"]] = measured
+            where = distance, *(of[name] for name in NEAREST)
+            found.setdefault(where, {})[entry["config"]["group"]] = measured
     default = AttentionConfig.heuristic(sparsity, shape, group).group
-    for distance, groups in sorted(found.items()):
+    for (distance, *_), groups in sorted(found.items()):
         if distance <= _FARTHEST and default in groups:
             chosen = groups[default] if group is not None else min(groups.values(), key=lambda one: one[0])
             return attention_config(chosen[1])

@@ -62,7 +62,7 @@ class _Task(NamedTuple):
     name: str
     key: tuple[Any, ...]
     run: Callable[[], dict[str, tuple[Any, ...]]]
-    compile: Callable[[], object] = lambda: None
+    compile: Callable[[], object] | None = None
 
 
 def default_contexts(max_length: int) -> tuple[int, ...]:
@@ -124,19 +124,22 @@ def measure(
     text = calibration.text
     longest: dict[str, float] = {}  # seconds, by kind of task
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    together, compiling, compiled = min(cores, TOGETHER), 0.0, 0  # compiled at a time; seconds of the last time; so far
+    together, most, compiled = min(cores, TOGETHER), 0.0, 0  # compiled at a time; seconds at most; tasks so far
+    share = 0.0  # of a task in its group's compilation
     for done, task in enumerate(wanted):
         kind = task.key[0]
-        ahead = compiling if done >= compiled else 0.0
-        if time.perf_counter() - begun + ahead + longest.get(kind, 0.0) >= budget:
+        group = [one for one in wanted[done : done + together] if one.compile] if done >= compiled else []
+        if time.perf_counter() - begun + (most if group else 0.0) + longest.get(kind, 0.0) >= budget:
             missing.append(task.name)
             continue
         if done >= compiled:
-            some = wanted[done : done + together]
-            progress(done, len(wanted), f"compiling {len(some)} programs")
-            compiling, compiled = _compile(some), done + len(some)
+            compiled, share = done + together, 0.0
+            if group:
+                progress(done, len(wanted), f"compiling {len(group)} programs")
+                took = _compile(group)
+                most, share = max(most, took), took / len(group)
         progress(done, len(wanted), task.name)
-        started = time.perf_counter() - compiling / together  # its share
+        started = time.perf_counter() - (share if task.compile else 0.0)
         if kind not in ("step", "draft"):
             bench.held = None  # its memory is for others
         try:
@@ -162,7 +165,7 @@ def _compile(tasks: Sequence[_Task]) -> float:
     """Compiles what tasks will run, on all cores; seconds. What cannot be compiled fails when it is to run."""
     begun = time.perf_counter()
     with ThreadPoolExecutor(len(tasks)) as pool:
-        for done in [pool.submit(task.compile) for task in tasks]:
+        for done in [pool.submit(task.compile) for task in tasks if task.compile is not None]:
             done.exception()
     return time.perf_counter() - begun
 
@@ -403,10 +406,8 @@ class _Bench:
 
     def _drafting(self, name: str, tree: str) -> Callable[..., Any]:
         """The jitted :func:`draft_steps`, one for each drafter and tree."""
-        if (name, tree) not in self._loops:
-            loop = functools.partial(draft_steps, self.engine.decoder, self._drafts(name, tree)[1])
-            self._loops[name, tree] = jax.jit(loop, donate_argnums=2)
-        return self._loops[name, tree]
+        loop = functools.partial(draft_steps, self.engine.decoder, self._drafts(name, tree)[1])
+        return self._loops.setdefault((name, tree), jax.jit(loop, donate_argnums=2))  # of two threads', the first one's
 
     def _prefill(self, batch: int, tokens: int) -> _Task:
         def run() -> dict[str, tuple[Any, ...]]:
@@ -508,7 +509,7 @@ class _Bench:
             columns = state.cache.page_table.shape[1]
             self._reader(state._replace(draft=engine.draft_state(own, PLACES, columns, abstract=True)), context, own)
             draft = engine.draft_state(drafter, PLACES, columns, abstract=True)
-            engine.decode_program(strategy, state._replace(draft=draft), _greedy(PLACES))
+            engine.decode_program(strategy, state._replace(draft=draft), _greedy(PLACES), alone=False)
 
         return _Task(f"acceptance of {name}, {tree}, {text} behind {context:,}", ("prior", name, tree, text, context),
                      run, compile)  # fmt: skip

@@ -16,7 +16,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -56,8 +56,8 @@ class Planner:
         of the profile, or :data:`specsa_jax.planning.space.DRAFTERS`. Not to speculate is always considered.
       hysteresis: a switch has to promise so much more throughput, as a fraction.
       segment: steps of the first segment; as long as the strategy stays, each is twice the one before, up to 16 times
-        the first. Where choosing would take more than 1 % of a segment's time, it is longer; where nothing could
-        change the choice any more, it goes to the end.
+        the first. One that would take less than 30 ms, or less than a hundred times what choosing took, is longer;
+        where nothing could change the choice any more, it goes to the end.
       switch: False: chosen once, before the first token.
 
     Raises ValueError for values outside their ranges.
@@ -153,20 +153,15 @@ class Fixed:
 
     strategy: Strategy
     steps_left: float = math.inf
-    watchers: tuple[Drafter, ...] = ()
     decisions: Sequence[Decision] = ()
     seconds: float = 0.0
     wants_text: bool = False
 
-    def look(self, tokens: np.ndarray, known: np.ndarray, done: np.ndarray) -> None:
+    def look(self, tokens: Any, known: np.ndarray, done: np.ndarray) -> None:
         """Nothing follows from it."""
 
     def observe(self, counts: Counts, seconds: float, new_tokens: int, running: int, remaining: int) -> None:
         """Nothing follows from it."""
-
-    def ends_with(self, counts: Counts) -> bool:
-        """Never."""
-        return False
 
 
 class Plan:
@@ -225,6 +220,7 @@ class Plan:
         self._named = {self.words[candidate.strategy]: candidate for candidate in self.candidates}
         self.strategy, self._steps, self._length = self._first[0].strategy, 0, planner.segment
         self._replayed, self._looked = replayed, lengths
+        self._text: tuple[Any, np.ndarray, np.ndarray] = ((), np.zeros(0, int), np.zeros(0, bool))
         self._choosing = 0.0  # seconds that the last choice took
         self._seen: tuple[Counts | None, float, int] = (None, 0.0, 0)
         self.choose(batch, new_tokens)
@@ -319,7 +315,7 @@ class Plan:
             option = options[strategy]
             return remaining / option.tokens_per_second + (0.0 if option.compiled else self._compile_seconds)
 
-        allowed = self.candidates if self.decisions else self._first
+        allowed = self._first if self.planner.switch and not self.decisions else self.candidates
         fastest = min((candidate.strategy for candidate in allowed), key=total)
         if current is None:
             best, reason = fastest, "fastest"
@@ -356,28 +352,28 @@ class Plan:
         """Steps until the next choice."""
         return self._length - (0 if self._seen[0] is None else int(self._seen[0].steps))
 
-    def ends_with(self, counts: Counts) -> bool:
-        """Whether these steps are a segment's last."""
-        return self.steps_left <= int(counts.steps)
-
     @property
     def wants_text(self) -> bool:
-        """Whether :meth:`look` would show how drafters fare that are not drafting."""
+        """Whether, at a segment's end, its text shows how drafters fare that were not drafting."""
         drafting = self._named[self.words[self.strategy]].drafter
         return self.planner.switch and any(name != drafting for name, _, _ in self._replayed)
 
-    def look(self, tokens: np.ndarray, known: np.ndarray, done: np.ndarray) -> None:
-        """Tries drafters on what others have decoded since the last look: ``tokens`` int32 [B, S], of which ``known``
-        int32 [B] are there, of sequences of which some are ``done``. Before :meth:`observe`, at a segment's end."""
-        begun = time.perf_counter()
-        since = np.zeros_like(known) if self._looked is None else self._looked
-        drafting = self._named[self.words[self.strategy]].drafter
-        for name, drafter, depth in self._replayed:
-            if name != drafting:
-                histograms = replay.walk(tokens[~done], since[~done], known[~done], drafter, depth)
-                self.acceptance.add(name, f"chain:{depth}", *histograms)
-        self._looked = known
-        self.seconds += time.perf_counter() - begun
+    def look(self, tokens: Any, known: np.ndarray, done: np.ndarray) -> None:
+        """The text, for the :meth:`observe` that follows: ``tokens`` int32 [B, S], or () where it is not at hand; how
+        many of them are ``known`` int32 [B], of sequences of which some are ``done``."""
+        self._text = tokens, known, done
+
+    def _try_others(self) -> None:
+        """Tries drafters on what others have decoded in this segment."""
+        tokens, known, done = self._text
+        since, drafting = self._looked, self._named[self.words[self.strategy]].drafter
+        if len(tokens) and since is not None and self.planner.switch:
+            for name, drafter, depth in self._replayed:
+                if name != drafting:
+                    histograms = replay.walk(tokens[~done], since[~done], known[~done], drafter, depth)
+                    self.acceptance.add(name, f"chain:{depth}", *histograms)
+        if len(known):
+            self._looked = known
 
     def observe(self, counts: Counts, seconds: float, new_tokens: int, running: int, remaining: int) -> None:
         """What some steps of ``strategy`` showed. At the end of a segment, chooses for the next.
@@ -391,6 +387,7 @@ class Plan:
         self._seen = seen
         if self.steps_left <= 0 or not running:
             self._learn(*seen)
+            self._try_others()
             self._seen = (None, 0.0, 0)
             if running:
                 self.choose(running, remaining)

@@ -62,7 +62,7 @@ def walk(
             if stood < left or reach[place] <= left:
                 drafted[reach[place]] += 1
                 accepted[stood] += 1
-            elif left:
+            else:
                 drafted[left] += 1
                 accepted[left] += 1
             place += stood + 1
