@@ -423,7 +423,7 @@ def test_watching_ends_where_it_is_not_worth_its_time(drafting_for_itself, monke
     planned = engine.generate(prompts(1), 50, strategy="auto")
     assert planned[0].tokens.tolist() == alone[0].tokens.tolist()
     first, *others = [decision.chosen for decision in planned.stats.plan]
-    assert first.endswith(", model:the same watching") and not any("model" in other for other in others[1:])
+    assert first.endswith(", model watching") and not any("model" in other for other in others[1:])
     assert all("model" not in option.strategy for option in planned.stats.plan[-1].options) or len(others) == 1
 
 

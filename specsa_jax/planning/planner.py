@@ -94,7 +94,7 @@ class Candidate:
         drafter = self.strategy.drafter
         drafter = drafter.drafter if isinstance(drafter, Watching) else drafter
         words = dataclasses.replace(self.strategy, drafter=drafter).describe().replace(str(drafter), self.drafter, 1)
-        return words + "".join(f", {one} watching" for one in self.idle)
+        return words + "".join(f", {str(one).partition(':')[0]} watching" for one in self.idle)  # without its path
 
     @functools.cached_property
     def watchers(self) -> tuple[Drafter, ...]:
