@@ -425,6 +425,7 @@ def test_watching_ends_where_it_is_not_worth_its_time(drafting_for_itself, monke
     first, *others = [decision.chosen for decision in planned.stats.plan]
     assert first.endswith(", model watching") and not any("model" in other for other in others[1:])
     assert all("model" not in option.strategy for option in planned.stats.plan[-1].options) or len(others) == 1
+    assert engine.decoder.traces[STATEFUL[1].strategy] == 1  # the program of the first call, which knows no state
 
 
 @pytest.mark.slow
