@@ -250,6 +250,8 @@ class Engine(Runtime):
 
     def _choice(self, strategy: Any, speculate: bool, bound: Bound, reach: int) -> Strategy | Space:
         """What a call may use, all of it checked and loaded."""
+        if not isinstance(speculate, bool):
+            raise PromptError(f"speculate: got {speculate!r}, expected True or False")
         if strategy == "auto":
             strategy = Planner()
         if not isinstance(strategy, Strategy | Planner | None):

@@ -209,8 +209,7 @@ def test_a_replay_is_what_lookup_would_have_drafted_of_the_prompt():
     drafted, accepted = replay.replay([row], PromptLookup(), 8)
     late = int((known >= 7).sum())
     assert drafted[8] == late and accepted[8] == late and drafted[0] == accepted[0] == len(known) - late
-    texts = np.broadcast_to(row, (len(known), len(row)))
-    drafted, accepted = replay.fates(np.roll(texts, 1, axis=1), known, *PromptLookup().replay(texts, known, 8))
+    drafted, accepted = replay.fates(np.roll(row, 1), known, *PromptLookup().replay(row, known, 8))
     assert accepted[0] == len(known) and drafted[8] == late  # another text: nothing stands
     drafted, accepted = replay.replay([row, row[:20], row[:1]], PromptLookup(), 8)
     assert drafted.sum() == accepted.sum() >= replay.PLACES and accepted[8] > 0 and drafted[0] > 0
@@ -262,7 +261,8 @@ def test_a_replay_on_the_host_drafts_what_the_loop_would(drafter):
     texts[:20, 30:], known = texts[:20, :20], np.arange(5, 45).astype(np.int32)
     context = Context(jnp.asarray(texts), jnp.asarray(known), jnp.ones(40, bool), *[None] * 5)
     draft = jax.device_get(drafter.propose((), (), context, parse_tree("chain:8")))
-    chains, valid = drafter.replay(texts, known, 8)
+    found = [drafter.replay(text, one[None], 8) for text, one in zip(texts, known, strict=True)]
+    chains, valid = (np.concatenate(parts) for parts in zip(*found, strict=True))
     np.testing.assert_array_equal(valid, draft.valid)
     np.testing.assert_array_equal(chains[valid], draft.tokens[valid])
     assert 0 < valid.sum() < valid.size or drafter.min_ngram == 1
@@ -461,6 +461,8 @@ def test_warmup_leaves_nothing_to_compile():
 
 
 def test_a_planner_and_no_speculation_contradict_each_other(engine):
+    with pytest.raises(PromptError, match="speculate: got 'no', expected True or False"):
+        engine.generate("x", speculate="no")
     with pytest.raises(PromptError, match="speculate: got False with a planner"):
         engine.generate(prompts(), 4, strategy="auto", speculate=False)
     with pytest.raises(PromptError, match="strategy: got 'best', expected a Strategy, a Planner or 'auto'"):

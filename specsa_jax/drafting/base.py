@@ -129,9 +129,9 @@ class Drafter:
         """Whether there is :meth:`replay`: then planners try it on prompts (:mod:`specsa_jax.planning.replay`)."""
         return type(self).replay is not Drafter.replay
 
-    def replay(self, texts: np.ndarray, known: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """What :meth:`propose` gives behind the first ``known`` int32 [N] of ``texts`` int32 [N, T], where it reads
-        nothing else: chains int32 [N, depth], and bool [N, depth] where there are any. On the host."""
+    def replay(self, text: np.ndarray, known: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        """What :meth:`propose` gives behind the first ``known`` int32 [N], 1 to T, of the tokens of ``text`` int32 [T],
+        where it reads nothing else: chains int32 [N, depth], and bool [N, depth] where there are any. On the host."""
         raise NotImplementedError
 
     def check(self, config: ModelConfig, template: TreeTemplate) -> None:

@@ -47,23 +47,26 @@ class PromptLookup(Drafter):
         if not 1 <= self.matches <= 64:
             raise ValueError(f"PromptLookup: got matches {self.matches}, expected 1 to 64")
 
-    def replay(self, texts: np.ndarray, known: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        size, least = texts.shape[1], self.min_ngram
-        same = np.ones((len(known), max(size - least, 0)), bool)  # of n-grams, by the place behind them
-        for back in range(1, least + 1):
-            same &= texts[:, least - back : size - back] == texts[np.arange(len(known)), known - back][:, None]
-        text, end = np.divmod(np.flatnonzero(same), max(size - least, 1))
-        end += least
-        before = end < known[text]
-        text, end = text[before], end[before]
-        latest = np.zeros(len(known), np.int64)  # behind the best match, 0 without one
-        latest[text] = end  # of several of one text the last holds; then those that match for longer
-        for back in range(least + 1, self.max_ngram + 1):
-            longer = (end >= back) & (texts[text, end - back] == texts[text, known[text] - back])
-            text, end = text[longer], end[longer]
-            latest[text] = end
+    def replay(self, text: np.ndarray, known: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+        count = len(known)
+        ends = np.arange(min(self.min_ngram, len(text)), len(text))  # behind n-grams that some match may be: few
+        for back in range(1, self.min_ngram + 1):
+            wanted = np.zeros(text.max() + 1, bool)
+            wanted[text[known - back]] = True
+            ends = ends[wanted[text[ends - back]]]
+        same = np.ones((count, len(ends)), bool)
+        for back in range(1, self.min_ngram + 1):
+            same &= text[ends - back] == text[known - back][:, None]
+        place, match = np.nonzero(same & (ends < known[:, None]))
+        end = ends[match]
+        latest = np.zeros(count, np.int64)  # behind the best match, 0 without one
+        latest[place] = end  # of several of one place the last holds; then those that match for longer
+        for back in range(self.min_ngram + 1, self.max_ngram + 1):
+            longer = (end >= back) & (text[end - back] == text[known[place] - back])
+            place, end = place[longer], end[longer]
+            latest[place] = end
         source = latest[:, None] + np.arange(depth) % np.maximum(known - latest, 1)[:, None]
-        chains = np.take_along_axis(texts, np.minimum(source, size - 1), axis=1)
+        chains = text[np.minimum(source, len(text) - 1)]
         return chains, np.broadcast_to(latest[:, None] > 0, chains.shape)
 
     def propose(self, params: Any, state: Any, context: Context, template: TreeTemplate) -> Draft:

@@ -23,23 +23,21 @@ def places(lengths: np.ndarray, depth: int) -> np.ndarray:
 
 def replay(rows: Sequence[np.ndarray], drafter: Drafter, depth: int) -> tuple[np.ndarray, np.ndarray]:
     """Histograms float [depth + 1] of the drafts of chains on prompts int32 [T]: by depth, and by tokens that stood."""
-    lengths = np.array([len(row) for row in rows])
-    known = places(lengths, depth)
-    texts = np.full((len(rows), lengths.max()), -1, np.int32)
-    for text, row in zip(texts, rows, strict=True):
-        text[: len(row)] = row
-    texts = np.broadcast_to(texts, (len(known), *texts.shape)).reshape(known.size, -1)
-    return fates(texts, known.ravel(), *drafter.replay(texts, known.ravel(), depth))
+    drafted, accepted = np.zeros(depth + 1), np.zeros(depth + 1)
+    for row, known in zip(rows, places(np.array([len(row) for row in rows]), depth).T, strict=True):
+        more = fates(row, known, *drafter.replay(row, known, depth))
+        drafted, accepted = drafted + more[0], accepted + more[1]
+    return drafted, accepted
 
 
-def fates(texts: np.ndarray, known: np.ndarray, chains: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Histograms float [depth + 1] of drafts [N, depth] behind ``known`` int32 [N] tokens of ``texts`` int32 [N, T]
-    (-1 behind the end of each): by depth, and by tokens that the texts have too."""
+def fates(text: np.ndarray, known: np.ndarray, chains: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Histograms float [depth + 1] of drafts [N, depth] behind the first ``known`` int32 [N] tokens of ``text`` int32
+    [T]: by depth, as far as the text goes, and by tokens that it has too."""
     depth = chains.shape[1]
     at = known[:, None] + np.arange(depth)
-    truth = np.where(at < texts.shape[1], np.take_along_axis(texts, np.minimum(at, texts.shape[1] - 1), axis=1), -1)
-    drafted = (valid & (truth >= 0)).sum(axis=1)
-    accepted = np.cumprod(valid & (chains == truth), axis=1).sum(axis=1)
+    valid = valid & (at < len(text))
+    accepted = np.cumprod(valid & (chains == text[np.minimum(at, len(text) - 1)]), axis=1).sum(axis=1)
+    drafted = valid.sum(axis=1)
     return tuple(np.bincount(x, minlength=depth + 1).astype(float) for x in (drafted, accepted))  # type: ignore[return-value]
 
 
@@ -53,7 +51,7 @@ def walk(
     texts, since, known = texts[:PLACES], since[:PLACES], known[:PLACES]
     for text, first, end in zip(texts, np.maximum(since, known - PLACES // max(1, len(texts))), known, strict=True):
         places = np.arange(first, end, dtype=np.int32)
-        chains, valid = drafter.replay(np.broadcast_to(text[:end], (len(places), end)), places, depth)
+        chains, valid = drafter.replay(text[:end], places, depth)
         at = places[:, None] + np.arange(depth)
         right = np.cumprod(valid & (at < end) & (chains == text[np.minimum(at, end - 1)]), axis=1).sum(axis=1)
         reach, place = valid.sum(axis=1), 0
