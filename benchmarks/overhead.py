@@ -84,8 +84,8 @@ def preset_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         if too_large(config, args.preset_context, 1, model_dtype()):
             continue
         params = model.init_params(config, 0, model_dtype())
-        guess = needed_bytes(config, args.preset_context, 1, model_dtype()).floor
         for width in args.widths:
+            guess = needed_bytes(config, args.preset_context, 1, model_dtype(), width).floor
             loop = step_loop(config, params, args.preset_context, 1, width, max(4, min(200, round(50e3 / guess))))
             timing = loop.timing(seconds=0.5)
             rows.append({"model": name, "case": f"T = {width}", "context": args.preset_context,

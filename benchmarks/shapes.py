@@ -32,7 +32,7 @@ def row_of(config: ModelConfig, params: Any, context: int, batch: int, width: in
     dtype = model_dtype()
     if reason := too_large(config, context, batch, dtype):
         return {"not_run": reason}
-    needed = needed_bytes(config, context, batch, dtype)
+    needed = needed_bytes(config, context, batch, dtype, width)
     # Some 50 ms between two looks at the clock, if steps run at the floor.
     iterations = max(4, min(200, round(50e3 / needed.floor)))
     try:

@@ -63,6 +63,12 @@ def make_step(config: ModelConfig, sharing: Sharing, implementation, dtype, widt
     return step
 
 
+def short(config: ModelConfig) -> int:
+    """Tokens by which a timed step ends before its context, a multiple of d: half of d. So a compression block ends in
+    it where one does in most steps of its T; where none does, φ has nothing to do."""
+    return config.nsa.compress_stride // 2
+
+
 def step_loop(
     config: ModelConfig,
     params: Any,
@@ -72,10 +78,11 @@ def step_loop(
     iterations: int,
     sharing: Sharing = Sharing(),
 ) -> harness.Loop:
-    """The step's loop behind ``context`` tokens of a random cache, the step's own tokens included."""
+    """The step's loop behind a random cache of ``context`` tokens, the step's own included, less :func:`short`."""
     dtype = model_dtype()
     implementation = kernels.choose(config.nsa, context, None)
-    state = (random_cache(config, context - width, width, batch, dtype), jnp.zeros((batch, width), jnp.int32))
+    cache = random_cache(config, context - short(config) - width, width + short(config), batch, dtype)
+    state = (cache, jnp.zeros((batch, width), jnp.int32))
     step = make_step(config, sharing, implementation, dtype, width)
     with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
         return harness.Loop(step, state, [params], iterations, unroll=1, keep=False)
@@ -100,17 +107,22 @@ class Needed:
         return self.total / harness.copy_bandwidth() * 1e6
 
 
-def needed_bytes(config: ModelConfig, context: int, batch: int, dtype) -> Needed:
-    """What a step behind ``context`` tokens must read at least, whatever its T.
+def needed_bytes(config: ModelConfig, context: int, batch: int, dtype, width: int) -> Needed:
+    """What the step of ``width`` = T tokens in :func:`step_loop` must read at least.
 
     Of the selected blocks it counts n a sequence and KV head: as if all T queries of a step chose the same. Weights are
-    all but the rows of an untied embedding that are not looked up.
+    all but the rows of an untied embedding that are not looked up, and φ where no compression block ends in the step.
     """
     nsa, item = config.nsa, jnp.dtype(dtype).itemsize
     shapes = jax.eval_shape(lambda: model.init_params(config, 0, dtype))
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     if not config.tied:
         weights -= config.vocab_size * config.hidden * item
+    if width <= short(config):
+        phi = [
+            layer["attn"][name] for layer in shapes["layers"].values() for name in layer["attn"] if "compress" in name
+        ]
+        weights -= sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(phi))
     token = nsa.num_kv_heads * nsa.head_dim * item * config.layers * batch
     entries = max(0, (context - nsa.compress_block) // nsa.compress_stride + 1)
     return Needed(

@@ -132,13 +132,16 @@ def test_speedup_and_identity_are_against_the_right_rows():
 
 def test_needed_bytes_are_counted_by_hand():
     config = PRESETS["8b"]
-    needed = steps.needed_bytes(config, 65536, 2, jnp.bfloat16)
+    needed = steps.needed_bytes(config, 65536, 2, jnp.bfloat16, 16)
     token = 2 * 8 * 128 * 32 * 2  # bytes a sequence of a key in all layers, times two sequences
     assert needed.compressed == 2 * token * (65536 // 16 - 1)
     assert needed.selected == 2 * token * 16 * 64 and needed.window == 2 * token * 512
     # All but the embedding's rows, of the size that prefill_8b_64k.json has.
     assert needed.weights == 18_270_920_704 - 2 * 128256 * 4096
     assert needed.total == needed.weights + needed.compressed + needed.selected + needed.window
+    # φ of keys and values, where a compression block ends: 4096 → 256 → 128 per KV head, and positions.
+    decode = steps.needed_bytes(config, 65536, 2, jnp.bfloat16, 1)
+    assert needed.weights - decode.weights == 2 * 32 * 2 * 8 * (4096 * 256 + 256 * 128 + 32 * 128)
 
 
 def test_a_step_gives_the_next_tokens_and_leaves_its_place():
