@@ -122,13 +122,13 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="embedded")
     parser.add_argument("--profile", help="a file of specsa profile; default: the checkpoint's own, if there is one")
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
-    parser.add_argument("--cells", nargs="+", default=["1:4096", "1:32768", "8:4096", "8:16384"] if gpu
+    parser.add_argument("--cells", nargs="+", default=["1:4096", "1:32768", "8:4096", "8:32768"] if gpu
                         else ["1:256", "1:1024", "8:256"], help="BATCH:CONTEXT")  # fmt: skip
     parser.add_argument("--space", nargs="*", help="DRAFTER@TREE: of the planner; none: all that it knows", default=[
         "lookup@chain:4", "lookup@chain:16", "head@chain:4", "lookup+head@chain:8", "lookup+head@best:16:6"
     ] if gpu else [])  # fmt: skip
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0])
-    parser.add_argument("--new-tokens", type=int, default=512 if gpu else 128)
+    parser.add_argument("--new-tokens", type=int, default=4096 if gpu else 128)
     parser.add_argument("--prompts", type=int, default=4, help="batches of prompts in cells of batch 1; else one")
     parser.add_argument("--repeats", type=int, default=3 if gpu else 2)
     args = parser.parse_args()

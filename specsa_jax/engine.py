@@ -37,7 +37,7 @@ from specsa_jax.drafting.watching import Watching
 from specsa_jax.planning import profile as profiles
 from specsa_jax.planning import replay, space
 from specsa_jax.planning.costs import Costs, measure_bandwidth
-from specsa_jax.planning.planner import Candidate, Fixed, Plan, Planner
+from specsa_jax.planning.planner import SHORTEST, Candidate, Fixed, Plan, Planner
 from specsa_jax.planning.predict import Acceptance
 from specsa_jax.planning.profile import Profile
 from specsa_jax.planning.space import Space
@@ -377,7 +377,7 @@ class Engine(Runtime):
             compiled=self.ready.setdefault(signature(state), set()).__contains__,
             compile_seconds=statistics.median(self.compile_times or [_COMPILE_SECONDS]),
             new_tokens=len(rows) * max_new_tokens, counted=counted, watchers=watchers, replayed=found.replayed,
-            lengths=np.array([len(row) for row in rows]),
+            lengths=np.array([len(row) for row in rows]), shortest=SHORTEST.get(jax.default_backend(), SHORTEST["gpu"]),
         )  # fmt: skip
         plan.seconds = time.perf_counter() - begun
         return plan

@@ -44,11 +44,13 @@ class Costs:
 
 
 def make(
-    slope, *, compiled=lambda strategy: True, acceptance=None, new_tokens=1000, replayed=(), lengths=None, **planner
-):
+    slope, *, compiled=lambda strategy: True, acceptance=None, new_tokens=1000, replayed=(), lengths=None,
+    shortest=planner.SHORTEST["cpu"], **options
+):  # fmt: skip
     return Plan(
-        Planner(**planner), CANDIDATES, Costs(slope), acceptance or Acceptance(), batch=1, context=64, layers=2,
+        Planner(**options), CANDIDATES, Costs(slope), acceptance or Acceptance(), batch=1, context=64, layers=2,
         compiled=compiled, compile_seconds=100.0, new_tokens=new_tokens, replayed=replayed, lengths=lengths,
+        shortest=shortest,
     )  # fmt: skip
 
 
@@ -142,6 +144,7 @@ def test_every_decision_says_what_was_predicted_and_observed():
 def test_a_segment_is_long_enough_to_be_worth_a_call(monkeypatch):
     monkeypatch.setattr(Costs, "step", lambda self, point: 1e-3)
     assert make(0.0, segment=4).steps_left == 30 and make(0.0, segment=40).steps_left == 40
+    assert make(0.0, segment=4, shortest=planner.SHORTEST["gpu"]).steps_left == 100
 
 
 def plan_depth(words):

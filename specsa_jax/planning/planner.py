@@ -42,8 +42,9 @@ _SHARED_MEASURED, _SHARED_COUNTED = 0.8, 1.0
 _SHARE = 0.01
 # As long as the strategy stays, a segment is so many times the one before, up to so many times the first.
 _GROWTH, _LONGEST = 2, 16
-# Seconds that a segment takes at least: calling a compiled loop costs the host some milliseconds, and a GPU its graphs.
-_SHORTEST = 0.03
+# Seconds that a segment takes at least, by backend: calling a compiled loop again costs some of them, on a GPU, whose
+# graphs are updated, two or three milliseconds.
+SHORTEST = {"cpu": 0.03, "gpu": 0.1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Planner:
         of the profile, or :data:`specsa_jax.planning.space.DRAFTERS`. Not to speculate is always considered.
       hysteresis: a switch has to promise so much more throughput, as a fraction.
       segment: steps of the first segment; as long as the strategy stays, each is twice the one before, up to 16 times
-        the first. One that would take less than 30 ms, or less than a hundred times what choosing took, is longer;
-        where nothing could change the choice any more, it goes to the end.
+        the first. One that would take less than 30 ms (100 ms on a GPU), or less than a hundred times what choosing
+        took, is longer; where nothing could change the choice any more, it goes to the end.
       switch: False: chosen once, before the first token.
 
     Raises ValueError for values outside their ranges.
@@ -181,6 +182,7 @@ class Plan:
       watchers: the drafters that watch; None: those that promise enough.
       replayed: drafters that can be tried on a text that is known: name, drafter, depth.
       lengths: int [B], of the prompts.
+      shortest: seconds that a segment takes at least, as far as is known before it.
     """
 
     def __init__(
@@ -200,11 +202,12 @@ class Plan:
         watchers: tuple[Drafter, ...] | None = None,
         replayed: Sequence[tuple[str, Drafter, int]] = (),
         lengths: np.ndarray | None = None,
+        shortest: float = SHORTEST["cpu"],
     ):
         begun = time.perf_counter()
         self.planner, self.costs, self.acceptance = planner, costs, acceptance
         self.batch, self.context, self.layers = batch, context, layers
-        self._compiled, self._compile_seconds = compiled, compile_seconds
+        self._compiled, self._compile_seconds, self._shortest = compiled, compile_seconds, shortest
         self._counted = {} if counted is None else counted
         self.words = {candidate.strategy: candidate.describe() for candidate in candidates}
         self._factors: dict[Strategy, float] = {}
@@ -335,7 +338,7 @@ class Plan:
         else:
             stays = best == self.strategy and bool(self.decisions)
             length = min(_GROWTH * self._length, _LONGEST * self.planner.segment) if stays else self.planner.segment
-            least = max(_SHORTEST, self._choosing / _SHARE if self.decisions else 0.0)
+            least = max(self._shortest, self._choosing / _SHARE if self.decisions else 0.0)
             self._length = max(length, math.ceil(least / options[best].step_seconds))
         self._take(best)
         ranked = tuple(sorted(options.values(), key=lambda option: -option.tokens_per_second))
