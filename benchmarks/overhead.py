@@ -3,8 +3,9 @@
 The engine's own loop continues a prompt of a checkpoint; with --presets, the step of a model with random weights in a
 loop is looked at too (benchmarks/steps.py). Wall time is of runs without the profiler, kernels are of one with it.
 ``overhead`` is step time over the sum of the kernels, less 1. XLA gathers kernels into command buffers (CUDA graphs);
-``command_buffers`` off is a process with XLA_FLAGS=--xla_gpu_enable_command_buffer= . One step of the trace is kept,
-for benchmarks/plots.py to draw. Without a GPU there are no kernels to look at: wall times alone.
+``command_buffers`` off is a process with XLA_FLAGS=--xla_gpu_enable_command_buffer= , and ``loops`` one in which loops
+and conditions are in them too, which XLA leaves out by default. One step of the trace is kept, for benchmarks/plots.py
+to draw. Without a GPU there are no kernels to look at: wall times alone.
 
     python benchmarks/overhead.py --presets 8b 1b --out                                    # on a GPU
     python benchmarks/overhead.py --context 1024 --new-tokens 32 --buffers on --out        # on a CPU
@@ -29,13 +30,14 @@ from typing import Any
 import harness
 import jax
 from end_to_end import named
-from steps import add_preset, model_dtype, needed_bytes, step_loop, too_large
+from steps import add_preset, model_dtype, needed_bytes, step_loop, steps_of, too_large
 from workloads import prompts
 
 from specsa_jax import Engine, model
 from specsa_jax.config import PRESETS
 
 EVENTS = 2000  # of one step, at most so many are kept
+BUFFERS = {"off": "", "loops": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"}
 
 
 def figures(events: list[harness.Event], steps: int, step_us: float) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def preset_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         params = model.init_params(config, 0, model_dtype())
         for width in args.widths:
             guess = needed_bytes(config, args.preset_context, 1, model_dtype(), width).floor
-            loop = step_loop(config, params, args.preset_context, 1, width, max(4, min(200, round(50e3 / guess))))
+            loop = step_loop(config, params, args.preset_context, 1, width, steps_of(guess))
             timing = loop.timing(seconds=0.5)
             rows.append({"model": name, "case": f"T = {width}", "context": args.preset_context,
                          "step_us": timing.median, "low": timing.low, "high": timing.high, "steps": loop.steps,
@@ -97,8 +99,9 @@ def preset_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 def in_a_process(buffers: str) -> list[dict[str, Any]]:
     """The rows of this script in a process of its own, which starts with other flags of XLA."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_PYTHON_CLIENT_PREALLOCATE"}
-    if buffers == "off":
-        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=".strip()
+    if buffers in BUFFERS:
+        flag = f"--xla_gpu_enable_command_buffer={BUFFERS[buffers]}"
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--rows", str(file)], env=environment, check=True)
@@ -115,7 +118,7 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", default=["none", "lookup@chain:4", "lookup+head@best:16:6"])
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--buffers", nargs="+", choices=["on", "off"], default=["on", "off"])
+    parser.add_argument("--buffers", nargs="+", choices=["on", *BUFFERS], default=["on", "off"])
     parser.add_argument("--rows", help=argparse.SUPPRESS)  # where a process of this script leaves its rows
     args = parser.parse_args()
     if args.rows:

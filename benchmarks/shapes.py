@@ -17,7 +17,7 @@ from typing import Any
 
 import harness
 import jax
-from steps import add_preset, model_dtype, needed_bytes, step_loop, too_large
+from steps import add_preset, model_dtype, needed_bytes, step_loop, steps_of, too_large
 
 from specsa_jax import model
 from specsa_jax.config import PRESETS, ModelConfig
@@ -33,10 +33,8 @@ def row_of(config: ModelConfig, params: Any, context: int, batch: int, width: in
     if reason := too_large(config, context, batch, dtype):
         return {"not_run": reason}
     needed = needed_bytes(config, context, batch, dtype, width)
-    # Some 50 ms between two looks at the clock, if steps run at the floor.
-    iterations = max(4, min(200, round(50e3 / needed.floor)))
     try:
-        loop = step_loop(config, params, context, batch, width, iterations)
+        loop = step_loop(config, params, context, batch, width, steps_of(needed.floor))
         timing = loop.timing(seconds=seconds)
     except harness.FAILURES as error:
         return harness.not_run(error)

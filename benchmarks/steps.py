@@ -88,6 +88,12 @@ def step_loop(
         return harness.Loop(step, state, [params], iterations, unroll=1, keep=False)
 
 
+def steps_of(floor: float) -> int:
+    """Steps between two looks at the clock, of at least ``floor`` µs each: a fifth of a second, as a call of
+    ``Engine.generate`` has. Calling a compiled loop costs a GPU some milliseconds by itself."""
+    return max(4, min(400, round(200e3 / floor)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Needed:
     """Bytes that a step must read, each once: weights, and of the cache, per branch."""
