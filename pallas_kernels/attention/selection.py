@@ -255,15 +255,19 @@ def _unite(launch: Launch, refs: dict[str, Any], length: Any) -> None:
 
     @pl.when(arrived == members - 1)
     def _():
+        # Pages of all blocks, so that these loads need not wait for the marks; no vectors, whose layout is not that in
+        # which Triton has marks and slots.
+        pages = [
+            plgpu.load(refs["page_table"].at[batch, jnp.where(block < shape.table, block, 0)])
+            for block in lane_parts(shape.table)
+        ]
         _mark(launch, refs, group, members, base, length)
         if not interpret:
             plgpu.debug_barrier()  # marks are written
         size, filled = refs["pages"].shape[-1], jnp.zeros((), jnp.int32)
-        for block in lane_parts(shape.table):
+        for block, page in zip(lane_parts(shape.table), pages, strict=True):
             words, owned = [], jnp.zeros(block.shape, bool)
             inside = block < shape.table
-            # All pages, so that this load need not wait for the marks.
-            page = plgpu.load(refs["page_table"].at[batch, block], mask=inside, other=0)
             for word in range(launch.mask_words):
                 # Volatile: past L1, which does not know what atomics wrote.
                 at = base + word * row + block

@@ -126,7 +126,7 @@ def choose(
     # Two thresholds a round, whose counts share a word; done early once exactly `count` keys reach the lower end.
     def narrow(state):
         low, high, reached = state
-        third = jnp.maximum((high - low) // 3, 1)
+        third = jnp.maximum(lax.div(high - low, np.int32(3)), 1)
         lower, upper = low + third, jnp.minimum(low + 2 * third, high - 1)
         both = number(lambda key: (key >= lower).astype(jnp.int32) + ((key >= upper).astype(jnp.int32) << 16))
         reach_lower, reach_upper = both & 0xFFFF, both >> 16
@@ -144,10 +144,11 @@ def choose(
     totals = [jnp.sum(part, dtype=jnp.int32) for part in both]
     ties = count - (sum(totals) & 0xFFFF)
     all_chosen, slots, before = [], [], jnp.zeros((), jnp.int32)
-    for key, part, total in zip(keys, both, totals, strict=True):
+    # From `both`, not from the keys: then Triton moves one tensor into the layout that a cumsum takes, and none back.
+    for part, total in zip(both, totals, strict=True):
         counts = before + lax.cumsum(part, axis=0)
         above_so_far, equal_so_far = counts & 0xFFFF, counts >> 16
-        chosen = (key > threshold) | ((key == threshold) & (equal_so_far <= ties))
+        chosen = (part == 1) | ((part > 1) & (equal_so_far <= ties))
         all_chosen.append(chosen)
         # Interpret mode writes back what masked lanes read, so these must not name a slot in use.
         slots.append(jnp.where(chosen, above_so_far + jnp.minimum(equal_so_far, ties) - 1, num_selected))
