@@ -7,6 +7,7 @@ compacts that into the union. So the union costs no launch of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ from pallas_kernels.selection.kernel import choose, lane_parts, lane_ranges, sto
 
 # Scores that a thread loads before it waits for them: more would spill.
 _IN_FLIGHT = 64
+# So few programs load whole rows of scores, written or not, sooner than they know the sequence's length.
+_EAGER = 256
 
 
 def run(
@@ -107,11 +110,17 @@ def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: A
     def add_heads(i, state):
         importance, given = state
         heads = _Heads(launch, refs, i * together + lax.iota(jnp.int32, together))
+        # All other loads come before that of the norms, which are waited for first. ptxas would move some behind.
+        of_blocks = [heads.probability(span, tiles) if span in cached else None for span in spans]
+        of_slots = None if slots is None else slots.probability(heads)
+        if not launch.interpret:
+            plgpu.debug_barrier()
+        norm = heads.norm()
         importance = [
-            part + heads.probability(span, tiles) if span in cached else part
-            for part, span in zip(importance, spans, strict=True)
+            part if of_norm is None else part + of_norm(norm)
+            for part, of_norm in zip(importance, of_blocks, strict=True)
         ]
-        return importance, given if slots is None else given + slots.probability(heads)
+        return importance, given if of_slots is None else given + of_slots(norm)
 
     # Blocks behind the table have what the tail gives them alone.
     cached = [span for span in spans if launch.deterministic or span[0] < shape.table]
@@ -124,85 +133,92 @@ def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: A
 
 
 class _Heads:
-    """Some of the query's heads: their rows, and ``norm`` float32 [heads], log2 of the sum of each one's weights:
-    subtracting it from a score is dividing by the sum."""
+    """Some of the query's heads: their rows, and what these hold."""
 
     def __init__(self, launch: Launch, refs: dict[str, Any], head: Any):
         self._launch, self._refs = launch, refs
-        self.at, self.row = (refs["batch"], refs["head"]), refs["token"] * launch.shape.lanes + head
-        self.valid = None if launch.shape.group == launch.shape.lanes else head < launch.shape.group
-        first, splits = next((first, count) for index, first, count in launch.segments if index == 0)
-        size = (pl.next_power_of_2(splits), head.shape[0])
+        programs = launch.shape.batch * launch.shape.num_kv_heads * launch.shape.width
+        self._eager = programs <= _EAGER and not launch.deterministic
+        self._at, self._row = (refs["batch"], refs["head"]), refs["token"] * launch.shape.lanes + head
+        self._valid = None if launch.shape.group == launch.shape.lanes else head < launch.shape.group
+        self._first, self._splits = next((first, count) for index, first, count in launch.segments if index == 0)
+
+    def norm(self) -> Any:
+        """float32 [heads]: log2 of the sum of each one's weights. To subtract it from a score is to divide by the
+        sum."""
+        size = (pl.next_power_of_2(self._splits), self._row.shape[0])
         split = lax.broadcasted_iota(jnp.int32, size, 0)
-        row = jnp.broadcast_to(self.row[None, :], size)
-        mask = self._live(split < splits, 1)
-        lse = plgpu.load(refs["lse"].at[(*self.at, first + split, row)], mask=mask, other=-jnp.inf)
+        row, mask = jnp.broadcast_to(self._row[None, :], size), self._live(split < self._splits, 1)
+        lse = plgpu.load(self._refs["lse"].at[(*self._at, self._first + split, row)], mask=mask, other=-jnp.inf)
         top = jnp.max(lse, axis=0)
         top = jnp.where(top > -jnp.inf, top, 0.0)
-        if launch.deterministic:  # one split after the other, whatever their number
+        if self._launch.deterministic:  # one split after the other, whatever their number
 
             def add(k, total):
-                of_split = refs["lse"].at[(*self.at, jnp.full_like(self.row, 0) + first + k, self.row)]
-                return total + jnp.exp2(plgpu.load(of_split, mask=self.valid, other=_other(self.valid)) - top)
+                of_split = self._refs["lse"].at[(*self._at, jnp.full_like(self._row, 0) + self._first + k, self._row)]
+                other = None if self._valid is None else -jnp.inf
+                return total + jnp.exp2(plgpu.load(of_split, mask=self._valid, other=other) - top)
 
-            total = lax.fori_loop(0, splits, add, jnp.zeros_like(top))
+            total = lax.fori_loop(0, self._splits, add, jnp.zeros_like(top))
         else:
             total = jnp.sum(jnp.exp2(lse - top[None, :]), axis=0)
         # No entry is visible where the sum is 0.
-        self.norm = top + jnp.log2(jnp.where(total > 0, total, 1.0))
+        return top + jnp.log2(jnp.where(total > 0, total, 1.0))
 
     def _live(self, mask: Any, axis: int) -> Any:
         """``mask``, less what is no head, heads being along ``axis``."""
-        if self.valid is None:
+        if self._valid is None:
             return mask
-        wide = lax.broadcast_in_dim(self.valid, mask.shape, (axis,))
-        return mask & wide
+        return mask & lax.broadcast_in_dim(self._valid, mask.shape, (axis,))
 
     def load(self, name: str, index: Any, live: Any, other: float) -> Any:
         """[heads, …]: what the heads' rows of an array hold at ``index``, which is alike for all heads."""
-        size = (self.row.shape[0], *index.shape)
-        row = lax.broadcast_in_dim(self.row, size, (0,))
+        ref, size = self._refs[name], (self._row.shape[0], *index.shape)
+        row = lax.broadcast_in_dim(self._row, size, (0,))
         index, live = (jnp.broadcast_to(x[None], size) for x in (index, live))
+        live = self._live(live, 0)
+        mask = self._live((index >= 0) & (index < ref.shape[-1]), 0) if self._eager else live
         # Nothing but the mask keeps dead lanes off: an address that depends on it is no vector any more.
-        return plgpu.load(self._refs[name].at[(*self.at, row, index)], mask=self._live(live, 0), other=other)
+        loaded = plgpu.load(ref.at[(*self._at, row, index)], mask=mask, other=other)
+        return jnp.where(live, loaded, other) if self._eager else loaded
 
-    def probability(self, span: tuple[int, int], tiles: Any) -> Any:
-        """float32 [blocks]: what entries in the cache give to a range of blocks, as probabilities, of all heads."""
+    def probability(self, span: tuple[int, int], tiles: Any) -> Callable[[Any], Any]:
+        """What entries in the cache give to a range of blocks, as probabilities, of all heads: float32 [blocks], as a
+        function of their norms."""
         launch, (first, size), pages = self._launch, span, self._launch.page_tile
         block = first + lax.iota(jnp.int32, size)
-        live = block < tiles * pages
+        scores = self.load("scores", block, block < tiles * pages, -jnp.inf if launch.identity else 0.0)
         if launch.identity:
-            return jnp.sum(exp2(launch, self.load("scores", block, live, -jnp.inf) - self.norm[:, None]), axis=0)
+            return lambda norm: jnp.sum(exp2(launch, scores - norm[:, None]), axis=0)
         # Of blocks: [tiles, lines, run], a line being a run of adjacent pages.
         in_tile = min(pages, size)
         run = min(launch.page_run, in_tile)
         shape = (size // in_tile, in_tile // run, run)
         tile = parts(first + lax.iota(jnp.int32, shape[0]) * in_tile, pages)[0]
 
-        def factor(tile):
-            """float32 [heads, tiles]."""
-            tops = self.load("tops", tile, (tile >= 0) & (tile < tiles), -jnp.inf)
-            return exp2(launch, tops - self.norm[:, None])
+        def tops(tile):
+            return self.load("tops", tile, (tile >= 0) & (tile < tiles), -jnp.inf)
 
-        own = factor(tile)
-        scores = self.load("scores", block, live, 0.0).reshape(-1, *shape)
-        total = jnp.sum(scores * own[:, :, None, None], axis=0)
+        own = tops(tile)
         if "carry" in self._refs:
             # From the line before, which may be of the tile before, into a line's first block. That before the first
             # was never written.
             runs = pages // launch.page_run
             line, column = (lax.broadcasted_iota(jnp.int32, shape[:2], axis) for axis in (0, 1))
             line = first // run + line * shape[1] + column
-            carry = self.load("carry", line, (line > 0) & (line <= tiles * runs), 0.0)
-            begins = parts(line, runs)[1] == 0
-            before = jnp.where(begins[None], factor(tile - 1)[:, :, None], own[:, :, None])
-            carry = jnp.sum(carry * before, axis=0)
-            total += jnp.where(lax.broadcasted_iota(jnp.int32, shape, 2) == 0, carry[:, :, None], 0.0)
-        return total.reshape(-1)
+            carry, before = self.load("carry", line, (line > 0) & (line <= tiles * runs), 0.0), tops(tile - 1)
 
+        def of_norm(norm):
+            factor = exp2(launch, own - norm[:, None])[:, :, None]
+            total = jnp.sum(scores.reshape(-1, *shape) * factor[..., None], axis=0)
+            if "carry" in self._refs:
+                begins = parts(line, runs)[1] == 0
+                factor = jnp.where(begins[None], exp2(launch, before - norm[:, None])[:, :, None], factor)
+                given = jnp.sum(carry * factor, axis=0)
+                total += jnp.where(lax.broadcasted_iota(jnp.int32, shape, 2) == 0, given[:, :, None], 0.0)
+            return total.reshape(-1)
 
-def _other(mask: Any) -> float | None:
-    return None if mask is None else -jnp.inf
+        return of_norm
 
 
 class _Slots:
@@ -220,10 +236,10 @@ class _Slots:
         self.count = jnp.sum(self.used.astype(jnp.int32))
         self.nothing = jnp.zeros(self.lane.shape, jnp.float32)
 
-    def probability(self, heads: _Heads) -> Any:
-        """float32 [slots], of all heads."""
+    def probability(self, heads: _Heads) -> Callable[[Any], Any]:
+        """float32 [slots], of all heads, as a function of their norms."""
         scores = heads.load("slot_scores", self.lane, self.used, -jnp.inf)
-        return jnp.sum(jnp.exp2(scores - heads.norm[:, None]), axis=0)
+        return lambda norm: jnp.sum(jnp.exp2(scores - norm[:, None]), axis=0)
 
     def add(self, importance: list[Any], blocks: list[Any], given: Any) -> list[Any]:
         """``importance`` and what the slots give to ``blocks``, of probabilities ``given``."""

@@ -117,8 +117,8 @@ def choose(
         """int32 []: the sum over all keys of ``part_of`` them."""
         return sum((jnp.sum(part_of(key), dtype=jnp.int32) for key in keys), start=np.int32(0))
 
-    # The largest threshold that `count` keys reach lies in low … high − 1. Each of so many groups of keys has one that
-    # reaches the lowest of their maxima; of those that compete, none is above the highest key.
+    # The largest threshold that `count` keys reach lies in low … high − 1: as many groups of keys have one each that
+    # reaches the least of their maxima, and no key that is not forced exceeds the highest of these.
     low, high = _least_maximum(keys[0], num_selected), np.int32(0)
     for key in keys:
         high = jnp.maximum(high, jnp.max(jnp.where(key == _FORCED, 0, key)) + 1)
