@@ -94,6 +94,7 @@ class AttentionConfig:
             window=Branch(rows, _splits(every * tiles, near, programs=32)),
             tile=64 if long else 32,
             num_stages=3 if long else 5,
+            selection_warps=selection_warps(shape),
         )
 
     @classmethod
@@ -116,6 +117,11 @@ class AttentionConfig:
                     dataclasses.replace(base, compressed=compressed, selected=selected, tile=tile, num_stages=stages)
                 )
         return list(dict.fromkeys(found))
+
+
+def selection_warps(shape: Shape) -> int:
+    """Warps of the selection: so many that a thread holds at most 64 of the scores of a query's heads."""
+    return _power(shape.lanes * shape.table // 2048, 4, 16)
 
 
 def _power(value: int, low: int, high: int) -> int:

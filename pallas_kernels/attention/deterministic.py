@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.attention.arguments import Shape, Sparsity, Tail
-from pallas_kernels.attention.config import AttentionConfig, Branch
+from pallas_kernels.attention.config import AttentionConfig, Branch, selection_warps
 from pallas_kernels.attention.launch import Launch
 from pallas_kernels.attention.scores import entry_of_lane, store_scores
 from pallas_kernels.attention.tiles import (
@@ -59,6 +59,7 @@ def config_for(sparsity: Sparsity, shape: Shape) -> AttentionConfig:
         window=branch(sparsity.window + tile),
         tile=tile,
         num_stages=3,
+        selection_warps=selection_warps(shape),
     )
 
 

@@ -1,12 +1,13 @@
 """Scores of compressed entries → the blocks of each query, and the union of each group's blocks.
 
-One program a (query, KV head). It normalises its heads' block scores, adds those of the tail's compression blocks,
-chooses the top n, and marks them in its group's table of owners; the last program of a group to arrive then compacts
-the table into the union. So the union costs no launch of its own.
+One program a (query, KV head). It normalises its heads' block scores, adds those of the tail's compression blocks, and
+chooses the top n. The last program of a group to arrive then marks all its queries' blocks in a table of owners, and
+compacts that into the union. So the union costs no launch of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,9 +18,15 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels._call import triton_call
 from pallas_kernels.attention.arguments import Selection, Tail
+from pallas_kernels.attention.config import AttentionConfig
 from pallas_kernels.attention.launch import Launch
 from pallas_kernels.attention.tiles import exp2, overlap, parts
 from pallas_kernels.selection.kernel import choose, lane_parts, lane_ranges, store_ids
+
+# Scores that a thread loads before it waits for them: more would spill.
+_IN_FLIGHT = 64
+# So few programs load whole rows of scores, written or not, sooner than they know the sequence's length.
+_EAGER = 256
 
 
 def run(
@@ -82,64 +89,143 @@ def perform(launch: Launch, refs: dict[str, Any], token: Any) -> None:
     chosen, slot, count = choose(importance, own, num_blocks, **rule)
     store_ids(refs["ids"], (batch, token, head), chosen, slot, count, sparsity.num_selected)
     if launch.config.group > 1:
-        _unite(launch, refs, chosen, length)
+        _unite(launch, refs, length)
 
 
 def _importance(launch: Launch, refs: dict[str, Any], num_blocks: int, length: Any) -> list[Any]:
     """Importance float32 of all blocks for this program's query: Σ over heads of the probabilities, by overlap."""
     sparsity, shape = launch.sparsity, launch.shape
-    token, head, batch = refs["token"], refs["head"], refs["batch"]
-    first, splits = next((first, count) for index, first, count in launch.segments if index == 0)
-    # As [lines, pages of a run]: what these share is then one value, and their loads are vectors.
-    tables = [_Blocks(launch, *span) for span in lane_ranges(num_blocks)]
+    token, batch = refs["token"], refs["batch"]
     # The tokens whose entries the scoring launch went over, tile by tile; the rest are the tail's slots.
     tokens = jnp.where(length >= 0, refs["tail_positions"][batch, token] + 1, 0) if launch.deterministic else length
     entries = jnp.maximum(tokens - sparsity.compress_block + sparsity.compress_stride, 0) // sparsity.compress_stride
     tiles = pl.cdiv(entries, launch.entry_tile)
-    split = lax.iota(jnp.int32, pl.next_power_of_2(splits))
     slots = None if launch.deterministic else _Slots(launch, refs, length)
+    spans = lane_ranges(num_blocks)
+    # Heads as a dimension of all tensors: the loads of one need not wait for another's.
+    together = shape.lanes
+    while together > 1 and together * spans[0][1] > _IN_FLIGHT * 32 * launch.config.selection_warps:
+        together //= 2
 
-    def norm_of(row):
-        """log2 of the sum of the row's weights: subtracting it from a score is dividing by the sum."""
-        lse = plgpu.load(refs["lse"].at[batch, head, first + split, jnp.full_like(split, 0) + row],
-                         mask=split < splits, other=-jnp.inf)  # fmt: skip
-        top = jnp.max(lse)
+    def add_heads(i, state):
+        importance, given = state
+        heads = _Heads(launch, refs, i * together + lax.iota(jnp.int32, together))
+        # All other loads come before that of the norms, which are waited for first. ptxas would move some behind.
+        of_blocks = [heads.probability(span, tiles) if span in cached else None for span in spans]
+        of_slots = None if slots is None else slots.probability(heads)
+        if not launch.interpret:
+            plgpu.debug_barrier()
+        norm = heads.norm()
+        importance = [
+            part if of_norm is None else part + of_norm(norm)
+            for part, of_norm in zip(importance, of_blocks, strict=True)
+        ]
+        return importance, given if of_slots is None else given + of_slots(norm)
+
+    # Blocks behind the table have what the tail gives them alone.
+    cached = [span for span in spans if launch.deterministic or span[0] < shape.table]
+    state = [jnp.zeros(size, jnp.float32) for _, size in spans], 0.0 if slots is None else slots.nothing
+    if together == shape.lanes:
+        importance, given = add_heads(0, state)
+    else:
+        importance, given = lax.fori_loop(0, shape.lanes // together, add_heads, state)
+    return importance if slots is None else slots.add(importance, lane_parts(num_blocks), given)
+
+
+class _Heads:
+    """Some of the query's heads: their rows, and what these hold."""
+
+    def __init__(self, launch: Launch, refs: dict[str, Any], head: Any):
+        self._launch, self._refs = launch, refs
+        programs = launch.shape.batch * launch.shape.num_kv_heads * launch.shape.width
+        self._eager = programs <= _EAGER and not launch.deterministic
+        self._at, self._row = (refs["batch"], refs["head"]), refs["token"] * launch.shape.lanes + head
+        self._valid = None if launch.shape.group == launch.shape.lanes else head < launch.shape.group
+        self._first, self._splits = next((first, count) for index, first, count in launch.segments if index == 0)
+
+    def norm(self) -> Any:
+        """float32 [heads]: log2 of the sum of each one's weights. To subtract it from a score is to divide by the
+        sum."""
+        size = (pl.next_power_of_2(self._splits), self._row.shape[0])
+        split = lax.broadcasted_iota(jnp.int32, size, 0)
+        row, mask = jnp.broadcast_to(self._row[None, :], size), self._live(split < self._splits, 1)
+        lse = plgpu.load(self._refs["lse"].at[(*self._at, self._first + split, row)], mask=mask, other=-jnp.inf)
+        top = jnp.max(lse, axis=0)
         top = jnp.where(top > -jnp.inf, top, 0.0)
-        if launch.deterministic:  # one split after the other, whatever their number
-            total = lax.fori_loop(
-                0, splits, lambda k, total: total + jnp.exp2(refs["lse"][batch, head, first + k, row] - top), 0.0
-            )
+        if self._launch.deterministic:  # one split after the other, whatever their number
+
+            def add(k, total):
+                of_split = self._refs["lse"].at[(*self._at, jnp.full_like(self._row, 0) + self._first + k, self._row)]
+                other = None if self._valid is None else -jnp.inf
+                return total + jnp.exp2(plgpu.load(of_split, mask=self._valid, other=other) - top)
+
+            total = lax.fori_loop(0, self._splits, add, jnp.zeros_like(top))
         else:
-            total = jnp.sum(jnp.exp2(lse - top))
+            total = jnp.sum(jnp.exp2(lse - top[None, :]), axis=0)
         # No entry is visible where the sum is 0.
         return top + jnp.log2(jnp.where(total > 0, total, 1.0))
 
-    # Heads side by side, since the loads of one then need not wait for another's; more than 4 take Triton long.
-    together = max(count for count in (1, 2, 3, 4) if shape.group % count == 0)
+    def _live(self, mask: Any, axis: int) -> Any:
+        """``mask``, less what is no head, heads being along ``axis``."""
+        if self._valid is None:
+            return mask
+        return mask & lax.broadcast_in_dim(self._valid, mask.shape, (axis,))
 
-    def add_heads(i, importance):
-        rows = [token * shape.lanes + i * together + g for g in range(together)]
-        norms = [norm_of(row) for row in rows]
-        for row, norm in zip(rows, norms, strict=True):
-            importance = [
-                part + _probability(launch, refs, row, table, tiles, norm)
-                for part, table in zip(importance, tables, strict=True)
-            ]
-        return importance if slots is None else slots.add(importance, tables, rows, norms)
+    def load(self, name: str, index: Any, live: Any, other: float) -> Any:
+        """[heads, …]: what the heads' rows of an array hold at ``index``, which is alike for all heads."""
+        ref, size = self._refs[name], (self._row.shape[0], *index.shape)
+        row = lax.broadcast_in_dim(self._row, size, (0,))
+        index, live = (jnp.broadcast_to(x[None], size) for x in (index, live))
+        live = self._live(live, 0)
+        mask = self._live((index >= 0) & (index < ref.shape[-1]), 0) if self._eager else live
+        # Nothing but the mask keeps dead lanes off: an address that depends on it is no vector any more.
+        loaded = plgpu.load(ref.at[(*self._at, row, index)], mask=mask, other=other)
+        return jnp.where(live, loaded, other) if self._eager else loaded
 
-    importance = [jnp.zeros(table.block.shape, jnp.float32) for table in tables]
-    if together == shape.group:
-        importance = add_heads(0, importance)
-    else:
-        importance = lax.fori_loop(0, shape.group // together, add_heads, importance)
-    return [part.reshape(-1) for part in importance]
+    def probability(self, span: tuple[int, int], tiles: Any) -> Callable[[Any], Any]:
+        """What entries in the cache give to a range of blocks, as probabilities, of all heads: float32 [blocks], as a
+        function of their norms."""
+        launch, (first, size), pages = self._launch, span, self._launch.page_tile
+        block = first + lax.iota(jnp.int32, size)
+        scores = self.load("scores", block, block < tiles * pages, -jnp.inf if launch.identity else 0.0)
+        if launch.identity:
+            return lambda norm: jnp.sum(exp2(launch, scores - norm[:, None]), axis=0)
+        # Of blocks: [tiles, lines, run], a line being a run of adjacent pages.
+        in_tile = min(pages, size)
+        run = min(launch.page_run, in_tile)
+        shape = (size // in_tile, in_tile // run, run)
+        tile = parts(first + lax.iota(jnp.int32, shape[0]) * in_tile, pages)[0]
+
+        def tops(tile):
+            return self.load("tops", tile, (tile >= 0) & (tile < tiles), -jnp.inf)
+
+        own = tops(tile)
+        if "carry" in self._refs:
+            # From the line before, which may be of the tile before, into a line's first block. That before the first
+            # was never written.
+            runs = pages // launch.page_run
+            line, column = (lax.broadcasted_iota(jnp.int32, shape[:2], axis) for axis in (0, 1))
+            line = first // run + line * shape[1] + column
+            carry, before = self.load("carry", line, (line > 0) & (line <= tiles * runs), 0.0), tops(tile - 1)
+
+        def of_norm(norm):
+            factor = exp2(launch, own - norm[:, None])[:, :, None]
+            total = jnp.sum(scores.reshape(-1, *shape) * factor[..., None], axis=0)
+            if "carry" in self._refs:
+                begins = parts(line, runs)[1] == 0
+                factor = jnp.where(begins[None], exp2(launch, before - norm[:, None])[:, :, None], factor)
+                given = jnp.sum(carry * factor, axis=0)
+                total += jnp.where(lax.broadcasted_iota(jnp.int32, shape, 2) == 0, given[:, :, None], 0.0)
+            return total.reshape(-1)
+
+        return of_norm
 
 
 class _Slots:
     """The compression blocks that end in the tail."""
 
     def __init__(self, launch: Launch, refs: dict[str, Any], length: Any):
-        self._refs, self._sparsity, self._at = refs, launch.sparsity, (refs["batch"], refs["head"])
+        self._sparsity = launch.sparsity
         width, slots = launch.shape.width, launch.shape.slots
         self.lane = lax.iota(jnp.int32, pl.next_power_of_2(slots))
         node = plgpu.load(refs["tail_slot"].at[refs["batch"], self.lane], mask=self.lane < slots, other=width)
@@ -148,111 +234,61 @@ class _Slots:
         end = plgpu.load(refs["tail_positions"].at[refs["batch"], node], mask=self.used, other=0) + 1
         self.entry = (end - self._sparsity.compress_block) // self._sparsity.compress_stride
         self.count = jnp.sum(self.used.astype(jnp.int32))
+        self.nothing = jnp.zeros(self.lane.shape, jnp.float32)
 
-    def add(self, importance: list[Any], tables: list[_Blocks], rows: list[Any], norms: list[Any]) -> list[Any]:
-        """``importance`` and what the slots give to it, of the heads in ``rows``."""
-        given = jnp.zeros(self.lane.shape, jnp.float32)
-        for row, norm in zip(rows, norms, strict=True):
-            scores = self._refs["slot_scores"].at[(*self._at, jnp.full_like(self.lane, 0) + row, self.lane)]
-            given += jnp.exp2(plgpu.load(scores, mask=self.used, other=-jnp.inf) - norm)
+    def probability(self, heads: _Heads) -> Callable[[Any], Any]:
+        """float32 [slots], of all heads, as a function of their norms."""
+        scores = heads.load("slot_scores", self.lane, self.used, -jnp.inf)
+        return lambda norm: jnp.sum(jnp.exp2(scores - norm[:, None]), axis=0)
+
+    def add(self, importance: list[Any], blocks: list[Any], given: Any) -> list[Any]:
+        """``importance`` and what the slots give to ``blocks``, of probabilities ``given``."""
 
         def add_slot(m, importance):
             # Out of vectors by a sum: a load would take longer.
             probability = jnp.sum(jnp.where(self.lane == m, given, 0.0))
             entry = jnp.sum(jnp.where(self.lane == m, self.entry, 0))
             return [
-                part + probability * overlap(self._sparsity, entry, table.block).astype(jnp.float32)
-                for part, table in zip(importance, tables, strict=True)
+                part + probability * overlap(self._sparsity, entry, block).astype(jnp.float32)
+                for part, block in zip(importance, blocks, strict=True)
             ]
 
         return lax.fori_loop(0, self.count, add_slot, importance)
 
 
-class _Blocks:
-    """A range of blocks as [lines, pages], a line being a run of adjacent pages: ``block`` int32 of that shape, and the
-    ``line`` int32 [lines]."""
-
-    def __init__(self, launch: Launch, first: int, size: int):
-        run = launch.page_run if not launch.identity else min(launch.page_tile, size)
-        shape = (size // run, run)
-        line, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-        self.block = first + line * run + column
-        self.line = first // run + lax.iota(jnp.int32, shape[0])
-        self.tile = parts(self.line * run, launch.page_tile)[0]
-
-
-def _probability(launch: Launch, refs: dict[str, Any], row: Any, blocks: _Blocks, tiles: Any, norm: Any) -> Any:
-    """float32 [lines, pages]: what a row's entries in the cache give to ``blocks``, as probabilities."""
-    at = (refs["batch"], refs["head"], row)
-    block, tile, line = blocks.block, blocks.tile, blocks.line
-
-    def load(live, other):
-        """Masked by lines, so that vectors stay whole."""
-        live = jnp.broadcast_to(live[:, None], block.shape)
-        return plgpu.load(refs["scores"].at[(*at, jnp.where(live, block, 0))], mask=live, other=other)
-
-    def factor(tile):
-        live = (tile >= 0) & (tile < tiles)
-        top = plgpu.load(refs["tops"].at[(*at, jnp.where(live, tile, 0))], mask=live, other=-jnp.inf)
-        return exp2(launch, top - norm)
-
-    if launch.identity:
-        return exp2(launch, load(tile < tiles, -jnp.inf) - norm)
-    total = load(tile < tiles, 0.0) * factor(tile)[:, None]
-    if "carry" in refs:  # from the line before, which may be of the tile before, into a line's first block
-        runs = launch.page_tile // launch.page_run
-        live = (line > 0) & (line <= tiles * runs)  # that before the first was never written
-        carry = plgpu.load(refs["carry"].at[(*at, jnp.where(live, line, 0))], mask=live, other=0.0)
-        carry = carry * factor(jnp.where(live, parts(line + (runs - 1), runs)[0] - 1, -1))
-        first = lax.broadcasted_iota(jnp.int32, block.shape, 1) == 0
-        total += jnp.where(first, carry[:, None], 0.0)
-    return total
-
-
-def _unite(launch: Launch, refs: dict[str, Any], chosen: list[Any], length: Any) -> None:
-    """Marks the chosen blocks; in the group's last program, compacts its union."""
-    sparsity, shape, config, interpret = launch.sparsity, launch.shape, launch.config, launch.interpret
+def _unite(launch: Launch, refs: dict[str, Any], length: Any) -> None:
+    """In the last of a group's programs to arrive: compacts the group's union."""
+    shape, config, interpret = launch.shape, launch.config, launch.interpret
     token, head, batch = refs["token"], refs["head"], refs["batch"]
-    group, member = token // config.group, token % config.group
+    group = token // config.group
     marks, row = refs["marks"], shape.table + 1
     base = group * launch.mask_words * row
-    first = 0
-    for part in chosen:
-        block = first + lax.iota(jnp.int32, part.shape[0])
-        first += part.shape[0]
-        # Blocks that committed tokens do not fill are left to the tail.
-        marked = part & ((block + 1) * sparsity.select_block <= length)
-        # Interpret mode has no masked atomics: there the row's last word is for lanes that mark nothing.
-        at = base + member // 32 * row + jnp.where(marked, block, shape.table)
-        bit = jnp.where(marked, 1 << (member % 32), 0)
-        # A query sets its own bit once: adding it is setting it, and interpret mode has no atomic_or.
-        if interpret:
-            plgpu.atomic_add(marks, (batch, head, at), bit)
-        else:
-            # Not atomic_add: of a tensor of integers it lowers to an addition of floats.
-            plgpu.atomic_or(marks, (batch, head, at), bit, mask=marked)
     if not interpret:
-        plgpu.debug_barrier()  # ids and marks are written
+        plgpu.debug_barrier()  # ids are written
     counter = launch.groups * launch.mask_words * row + group
     members = jnp.minimum(config.group, shape.width - group * config.group)
     arrived = plgpu.atomic_add(marks, (batch, head, counter), jnp.asarray(1, jnp.int32))
 
     @pl.when(arrived == members - 1)
     def _():
+        # Pages of all blocks, so that these loads need not wait for the marks; no vectors, whose layout is not that in
+        # which Triton has marks and slots.
+        pages = [
+            plgpu.load(refs["page_table"].at[batch, jnp.where(block < shape.table, block, 0)])
+            for block in lane_parts(shape.table)
+        ]
+        _mark(launch, refs, group, members, base, length)
+        if not interpret:
+            plgpu.debug_barrier()  # marks are written
         size, filled = refs["pages"].shape[-1], jnp.zeros((), jnp.int32)
-        for block in lane_parts(shape.table):
+        for block, page in zip(lane_parts(shape.table), pages, strict=True):
             words, owned = [], jnp.zeros(block.shape, bool)
             inside = block < shape.table
-            # All pages, so that this load need not wait for the marks.
-            page = plgpu.load(refs["page_table"].at[batch, jnp.where(inside, block, 0)], mask=inside, other=0)
             for word in range(launch.mask_words):
-                # Volatile: past L1, which does not know what others wrote.
-                at = base + word * row + jnp.where(inside, block, 0)
+                # Volatile: past L1, which does not know what atomics wrote.
+                at = base + word * row + block
                 words.append(plgpu.load(marks.at[batch, head, at], mask=inside, other=0, volatile=True))
                 owned |= words[-1] != 0
-            if config.mode == "shared":
-                owned = _representative(launch, refs, group, members, block, length)
-                words = [jnp.where(owned, -1, 0) for _ in words]
             slot = jnp.where(owned, filled + lax.cumsum(owned.astype(jnp.int32), axis=0) - 1, size)
             plgpu.store(refs["pages"].at[batch, head, group, slot], page, mask=owned)
             for word, mark in enumerate(words):
@@ -262,22 +298,45 @@ def _unite(launch: Launch, refs: dict[str, Any], chosen: list[Any], length: Any)
         refs["size"][batch, head, group] = filled
 
 
-def _representative(launch: Launch, refs: dict[str, Any], group: Any, members: Any, block: Any, length: Any) -> Any:
-    """bool [lanes]: the blocks of the group's query with the longest prefix, which become those of all its queries."""
-    sparsity, config = launch.sparsity, launch.config
-    head, batch = refs["head"], refs["batch"]
+def _mark(launch: Launch, refs: dict[str, Any], group: Any, members: Any, base: Any, length: Any) -> None:
+    """Marks the blocks of a group's queries in its table of owners, all with few atomics: each waits for all writes."""
+    sparsity, shape, config, interpret = launch.sparsity, launch.shape, launch.config, launch.interpret
+    head, batch, marks = refs["head"], refs["batch"], refs["marks"]
+    # Interpret mode's atomics forget all but one of those to one address: there a query at a time.
+    steps = config.group if interpret else 1
+    size = pl.next_power_of_2(sparsity.num_selected)
+    lane = lax.iota(jnp.int32, pl.next_power_of_2(config.group // steps) * size)
+    source = _representative(refs, group, members, config) if config.mode == "shared" else None
+
+    def mark(step, carry):
+        first, place = parts(lane, size)
+        member = step * (config.group // steps) + first
+        token = group * config.group + member
+        live = (member < members) & (place < sparsity.num_selected)
+        at = batch, token if source is None else jnp.full_like(token, 0) + source, head, place
+        block = plgpu.load(refs["ids"].at[at], mask=live, other=-1, volatile=True)  # past L1
+        if source is not None:
+            plgpu.store(refs["ids"].at[batch, token, head, place], block, mask=live)
+        # Blocks that committed tokens do not fill are left to the tail.
+        marked = (block >= 0) & ((block + 1) * sparsity.select_block <= length)
+        # Interpret mode has no masked atomics: there the row's last word is for lanes that mark nothing.
+        row = shape.table + 1
+        where = base + member // 32 * row + jnp.where(marked, block, shape.table)
+        bit = jnp.where(marked, 1 << (member % 32), 0)
+        # A query sets its own bit once: adding it is setting it, and interpret mode has no atomic_or.
+        if interpret:
+            plgpu.atomic_add(marks, (batch, head, where), bit)
+        else:
+            # Not atomic_add: of a tensor of integers it lowers to an addition of floats.
+            plgpu.atomic_or(marks, (batch, head, where), bit, mask=marked)
+        return carry
+
+    lax.fori_loop(0, steps, mark, 0) if steps > 1 else mark(0, 0)
+
+
+def _representative(refs: dict[str, Any], group: Any, members: Any, config: AttentionConfig) -> Any:
+    """int32 []: the group's query with the longest prefix, whose blocks become those of all its queries."""
     member = lax.iota(jnp.int32, pl.next_power_of_2(config.group))
     token = group * config.group + member
-    position = plgpu.load(refs["tail_positions"].at[batch, token], mask=member < members, other=-1)
-    longest = jnp.max(position)
-    best = jnp.max(jnp.where(position == longest, token, -1))
-    owned = jnp.zeros(block.shape, jnp.int32)
-
-    def one(k, owned):
-        own = plgpu.load(refs["ids"].at[batch, best, head, k], volatile=True)
-        plgpu.store(refs["ids"].at[batch, token, head, jnp.full_like(token, 0) + k],
-                    jnp.broadcast_to(own, token.shape), mask=member < members)  # fmt: skip
-        return owned | (block == own).astype(jnp.int32)
-
-    owned = lax.fori_loop(0, sparsity.num_selected, one, owned)
-    return (owned > 0) & ((block + 1) * sparsity.select_block <= length)
+    position = plgpu.load(refs["tail_positions"].at[refs["batch"], token], mask=member < members, other=-1)
+    return jnp.max(jnp.where(position == jnp.max(position), token, -1))

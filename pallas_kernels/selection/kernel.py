@@ -113,35 +113,55 @@ def choose(
 
     keys = [key_of(ids, part) for ids, part in zip(lane_parts(num_blocks), importance, strict=True)]
 
-    def number(masks):
-        return sum((jnp.sum(mask.astype(jnp.int32), dtype=jnp.int32) for mask in masks), start=np.int32(0))
+    def number(part_of):
+        """int32 []: the sum over all keys of ``part_of`` them."""
+        return sum((jnp.sum(part_of(key), dtype=jnp.int32) for key in keys), start=np.int32(0))
 
-    # The largest threshold that `count` keys reach, bit by bit; done early once exactly `count` keys reach it.
+    # The largest threshold that `count` keys reach lies in low … high − 1: as many groups of keys have one each that
+    # reaches the least of their maxima, and no key that is not forced exceeds the highest of these.
+    low, high = _least_maximum(keys[0], num_selected), np.int32(0)
+    for key in keys:
+        high = jnp.maximum(high, jnp.max(jnp.where(key == _FORCED, 0, key)) + 1)
+
+    # Two thresholds a round, whose counts share a word; done early once exactly `count` keys reach the lower end.
     def narrow(state):
-        bit, threshold, reached = state
-        candidate = threshold | (1 << bit)
-        candidate_reached = number([key >= candidate for key in keys])
-        accept = candidate_reached >= count
-        return bit - 1, jnp.where(accept, candidate, threshold), jnp.where(accept, candidate_reached, reached)
+        low, high, reached = state
+        third = jnp.maximum(lax.div(high - low, np.int32(3)), 1)
+        lower, upper = low + third, jnp.minimum(low + 2 * third, high - 1)
+        both = number(lambda key: (key >= lower).astype(jnp.int32) + ((key >= upper).astype(jnp.int32) << 16))
+        reach_lower, reach_upper = both & 0xFFFF, both >> 16
+        some, more = reach_lower >= count, reach_upper >= count
+        low = jnp.where(more, upper, jnp.where(some, lower, low))
+        high = jnp.where(more, high, jnp.where(some, upper, lower))
+        return low, high, jnp.where(more, reach_upper, jnp.where(some, reach_lower, reached))
 
-    _, threshold, _ = lax.while_loop(
-        lambda state: (state[0] >= 0) & (state[2] > count), narrow, (np.int32(30), np.int32(0), last + 1)
+    threshold, _, _ = lax.while_loop(
+        lambda state: (state[1] - state[0] > 1) & (state[2] > count), narrow, (low, high, last + 1)
     )
 
     # Keys above the threshold are in; of those equal to it, the first `ties`. One cumsum counts both.
-    ties = count - number([key > threshold for key in keys])
+    both = [(key > threshold).astype(jnp.int32) + ((key == threshold).astype(jnp.int32) << 16) for key in keys]
+    totals = [jnp.sum(part, dtype=jnp.int32) for part in both]
+    ties = count - (sum(totals) & 0xFFFF)
     all_chosen, slots, before = [], [], jnp.zeros((), jnp.int32)
-    for key in keys:
-        above, equal = key > threshold, key == threshold
-        both = above.astype(jnp.int32) + (equal.astype(jnp.int32) << 16)
-        counts = before + lax.cumsum(both, axis=0)
+    # From `both`, not from the keys: then Triton moves one tensor into the layout that a cumsum takes, and none back.
+    for part, total in zip(both, totals, strict=True):
+        counts = before + lax.cumsum(part, axis=0)
         above_so_far, equal_so_far = counts & 0xFFFF, counts >> 16
-        chosen = above | (equal & (equal_so_far <= ties))
+        chosen = (part == 1) | ((part > 1) & (equal_so_far <= ties))
         all_chosen.append(chosen)
         # Interpret mode writes back what masked lanes read, so these must not name a slot in use.
         slots.append(jnp.where(chosen, above_so_far + jnp.minimum(equal_so_far, ties) - 1, num_selected))
-        before = before + jnp.sum(both, dtype=jnp.int32)
+        before = before + total
     return all_chosen, slots, count
+
+
+def _least_maximum(key: Any, groups: int) -> Any:
+    """int32 []: the least of the maxima of ``groups`` groups of keys or more, at least 0."""
+    groups = pl.next_power_of_2(groups)
+    if groups >= key.shape[0]:
+        return np.int32(0)
+    return jnp.maximum(jnp.min(jnp.max(key.reshape(-1, groups), axis=0)), 0)
 
 
 def store_ids(
