@@ -39,6 +39,7 @@ from pallas_kernels.attention.tiles import (
     share,
     start,
     tail_tiles,
+    walk,
 )  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def run(
         # starts last, when it evens out what the multiprocessors have to do.
         grid=(launch.shape.num_kv_heads, launch.shape.batch, sum(works(launch, index) for index in launch.branches)),
         num_warps=launch.num_warps,
-        num_stages=launch.config.num_stages,
+        num_stages=launch.num_stages(query.dtype.itemsize),
         interpret=launch.interpret,
         name="nsa_" + "_".join(("compressed", "selected", "window")[index] for index in launch.branches),
     )
@@ -195,15 +196,15 @@ def _compressed(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, spl
             store_scores(launch, refs, rows, i, scores, weights, state.top)
         return state
 
-    def step(i, state):
-        return attend_entries(i, page_of(i), state, None)
+    def step(i, page, state):
+        return attend_entries(i, page, state, None)
 
     def partial_step(i, state):
         return attend_entries(i, page_of(i), state, i * launch.entry_tile + lane < entries)
 
     last = (split == splits - 1) & (length >= 0)
     full = entries // launch.entry_tile
-    state = lax.fori_loop(*share(full, split, splits), step, start(rows, with_values))
+    state = walk(launch, *share(full, split, splits), page_of, step, start(rows, with_values))
     state = lax.fori_loop(full, jnp.where(last, pl.cdiv(entries, launch.entry_tile), full), partial_step, state)
 
     # The blocks that end in the tail: each visible below the node at which it ends.
@@ -332,8 +333,8 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
             visible = owned if visible is None else visible & owned
         return attend_tile(launch, state, scores, visible, load_rows(refs["value"], at, live))[1]
 
-    def step(i, state):
-        return attend_blocks(i, listed_at(i), state, None)
+    def step(i, listed, state):
+        return attend_blocks(i, listed, state, None)
 
     def partial_step(i, state):
         return attend_blocks(i, listed_at(i), state, item_of(i)[0] < count)
@@ -346,7 +347,7 @@ def _selected(launch: Launch, refs: dict[str, Any], tile: Any, split: Any, split
         count = jnp.sum(((ids >= 0) & ((ids + 1) * page <= length)).astype(jnp.int32))
     last = (split == splits - 1) & (length >= 0)
     full = count * page // config.tile
-    state = lax.fori_loop(*share(full, split, splits), step, start(rows))
+    state = walk(launch, *share(full, split, splits), listed_at, step, start(rows))
     if several:
         total = pl.cdiv(count * page, config.tile)
         state = lax.fori_loop(full, jnp.where(last, total, full), partial_step, state)

@@ -85,13 +85,13 @@ class AttentionConfig:
         blocks = min(group * sparsity.num_selected, shape.table)
         near = -(-(shape.ring or sparsity.window) // 128)
         # Long walks over the cache like long steps; short ones, of many splits, want their first keys soon.
-        long = every * tiles >= 32
+        long = every * tiles >= 200
         return cls(
             group=group,
             mode=mode,
             compressed=Branch(rows, _splits(every * tiles, entries)),
             selected=Branch(own_rows, _splits(every * groups, blocks // 3)),
-            window=Branch(rows, _splits(every * tiles, near, programs=32)),
+            window=Branch(rows, _splits(every * tiles, near, programs=256)),
             tile=64 if long else 32,
             num_stages=3 if long else 5,
             selection_warps=selection_warps(shape),

@@ -7,6 +7,9 @@ import dataclasses
 from pallas_kernels.attention.arguments import Shape, Sparsity
 from pallas_kernels.attention.config import AttentionConfig, Branch
 
+# Of sm_90's 227 KB a program, without what layouts meet in.
+_SHARED_BYTES = 216 * 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
@@ -91,6 +94,20 @@ class Launch:
     def num_warps(self) -> int:
         """One warp for 16 rows."""
         return max(1, min(8, max(self.branch(index).rows for index in self.branches) // 16))
+
+    def num_stages(self, itemsize: int) -> int:
+        """Of Triton's pipeline, as ``AttentionConfig.num_stages`` says for the launch with scores.
+
+        In others pages are looked up a step ahead (``tiles.walk``) and take no stages: half of them keep as many tiles
+        in flight. 64 rows, for which a tile of 64 keys is work enough, take one more, where there is room for it.
+        """
+        stages = self.config.num_stages
+        if self.scored or self.deterministic:
+            return stages
+        rows = max(self.branch(index).rows for index in self.branches)
+        row = (1 << (self.shape.head_dim - 1).bit_length()) * itemsize
+        room = (_SHARED_BYTES - rows * row) // (2 * self.config.tile * row)
+        return max(2, min((stages + 1) // 2 + (rows >= 64 and self.config.tile >= 64), room))
 
     @property
     def mask_words(self) -> int:
