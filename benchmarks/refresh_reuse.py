@@ -102,7 +102,9 @@ def main() -> None:
     parser.add_argument("--refresh", type=int, nargs="+", help="numbers of refresh layers")
     parser.add_argument("--kl-context", type=int, default=2048, help="context of the measured divergence")
     parser.add_argument("--windows", type=int, default=precision.WINDOWS, help="places in the text for the divergence")
-    parser.add_argument("--iterations", type=int, default=8, help="steps between two looks at the clock")
+    # Calling a compiled loop costs a GPU some milliseconds by itself.
+    parser.add_argument("--iterations", type=int, default=64 if jax.default_backend() == "gpu" else 8,
+                        help="steps between two looks at the clock")  # fmt: skip
     args = parser.parse_args()
 
     dtype, engine, text = model_dtype(), None, None
