@@ -119,7 +119,8 @@ def choose(
 
     # The largest threshold that `count` keys reach lies in low … high − 1: as many groups of keys have one each that
     # reaches the least of their maxima, and no key that is not forced exceeds the highest of these.
-    low, high = _least_maximum(keys[0], num_selected), np.int32(0)
+    low: Any = _least_maximum(keys[0], num_selected)
+    high: Any = np.int32(0)
     for key in keys:
         high = jnp.maximum(high, jnp.max(jnp.where(key == _FORCED, 0, key)) + 1)
 
