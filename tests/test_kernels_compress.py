@@ -1,14 +1,20 @@
 """φ by kernels against its NumPy reference: in interpret mode, on a GPU where there is one."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference_params import tiny_nsa
 
 from pallas_kernels import UnsupportedError, report
 from pallas_kernels.compress import CompressConfig, compress, reference, specs
+from specsa_jax import cache as caches
+from specsa_jax.config import RopeConfig
+from specsa_jax.nsa import cached, kernels
+from specsa_jax.nsa.compression import Compress
 
 PLACES = [
     pytest.param(True, id="interpret"),
@@ -118,3 +124,85 @@ def test_compiles_for_sm90():
     for kernel in report.kernels(report.lower(compress, *specs.BENCHMARKS[0].abstract())):
         resources = report.compile_sm90(kernel)
         assert resources.stack == 0 and resources.shared <= 227 * 1024, f"{kernel.name}: {resources}"
+
+
+# What a layer makes of it.
+
+
+class Phi:
+    """A φ of random weights; a module's own initialization would take seconds."""
+
+    __call__, _per_head = Compress.__call__, Compress._per_head
+
+    def __init__(self, nsa, dtype, normal):
+        self.kind, self.dtype = nsa.compression, dtype
+        heads, block, dim, width = nsa.num_kv_heads, nsa.compress_block, nsa.head_dim, nsa.compress_hidden
+        self.position = normal(heads, block, dim)
+        if self.kind == "mlp":
+            self.weight_in, self.weight_out = normal(heads, block * dim, width) / 6, normal(heads, width, dim) / 3
+        else:
+            self.weight = normal(heads, block * dim, dim) / 6
+
+
+def layer_and_tail(dtype="float32", slots=None, **switches):
+    """A layer with random φ and cache, and a random tree behind two sequences, in which blocks end."""
+    rng = np.random.default_rng(0)
+    nsa = tiny_nsa(**switches)
+    heads, dim, batch = nsa.num_kv_heads, nsa.head_dim, 2
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    phi = [Phi(nsa, jnp.dtype(dtype), normal) for _ in range(2)]
+    entries = normal(batch, 7, heads, dim), normal(batch, 7, heads, dim)
+    lengths = jnp.array([20, 3], jnp.int32)
+    tail = caches.make_tail(nsa, caches.topology([-1, 0, 0, 1, 1, 2, 3], nsa.compress_block), lengths, slots)
+    ring = caches.ring_sizes(nsa, 1)[0]
+    layer = SimpleNamespace(raw_key=normal(batch, heads, ring, dim), raw_value=normal(batch, heads, ring, dim))
+    if not nsa.compressed_output:
+        layer.raw_value, phi[1] = None, None
+    return nsa, phi, entries, layer, tail
+
+
+@pytest.mark.parametrize("interpret", PLACES)
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {},
+        {"compression": "linear", "compressed_rope": "none", "compressed_output": False, "dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_a_layers_entries_are_those_of_xla(switches, interpret):
+    nsa, phi, entries, layer, tail = layer_and_tail(**switches)
+    assert kernels.compresses(nsa, phi[0], layer, tail)
+    starts = jnp.take_along_axis(tail.positions, jnp.minimum(tail.slot, 6), axis=1) + 1 - nsa.compress_block
+    arguments = (nsa, RopeConfig(), *phi, layer, *entries, tail, starts)
+    expected = jax.jit(lambda: cached._compress_blocks(*arguments, lambda function, *blocks: function(*blocks)))()
+    actual = jax.jit(lambda: kernels.compress_blocks(*arguments, interpret=interpret))()
+    used = np.asarray(tail.slot) < 7
+    assert used.any() and not used.all()
+    for got, wanted in zip(actual, expected, strict=True):
+        assert (got is None) == (wanted is None)
+        if got is not None:
+            got, wanted = (np.asarray(array)[used].astype(np.float32) for array in (got, wanted))
+            np.testing.assert_allclose(got, wanted, atol=2e-2 if switches.get("dtype") else 1e-5)
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [{"compression": "mean"}, {"compression": "weighted"}, {"compressed_rope": "before"}, {"head_dim": 512}],
+    ids=str,
+)
+def test_layers_that_keep_xlas_code(switches):
+    nsa, phi, _, layer, tail = layer_and_tail(**switches)
+    assert not kernels.compresses(nsa, phi[0], layer, tail)
+
+
+def test_chunks_of_prompts_keep_xlas_code():
+    nsa, phi, _, layer, tail = layer_and_tail(slots=4)
+    assert kernels.compresses(nsa, phi[0], layer, tail)
+    long = tail._replace(positions=jnp.zeros((2, 1024), jnp.int32), slot=jnp.zeros((2, 512), jnp.int32))
+    assert not kernels.compresses(nsa, phi[0], layer, long)
+    tree = long._replace(positions=jnp.zeros((2, 512), jnp.int32))
+    assert kernels.compresses(nsa, phi[0], layer, tree)
