@@ -106,7 +106,7 @@ def test_unsupported_sizes_and_devices_say_which_and_why():
 
 def test_configs():
     with pytest.raises(ValueError, match="rows: got 8, expected a power of two of at least 16"):
-        CompressConfig(8, 16, 1, 4, 3)
+        CompressConfig(8, 16, 1, 1, 4, 3)
     for spec in [*specs.TESTS, *specs.BENCHMARKS]:
         assert CompressConfig.heuristic(spec.shape).fits(spec.shape)
 
@@ -116,7 +116,7 @@ def test_lowers(spec):
     first, second = report.kernels(report.lower(compress, *spec.abstract()))
     config, shape = CompressConfig.heuristic(spec.shape), spec.shape
     assert (first.name, second.name) == ("compress_project", "compress_finish")
-    assert first.grid == (-(-shape.width // config.columns), shape.num_kv_heads, shape.sides)
+    assert first.grid == (config.parts(shape) * -(-shape.width // config.columns), shape.num_kv_heads, shape.sides)
 
 
 def test_compiles_for_sm90():

@@ -3,15 +3,17 @@
 Of a layer's step the weights are nearly all bytes, and mostly no block ends. So both kernels go over the used slots
 only, packed into tiles of rows that share one reading of the weights, and a program that finds none leaves.
 
-``compress_project`` gathers a row's entries from ring and tail by itself and gives the MLP's hidden units (or the
-linear map's result). Its programs share out the columns, so that each sums over a whole block: nothing is left to add
-up between programs, and hidden units are rounded once, as in XLA's code. ``compress_finish`` multiplies by the second
-weight and rotates.
+``compress_project`` gathers a row's entries from ring and tail by itself and multiplies them by the MLP's first weight
+(or the linear map's). Its programs share out columns and entries of a block; each reads its part of the weights once,
+before it looks up its rows, and keeps it while it goes over them. ``compress_finish`` adds up the shares in order, for
+an MLP makes them hidden units and multiplies by the second weight, and rotates. Hidden units are rounded once, as in
+XLA's code.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -26,8 +28,8 @@ from pallas_kernels.compress.arguments import Shape, Side
 from pallas_kernels.compress.config import CompressConfig
 
 MAX_HEAD_DIM, MAX_WIDTH = 256, 4096
-# Of ``compress_finish``: columns in each half of D, and hidden units of a step.
-HALF_COLUMNS, HIDDEN = 16, 256
+# Of ``compress_finish``: columns in each half of D, hidden units of a step, and shares loaded at once.
+HALF_COLUMNS, HIDDEN, SEVERAL = 16, 256, 8
 
 
 def limit(head_dim: int, width: int) -> str | None:
@@ -61,14 +63,15 @@ def compress(
     used = (slot < key.fresh.shape[1]).reshape(-1)
     order = jnp.sort(jnp.where(used, jnp.arange(shape.rows, dtype=jnp.int32), shape.rows))
     committed = (start[..., None] + jnp.arange(shape.block, dtype=jnp.int32)) % key.ring.shape[2]
+    place = jnp.where(back < 0, committed, -1 - back).reshape(shape.rows, shape.block)
     shared = {
         "count": jnp.sum(used, dtype=jnp.int32)[None],
         "order": order,
-        "place": jnp.where(back < 0, committed, -1 - back).reshape(shape.rows, shape.block),
+        "place": place[jnp.minimum(order, shape.rows - 1)],
     }
     heads = (shape.num_kv_heads, shape.sides)
 
-    def call(name: str, body: Any, parts: int, inputs: dict[str, Any], outputs: Any, stages: int) -> Any:
+    def call(name: str, body: Any, parts: int, inputs: dict[str, Any], outputs: Any, warps: int, stages: int) -> Any:
         def kernel(*refs: Any) -> None:
             named = dict(zip([*inputs, *map(str, range(len(outputs)))], refs, strict=True))
             # Here, not where they are used: interpret mode knows program ids at the top level only.
@@ -82,7 +85,7 @@ def compress(
                     body(shape, config, own, tile, head, side, count)
 
         return triton_call(
-            kernel, *inputs.values(), out_shape=outputs, grid=(parts, *heads), num_warps=config.num_warps,
+            kernel, *inputs.values(), out_shape=outputs, grid=(parts, *heads), num_warps=warps,
             num_stages=stages, interpret=interpret, name=name,
         )  # fmt: skip
 
@@ -90,77 +93,137 @@ def compress(
         found = {f"{field}_{i}": getattr(side, field) for i, side in enumerate(sides) for field in fields}
         return {name: array for name, array in found.items() if array is not None}
 
-    [hidden] = call(
-        "compress_project", _project, pl.cdiv(shape.width, config.columns),
+    splits = config.parts(shape)
+    [sums] = call(
+        "compress_project", _project, splits * pl.cdiv(shape.width, config.columns),
         shared | arrays("ring", "fresh", "weight", "position"),
-        [jax.ShapeDtypeStruct((*reversed(heads), shape.rows, shape.width), dtype)], config.num_stages,
+        [jax.ShapeDtypeStruct((splits, *reversed(heads), shape.rows, shape.width), jnp.float32)],
+        config.num_warps, config.num_stages,
     )  # fmt: skip
-    inputs = {"count": shared["count"], "order": order, "hidden": hidden} | arrays("weight_out")
+    inputs = {"count": shared["count"], "order": order, "sums": sums} | arrays("weight_out")
     if rotation is not None:
         inputs["rotation"] = rotation.reshape(2, shape.rows, -1)
     pooled = call(
         "compress_finish", _finish, pl.cdiv(shape.head_dim // 2, HALF_COLUMNS), inputs,
-        [jax.ShapeDtypeStruct((shape.rows, shape.num_kv_heads, shape.head_dim), dtype)] * shape.sides, 2,
+        [jax.ShapeDtypeStruct((shape.rows, shape.num_kv_heads, shape.head_dim), dtype)] * shape.sides,
+        config.finish_warps, 1 if shape.width <= HIDDEN else 2,
     )  # fmt: skip
     pooled = [array.reshape(shape.batch, shape.slots, *array.shape[1:]) for array in pooled]
     return pooled[0], pooled[1] if shape.sides == 2 else None
 
 
 def _project(
-    shape: Shape, config: CompressConfig, refs: dict[str, Any], tile: Any, head: Any, side: int, count: Any
+    shape: Shape, config: CompressConfig, refs: dict[str, Any], part: Any, head: Any, side: int, count: Any
 ) -> None:
-    """Stores a tile of columns of the hidden units [sides, Hkv, B·M, W], packed rows first."""
+    """Stores float32 sums over a share of a block, of a tile of columns: [splits, sides, Hkv, B·M, W], packed rows."""
     dtype, lanes = refs["ring"].dtype, pl.next_power_of_2(shape.head_dim)
+    tiles, share = pl.cdiv(shape.width, config.columns), config.share(shape)
+    tile, split = part % tiles, part // tiles
     dim = lax.broadcasted_iota(jnp.int32, (lanes, config.columns), 0)
     column = tile * config.columns + lax.broadcasted_iota(jnp.int32, (lanes, config.columns), 1)
     whole = lanes == shape.head_dim and shape.width % config.columns == 0
     inside = None if whole else (dim < shape.head_dim) & (column < shape.width)
+    even = share * config.parts(shape) == shape.block
 
-    def rows(step, carry):
+    def weights(step):
+        """Of all offsets of a step."""
+        found = []
+        for own in range(config.offsets):
+            offset, mask = split * share + step * config.offsets + own, inside
+            if not even:
+                live = jnp.full(dim.shape, offset < shape.block)
+                mask = live if inside is None else inside & live
+            at = refs["weight"].at[head, offset * shape.head_dim + dim, column]
+            found.append(plgpu.load(at, mask=mask, other=None if mask is None else 0))
+        return found
+
+    def live(offset, valid):
+        return valid if even else valid & (offset < shape.block)
+
+    def at(step):
+        """Index of a tile's rows, which of them are, and their sequences."""
         index = step * config.rows + lax.iota(jnp.int32, config.rows)
         valid = index < count
-        row = plgpu.load(refs["order"].at[index], mask=valid, other=shape.rows)
-        sequence = row // shape.slots
+        return index, valid, plgpu.load(refs["order"].at[index], mask=valid, other=0) // shape.slots
 
-        def add(offset, total):
-            place = plgpu.load(refs["place"].at[row, jnp.full_like(row, 0) + offset], mask=valid, other=0)
-            fresh = place < 0
-            old = load_rows(refs["ring"], (sequence, head, jnp.where(fresh, 0, place)), valid & ~fresh)
-            new = load_rows(refs["fresh"], (sequence, jnp.where(fresh, -1 - place, 0), head), valid & fresh)
-            entries = jnp.where(fresh[:, None], new, old)
-            if "position" in refs:
-                # Once for each row, which costs rows that are none nothing: one vector for all is too narrow for the
-                # asynchronous copies that hide the latency of all else here.
-                at = (head, jnp.full_like(row, 0) + offset)
-                position = load_rows(refs["position"], at, valid).astype(dtype)
+    def look_up(rows, step):
+        """Where the entries of a step are."""
+        index, valid, _ = rows
+        found = []
+        for own in range(config.offsets):
+            offset = split * share + step * config.offsets + own
+            place = refs["place"].at[index, jnp.full_like(index, offset)]
+            found.append(plgpu.load(place, mask=live(offset, valid), other=0))
+        return tuple(found)
+
+    def entries(rows, step, places):
+        """A step's entries plus their positions' vectors, of each offset."""
+        index, valid, sequence = rows
+        loaded = []
+        for own, place in enumerate(places):
+            offset = split * share + step * config.offsets + own
+            fresh, real = place < 0, live(offset, valid)
+            old = load_rows(refs["ring"], (sequence, head, jnp.where(fresh, 0, place)), real & ~fresh)
+            new = load_rows(refs["fresh"], (sequence, jnp.where(fresh, -1 - place, 0), head), real & fresh)
+            # Once for each row, which costs rows that are none nothing: one vector for all is too narrow for the
+            # asynchronous copies that hide the latency of all else here.
+            here = (head, jnp.full_like(index, offset))
+            loaded.append((old, new, load_rows(refs["position"], here, real) if "position" in refs else None))
+        found = []
+        for (old, new, position), place in zip(loaded, places, strict=True):
+            entry = jnp.where((place < 0)[:, None], new, old)
+            if position is not None:
                 # bfloat16 sums are rounded float32 ones.
-                entries = (entries.astype(jnp.float32) + position.astype(jnp.float32)).astype(dtype)
-            at = refs["weight"].at[head, offset * shape.head_dim + dim, column]
-            weight = plgpu.load(at, mask=inside, other=None if whole else 0)
-            return total + dot(entries, weight.astype(dtype))
+                entry = (entry.astype(jnp.float32) + position.astype(dtype).astype(jnp.float32)).astype(dtype)
+            found.append(entry)
+        return tuple(found)
 
-        def several(i, total):
-            for own in range(config.offsets):
-                total = add(i * config.offsets + own, total)
-            return total
+    def add(total, factors, others):
+        for factor, weight in zip(factors, others, strict=True):
+            total = total + dot(factor, weight.astype(dtype))
+        return total
 
-        steps = shape.block // config.offsets
-        total = lax.fori_loop(0, steps, several, jnp.zeros((config.rows, config.columns), jnp.float32))
-        for offset in range(steps * config.offsets, shape.block):
-            total = add(jnp.int32(offset), total)
-        if shape.is_mlp:
-            total = total / (1.0 + jnp.exp(-total))  # SiLU
-        _store(refs["0"], (side, head, index), tile * config.columns, total, valid)
+    zeros, tiles = jnp.zeros((config.rows, config.columns), jnp.float32), pl.cdiv(count, config.rows)
+
+    def put(step, total):
+        index = step * config.rows + lax.iota(jnp.int32, config.rows)
+        _store(refs["0"], (split, side, head, index), tile * config.columns, total, index < count)
+
+    if share == config.offsets:
+        # The weights are on their way while rows are looked up, then the next rows' entries while these are multiplied.
+        first = at(0)
+        places = look_up(first, 0)
+        held = weights(0)
+
+        def keep(step, factors):
+            rows = at(step + 1)
+            following = entries(rows, 0, look_up(rows, 0))
+            put(step, add(zeros, factors, held))
+            return following
+
+        lax.fori_loop(0, tiles, keep, entries(first, 0, places))
+        return
+
+    def read(tile, carry):
+        rows, last = at(tile), share // config.offsets - 1
+
+        # A step ahead: what a load's address depends on would take stages of Triton's pipeline.
+        def ahead(step, carry):
+            places, total = carry
+            following = look_up(rows, jnp.minimum(step + 1, last))
+            return following, add(total, entries(rows, step, places), weights(step))
+
+        put(tile, lax.fori_loop(0, last + 1, ahead, (look_up(rows, 0), zeros))[1])
         return carry
 
-    lax.fori_loop(0, pl.cdiv(count, config.rows), rows, 0)
+    lax.fori_loop(0, tiles, read, 0)
 
 
 def _finish(
     shape: Shape, config: CompressConfig, refs: dict[str, Any], tile: Any, head: Any, side: int, count: Any
 ) -> None:
     """Stores some columns of each half of D, which rotation pairs, of the side's entries [B·M, Hkv, D]."""
-    dtype, half = refs["hidden"].dtype, shape.head_dim // 2
+    dtype, half = refs[str(side)].dtype, shape.head_dim // 2
     size = (config.rows, HALF_COLUMNS)
     first = tile * HALF_COLUMNS
     own = min(HIDDEN, pl.next_power_of_2(shape.width))
@@ -168,28 +231,56 @@ def _finish(
     def rows(step, carry):
         index = step * config.rows + lax.iota(jnp.int32, config.rows)
         valid = index < count
-        row = plgpu.load(refs["order"].at[index], mask=valid, other=shape.rows)
 
-        def hidden(start, columns, end):
-            return _load(refs["hidden"], (side, head, index), start, end, columns, valid)
+        def hidden(start, columns, end, load=lambda step: ()):
+            """The sums' totals, activated and rounded, and what ``load`` gives, loaded at the same time."""
+            parts = config.parts(shape)
+            several = math.gcd(parts, SEVERAL)
+
+            def share(split):
+                return _load(refs["sums"], (split, side, head, index), start, end, columns, valid)
+
+            def more(step, carry):
+                total = functools.reduce(jnp.add, [share(step * several + own) for own in range(several)], carry[0])
+                return total, load(step)
+
+            # A loop, and of a count that the compiler does not know: else it would have every warp add up and activate
+            # all of them, in the layout of a product's factor.
+            steps = jnp.minimum(count * (parts // several), parts // several)
+            empty = (
+                jnp.zeros((config.rows, columns), jnp.float32),
+                tuple(jnp.zeros((own, HALF_COLUMNS), refs["weight_out"].dtype) for _ in range(2))
+                if shape.is_mlp
+                else (),
+            )
+            total, other = lax.fori_loop(0, steps, more, empty)
+            if shape.is_mlp:
+                total = total / (1.0 + jnp.exp(-total))  # SiLU
+            return total.astype(dtype), other
 
         if shape.is_mlp:
 
             def add(i, totals):
-                units = i * own + lax.iota(jnp.int32, own)
-                factor = hidden(i * own, own, shape.width)
-                sums = []
-                for begin, total in zip((0, half), totals, strict=True):
-                    at, live = (head, units), units < shape.width
-                    weight = _load(refs["weight_out"], at, first + begin, begin + half, HALF_COLUMNS, live)
-                    sums.append(total + dot(factor, weight.astype(dtype)))
-                return tuple(sums)
+                def weights(step):
+                    # min(step, 0) is 0, and keeps the loads in the loop, where they do not wait for one another.
+                    units = i * own + jnp.minimum(step, 0) + lax.iota(jnp.int32, own)
+                    return tuple(
+                        _load(refs["weight_out"], (head, units), first + begin, begin + half, HALF_COLUMNS,
+                              units < shape.width)
+                        for begin in (0, half)
+                    )  # fmt: skip
+
+                factor, others = hidden(i * own, own, shape.width, weights)
+                return tuple(
+                    total + dot(factor, weight.astype(dtype)) for total, weight in zip(totals, others, strict=True)
+                )
 
             zeros = jnp.zeros(size, jnp.float32)
             low, high = lax.fori_loop(0, pl.cdiv(shape.width, own), add, (zeros, zeros))
             low, high = low.astype(dtype), high.astype(dtype)
         else:
-            low, high = (hidden(first + begin, HALF_COLUMNS, begin + half) for begin in (0, half))
+            low, high = (hidden(first + begin, HALF_COLUMNS, begin + half)[0] for begin in (0, half))
+        row = plgpu.load(refs["order"].at[index], mask=valid, other=shape.rows)
         if side == 0 and "rotation" in refs:
             cos, sin = (_load(refs["rotation"], (part, row), first, half, HALF_COLUMNS, valid) for part in (0, 1))
             low, high = low.astype(jnp.float32), high.astype(jnp.float32)

@@ -18,9 +18,9 @@ from specsa_jax.nsa.compression import Compress
 from specsa_jax.nsa.sequence import Projected
 from specsa_jax.rope import cos_sin
 
-# Slots of a chain, mostly used: a chunk of a prompt is work for XLA's products, which have larger tiles. In a tree most
-# slots are unused, and XLA's code would compute them all.
-MAX_CHAIN_ROWS = 128
+# Slots of a sequence's chain: more has only a chunk of a prompt, which uses them all and is work for XLA's products, of
+# larger tiles. While sequences decode, or in a tree, most slots are unused, and XLA's code would compute them all.
+MAX_CHAIN_SLOTS = 8
 
 
 def sparsity(config: NSAConfig) -> Sparsity:
@@ -155,11 +155,11 @@ def compresses(config: NSAConfig, phi_key: Compress, layer: LayerCache, tail: Ta
     block ends."""
     if config.compression not in ("linear", "mlp") or config.compressed_rope == "before":
         return False
-    batch, slots = tail.slot.shape
+    slots = tail.slot.shape[1]
     is_chain = slots <= chain_slots(config, tail.positions.shape[1])
     width = config.compress_hidden if config.compression == "mlp" else config.head_dim
     return (
-        not (is_chain and batch * slots > MAX_CHAIN_ROWS)
+        not (is_chain and slots > MAX_CHAIN_SLOTS)
         and layer.raw_key.dtype == phi_key.dtype
         and compress.limit(config.head_dim, width) is None
     )
