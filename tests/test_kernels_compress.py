@@ -49,6 +49,14 @@ def test_equals_reference(spec, interpret):
     assert_close_where_used(spec, arguments, results)
 
 
+def test_programs_of_several_steps_equal_reference():
+    spec = next(spec for spec in specs.TESTS if spec.name == "odd-sizes")
+    config, arguments = CompressConfig(16, 16, 3, 1, 4, 2), spec.arguments()
+    assert (config.share(spec.shape), config.parts(spec.shape)) == (3, 3)
+    results = jax.jit(lambda *a: compress(*a, config=config, interpret=True))(*jax.tree.map(jnp.asarray, arguments))
+    assert_close_where_used(spec, arguments, results)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", specs.BENCHMARKS[1::5], ids=lambda spec: spec.name)
 def test_every_config_equals_reference_and_itself(spec):
