@@ -68,7 +68,7 @@ class CompressConfig:
         columns = max(16, min(128, pl.next_power_of_2(shape.width)))
         while columns > 16 and lanes * columns > numbers:
             columns //= 2
-        offsets = max(1, min(8, shape.block, numbers // (lanes * columns)))
+        offsets = max(1, min(4, shape.block, numbers // (lanes * columns)))
         splits = -(-shape.block // offsets)
         # Sums take memory, mostly for slots that are not used.
         sums = 4 * shape.sides * shape.num_kv_heads * shape.rows * shape.width
