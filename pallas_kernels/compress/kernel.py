@@ -4,10 +4,9 @@ Of a layer's step the weights are nearly all bytes, and mostly no block ends. So
 only, packed into tiles of rows that share one reading of the weights, and a program that finds none leaves.
 
 ``compress_project`` gathers a row's entries from ring and tail by itself and multiplies them by the MLP's first weight
-(or the linear map's). Its programs share out columns and entries of a block; each reads its part of the weights once,
-before it looks up its rows, and keeps it while it goes over them. ``compress_finish`` adds up the shares in order, for
-an MLP makes them hidden units and multiplies by the second weight, and rotates. Hidden units are rounded once, as in
-XLA's code.
+(or the linear map's). Its programs share out columns and entries of a block. ``compress_finish`` adds up the shares in
+order, for an MLP makes them hidden units and multiplies by the second weight, and rotates. Hidden units are rounded
+once, as in XLA's code.
 """
 
 from __future__ import annotations
@@ -183,29 +182,8 @@ def _project(
             total = total + dot(factor, weight.astype(dtype))
         return total
 
-    zeros, tiles = jnp.zeros((config.rows, config.columns), jnp.float32), pl.cdiv(count, config.rows)
-
-    def put(step, total):
-        index = step * config.rows + lax.iota(jnp.int32, config.rows)
-        _store(refs["0"], (split, side, head, index), tile * config.columns, total, index < count)
-
-    if share == config.offsets:
-        # The weights are on their way while rows are looked up, then the next rows' entries while these are multiplied.
-        first = at(0)
-        places = look_up(first, 0)
-        held = weights(0)
-
-        def keep(step, factors):
-            rows = at(step + 1)
-            following = entries(rows, 0, look_up(rows, 0))
-            put(step, add(zeros, factors, held))
-            return following
-
-        lax.fori_loop(0, tiles, keep, entries(first, 0, places))
-        return
-
-    def read(tile, carry):
-        rows, last = at(tile), share // config.offsets - 1
+    def go_over(row_tile, carry):
+        rows, last = at(row_tile), share // config.offsets - 1
 
         # A step ahead: what a load's address depends on would take stages of Triton's pipeline.
         def ahead(step, carry):
@@ -213,10 +191,12 @@ def _project(
             following = look_up(rows, jnp.minimum(step + 1, last))
             return following, add(total, entries(rows, step, places), weights(step))
 
-        put(tile, lax.fori_loop(0, last + 1, ahead, (look_up(rows, 0), zeros))[1])
+        zeros = jnp.zeros((config.rows, config.columns), jnp.float32)
+        _, total = lax.fori_loop(0, last + 1, ahead, (look_up(rows, 0), zeros))
+        _store(refs["0"], (split, side, head, rows[0]), tile * config.columns, total, rows[1])
         return carry
 
-    lax.fori_loop(0, tiles, read, 0)
+    lax.fori_loop(0, pl.cdiv(count, config.rows), go_over, 0)
 
 
 def _finish(
