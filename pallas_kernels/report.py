@@ -25,6 +25,8 @@ from pallas_kernels.attention import AttentionConfig, attend
 from pallas_kernels.attention import specs as attention_specs
 from pallas_kernels.commit import CommitConfig, commit
 from pallas_kernels.commit import specs as commit_specs
+from pallas_kernels.compress import compress
+from pallas_kernels.compress import specs as compress_specs
 from pallas_kernels.selection import SelectionConfig, select_blocks, specs
 
 H200 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", None, "gpu"))
@@ -114,6 +116,8 @@ def programs() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
         for own in CommitConfig.search_space(case.shape):
             write = partial(commit, compress_block=case.block, config=own)
             yield f"commit/{case.name}", write, case.abstract()
+    for blocks in compress_specs.BENCHMARKS:
+        yield f"compress/{blocks.name}", compress, blocks.abstract()
 
 
 def _triton_calls(operation):

@@ -57,6 +57,13 @@ def rotate_query(x: jax.Array, positions: jax.Array, config: RopeConfig) -> jax.
     return _rotate(x, positions, freqs.reshape((1,) * positions.ndim + (x.shape[-2], -1)), factor)
 
 
+def cos_sin(positions: jax.Array, head_dim: int, config: RopeConfig) -> jax.Array:
+    """What :func:`rotate` multiplies by at positions int32 [...]: cosines and sines, float32 [2, ..., D/2]."""
+    freqs, factor = frequencies(config, head_dim)
+    angles = positions.astype(jnp.float32)[..., None] * freqs
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)]) * factor
+
+
 def _rotate(x: jax.Array, positions: jax.Array, freqs: np.ndarray, factor: float) -> jax.Array:
     angles = positions.astype(jnp.float32)[..., None, None] * freqs
     cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor

@@ -216,6 +216,45 @@ def _tail_kv(
 
     node = jnp.minimum(tail.slot, tail.positions.shape[1] - 1)
     starts = jnp.take_along_axis(tail.positions, node, axis=1) + 1 - config.compress_block
+    if (
+        backend.implementation == "pallas"
+        and not backend.deterministic
+        and kernels.compresses(config, phi_key, layer, tail)
+    ):
+        compressed_key, compressed_value = kernels.compress_blocks(
+            config, rope, phi_key, phi_value, layer, raw_key, raw_value, tail, starts, interpret=backend.interpret
+        )
+    else:
+        compressed_key, compressed_value = _compress_blocks(
+            config, rope, phi_key, phi_value, layer, raw_key, raw_value, tail, starts, backend.rows(cache)
+        )
+    separate = config.window_ring
+    return LayerTail(
+        key=rotated[:, :, selected_set],
+        value=projected.value[:, :, selected_set],
+        raw_key=raw_key,
+        raw_value=None if layer.raw_value is None else raw_value,
+        window_key=rotated[:, :, window_set] if separate else None,
+        window_value=projected.value[:, :, window_set] if separate else None,
+        compressed_key=compressed_key,
+        compressed_value=compressed_value,
+    )
+
+
+def _compress_blocks(
+    config: NSAConfig,
+    rope: RopeConfig,
+    phi_key: Compress,
+    phi_value: Compress | None,
+    layer: LayerCache,
+    raw_key: jax.Array,
+    raw_value: jax.Array,
+    tail: Tail,
+    starts: jax.Array,
+    rows: Rows,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Compressed entries [B, M, Hkv, D] of the blocks from ``starts`` int32 [B, M] on, whether their slots are used or
+    not."""
     block_at = starts[..., None] + jnp.arange(config.compress_block, dtype=jnp.int32)  # [B, M, l]
 
     def block_entries(ring: jax.Array, entries: jax.Array) -> jax.Array:
@@ -227,21 +266,10 @@ def _tail_kv(
 
     values = None if layer.raw_value is None else block_entries(layer.raw_value, raw_value)
     keys = block_entries(layer.raw_key, raw_key)
-    compressed_key, compressed_value = backend.rows(cache)(
+    return rows(
         lambda *blocks: compress_blocks(config, rope, phi_key, phi_value, *blocks),
         keys, keys if values is None else values, starts,
     )  # fmt: skip
-    separate = config.window_ring
-    return LayerTail(
-        key=rotated[:, :, selected_set],
-        value=projected.value[:, :, selected_set],
-        raw_key=raw_key,
-        raw_value=None if values is None else raw_value,
-        window_key=rotated[:, :, window_set] if separate else None,
-        window_value=projected.value[:, :, window_set] if separate else None,
-        compressed_key=compressed_key,
-        compressed_value=compressed_value,
-    )
 
 
 def _compressed_branch(

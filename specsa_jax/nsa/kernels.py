@@ -1,4 +1,4 @@
-"""The seam to ``pallas_kernels``: which configs its attention takes, and a call of it in this package's terms."""
+"""The seam to ``pallas_kernels``: which layers its attention and φ take, and calls of them in this package's terms."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ import jax
 import jax.numpy as jnp
 
 import pallas_kernels
-from pallas_kernels import Implementation, attention
+from pallas_kernels import Implementation, attention, compress
 from pallas_kernels.attention import AttentionConfig, Selection, Sparsity
 from pallas_kernels.attention.arguments import check
 from pallas_kernels.attention.config import GroupMode
-from specsa_jax.cache import Cache, LayerCache, LayerTail, Tail
-from specsa_jax.config import NSAConfig
+from specsa_jax.cache import Cache, LayerCache, LayerTail, Tail, chain_slots
+from specsa_jax.config import NSAConfig, RopeConfig
+from specsa_jax.nsa.compression import Compress
 from specsa_jax.nsa.sequence import Projected
+from specsa_jax.rope import cos_sin
+
+# Slots of a sequence's chain: more has only a chunk of a prompt, which uses them all and is work for XLA's products, of
+# larger tiles. While sequences decode, or in a tree, most slots are unused, and XLA's code would compute them all.
+MAX_CHAIN_SLOTS = 8
 
 
 def sparsity(config: NSAConfig) -> Sparsity:
@@ -142,3 +148,56 @@ def _arguments(
             new.window_value, new.compressed_key, new.compressed_value,
         ),
     )  # fmt: skip
+
+
+def compresses(config: NSAConfig, phi_key: Compress, layer: LayerCache, tail: Tail) -> bool:
+    """Whether the kernels compute a tail's compressed entries: where φ has large weights, which they read only if a
+    block ends."""
+    if config.compression not in ("linear", "mlp") or config.compressed_rope == "before":
+        return False
+    slots = tail.slot.shape[1]
+    is_chain = slots <= chain_slots(config, tail.positions.shape[1])
+    width = config.compress_hidden if config.compression == "mlp" else config.head_dim
+    return (
+        not (is_chain and slots > MAX_CHAIN_SLOTS)
+        and layer.raw_key.dtype == phi_key.dtype
+        and compress.limit(config.head_dim, width) is None
+    )
+
+
+def compress_blocks(
+    config: NSAConfig,
+    rope: RopeConfig,
+    phi_key: Compress,
+    phi_value: Compress | None,
+    layer: LayerCache,
+    raw_key: jax.Array,
+    raw_value: jax.Array,
+    tail: Tail,
+    starts: jax.Array,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Compressed keys and values [B, M, Hkv, D] of the blocks from ``starts`` int32 [B, M] on, which end in the tail.
+
+    The tail's raw keys and values are [B, T, Hkv, D]. Entries of unused slots are arbitrary bits, which nobody reads:
+    attention loads used slots only, and a commit those of its path.
+    """
+
+    def side(phi: Compress, ring: jax.Array, fresh: jax.Array) -> compress.Side:
+        is_mlp = phi.kind == "mlp"
+        return compress.Side(
+            ring,
+            fresh.astype(ring.dtype),
+            phi.weight_in[...] if is_mlp else phi.weight[...],
+            phi.weight_out[...] if is_mlp else None,
+            phi.position[...] if hasattr(phi, "position") else None,
+        )
+
+    value = None
+    if phi_value is not None:
+        value = side(phi_value, layer.raw_key if layer.raw_value is None else layer.raw_value, raw_value)
+    rotation = cos_sin(starts, config.head_dim, rope) if config.compressed_rope == "after" else None
+    return compress.compress(
+        side(phi_key, layer.raw_key, raw_key), value, tail.slot, tail.slot_back, starts, rotation, interpret=interpret
+    )

@@ -1,0 +1,87 @@
+"""Tuning parameters of the compression kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jax.experimental import pallas as pl
+
+from pallas_kernels.compress.arguments import Shape
+
+# Of the sums that programs leave to the second kernel, at most: most of them are of slots that are not used.
+SUMS_BYTES = 64 << 20
+SHARED_BYTES = 160 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressConfig:
+    """How φ is mapped to the GPU; a program sums over some entries of a block, for some columns and all used slots.
+
+    Attributes:
+      rows: used slots in one step over them, a power of two of at least 16.
+      columns: of the first weight; a power of two of at least 16.
+      splits: programs that share out a block's entries; fewer if it has fewer steps.
+      offsets: of a block, in one step.
+      num_warps: warps of a program; finish_warps: of one of the second kernel's.
+      num_stages: steps whose loads are in flight.
+    """
+
+    rows: int
+    columns: int
+    splits: int
+    offsets: int
+    num_warps: int
+    num_stages: int
+    finish_warps: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "columns"):
+            if (size := getattr(self, name)) < 16 or size & (size - 1):
+                raise ValueError(f"{name}: got {size}, expected a power of two of at least 16")
+
+    def share(self, shape: Shape) -> int:
+        """Entries of a block that a program sums over: whole steps."""
+        return -(-shape.block // (self.splits * self.offsets)) * self.offsets
+
+    def parts(self, shape: Shape) -> int:
+        """Programs that share out a block's entries."""
+        return -(-shape.block // self.share(shape))
+
+    def shared_bytes(self, shape: Shape) -> int:
+        """Shared memory of the first product: weights, and rows of ring, tail and positions, of all stages."""
+        lanes = pl.next_power_of_2(shape.head_dim)
+        return self.num_stages * self.offsets * lanes * (self.columns + 3 * self.rows) * shape.itemsize
+
+    @classmethod
+    def heuristic(cls, shape: Shape) -> CompressConfig:
+        """The config for a call of this shape: what was fastest on an H200 at 8 KV heads, 256 hidden units and head
+        dims 64 and 128, of programs two to a multiprocessor."""
+        lanes = pl.next_power_of_2(shape.head_dim)
+        columns = max(16, min(64, pl.next_power_of_2(shape.width)))
+        offsets = max(1, min(2, shape.block, 128 // lanes))
+        splits = 4
+        while splits > 1 and splits * 4 * shape.sides * shape.num_kv_heads * shape.rows * shape.width > SUMS_BYTES:
+            splits //= 2
+        rows = 16 if shape.rows <= 64 else 32
+        stages = (4, 3, 2) if offsets == 1 else (3, 2)
+        fitting = [count for count in stages if cls(rows, columns, splits, offsets, 4, count).fits(shape)]
+        return cls(rows, columns, splits, offsets, 4, (fitting or [1])[0])
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether a multiprocessor of an A100 or newer holds a program."""
+        return self.shared_bytes(shape) <= SHARED_BYTES
+
+    @classmethod
+    def search_space(cls, shape: Shape) -> list[CompressConfig]:
+        """The configs worth measuring for that shape."""
+        space = [
+            cls(rows, columns, splits, offsets, warps, stages)
+            for rows in (16, 32)
+            for columns in (32, 64, 128)
+            for splits in (4, 8, 16)
+            for offsets in (1, 2, 4)
+            for warps in (4, 8)
+            for stages in (3, 4, 6)
+            if rows <= max(16, pl.next_power_of_2(shape.rows)) and columns <= max(16, shape.width)
+        ]
+        return [config for config in space if config.fits(shape)]
