@@ -67,6 +67,7 @@ def longest_rows(name: str, context: int, width: int) -> list[dict[str, Any]]:
     if limit is not None:
         params = model.init_params(config, 0, jnp.bfloat16)
         temporary = step_loop(config, params, context, 1, width, 1).temporary_bytes
+        gc.collect()  # of that loop's cache
     rows = []
     for memory in dict.fromkeys([*([limit] if limit else []), 80 * 10**9, 141 * 10**9]):
         tokens = longest_context(config, memory, temporary)
