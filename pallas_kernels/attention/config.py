@@ -90,7 +90,7 @@ class AttentionConfig:
             group=group,
             mode=mode,
             compressed=Branch(rows, _splits(every * tiles, entries)),
-            selected=Branch(own_rows, _splits(every * groups, blocks // 3)),
+            selected=Branch(own_rows, _splits(every * groups, blocks * 2 // 3)),
             window=Branch(rows, _splits(every * tiles, near, programs=256)),
             tile=64 if long else 32,
             num_stages=3 if long else 5,
