@@ -85,7 +85,11 @@ class Tail(NamedTuple):
 
 
 class LayerTail(NamedTuple):
-    """A layer's K/V of a tail, ready to be committed: [B, T, Hkv, D], compressed entries [B, M, Hkv, D]."""
+    """A layer's K/V of a tail, ready to be committed: [B, T, Hkv, D], compressed entries [B, M, Hkv, D].
+
+    Compressed entries of unused slots are arbitrary bits where the kernels computed them: their attention masks, and a
+    commit takes those of its path. XLA's code multiplies them by 0, and computes its own.
+    """
 
     key: jax.Array
     value: jax.Array

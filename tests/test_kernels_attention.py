@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels import UnsupportedError
 from pallas_kernels.attention import AttentionConfig, Branch, Selection, Sparsity, attend, reference, specs
+from pallas_kernels.attention import selection as selection_module
 
 CHAIN_8 = next(spec for spec in specs.TESTS if spec.name == "chain-8")
 TREE = next(spec for spec in specs.TESTS if spec.name == "tree-28-wide")
@@ -158,6 +159,17 @@ def test_without_gates_branches_add_up(interpret):
     query, _, *others = arguments_of(CHAIN_8)
     arguments = (query, None, *others)
     check(CHAIN_8, arguments, *run(CHAIN_8, arguments, config_of(CHAIN_8), interpret))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interpret", PLACES)
+def test_selections_of_many_programs_and_long_rows_are_the_same(interpret, monkeypatch):
+    """There rows of scores are loaded once their length is known, and heads one after the other."""
+    spec = next(spec for spec in specs.TESTS if spec.name == "G3")
+    monkeypatch.setattr(selection_module, "_EAGER", 0)
+    monkeypatch.setattr(selection_module, "_IN_FLIGHT", 0)
+    config = config_of(spec, splits=(4, 2, 3))  # of no other test, whose program this one would be
+    check(spec, arguments_of(spec), *run(spec, arguments_of(spec), config, interpret))
 
 
 @pytest.mark.parametrize("interpret", PLACES)

@@ -49,6 +49,12 @@ def test_equals_reference(spec, interpret):
     assert_close_where_used(spec, arguments, results)
 
 
+def test_where_no_block_ends_nothing_is_computed():
+    spec = next(spec for spec in specs.TESTS if spec.name == "nothing-ends")
+    results = jax.jit(lambda *a: compress(*a, interpret=True))(*jax.tree.map(jnp.asarray, spec.arguments()))
+    assert all(np.isnan(array).all() for array in results)  # as interpret mode leaves what nobody writes
+
+
 def test_programs_of_several_steps_equal_reference():
     spec = next(spec for spec in specs.TESTS if spec.name == "odd-sizes")
     config, arguments = CompressConfig(16, 16, 3, 1, 4, 2), spec.arguments()

@@ -1,6 +1,7 @@
 """The model over the Pallas kernels: the same tokens as over XLA's code."""
 
 import dataclasses
+import functools
 import sysconfig
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import pytest
 from reference_params import random_params, random_tokens, tiny_model
 
 import specsa_jax
-from pallas_kernels import UnsupportedError
+from pallas_kernels import UnsupportedError, report
 from specsa_jax import PromptLookup, Strategy
-from specsa_jax.cache import create_cache, make_tail, pages_for, topology
+from specsa_jax.cache import commit, create_cache, make_tail, pages_for, topology
 from specsa_jax.decoding import Decoder, State
 from specsa_jax.model import verify
 from specsa_jax.nsa import kernels
@@ -81,17 +82,50 @@ def test_strict_kernels_give_drafted_trees_in_a_ragged_batch_the_bits_of_decodin
         assert own[0].tobytes() == logprobs[row].tobytes()
 
 
-def test_a_tree_gives_the_hidden_states_of_xla():
-    config = tiny_model(**SIZES)
+@pytest.mark.slow
+def test_a_tree_behind_a_prefix_gives_the_hidden_states_and_the_commit_of_xla():
+    """With an MLP, whose new entries come from the kernels; those of unused slots are NaN."""
+    config = tiny_model(**{**SIZES, "compression": "mlp"})
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), random_params(config, seed=1))
     cache = create_cache(config, np.arange(4)[None], 4, jnp.float32)
+    rng = np.random.default_rng(2)
+    layers = [jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype), layer)
+              for layer in cache.layers]  # fmt: skip
+    cache = cache._replace(layers=layers, lengths=jnp.array([38], jnp.int32))
     tokens = jnp.asarray(random_tokens(config, 8), jnp.int32)[None]
     tail = make_tail(config.nsa, topology([-1, 0, 0, 1, 1, 2, 3, 5], 8), cache.lengths)
-    expected, got = (
-        jax.jit(lambda backend=backend: verify(config, params, tokens, cache, tail, backend=backend)[0])()
-        for backend in (Backend(), Backend("pallas", interpret=True))
+    path, count = jnp.array([[0, 1, 3, 6]], jnp.int32), jnp.array([4], jnp.int32)
+
+    def step(backend):
+        hidden, tails = verify(config, params, tokens, cache, tail, backend=backend)
+        return hidden, tails, commit(config.nsa, cache, tails, tail, path, count, implementation="xla")
+
+    (expected, _, committed), (got, tails, after) = (
+        jax.jit(functools.partial(step, backend))() for backend in (Backend(), Backend("pallas", interpret=True))
     )
     np.testing.assert_allclose(got, expected, atol=1e-5)
+    unused = np.asarray(tail.slot) == 8
+    assert unused.any() and not unused.all()
+    assert np.isnan(np.asarray(tails[0].compressed_key)[unused]).all()
+    for ours, theirs in zip(jax.tree.leaves(after), jax.tree.leaves(committed), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_strict_steps_keep_xlas_phi():
+    config = tiny_model(**{**SIZES, "compression": "mlp"})
+    params = random_params(config)
+    cache = create_cache(config, np.arange(4)[None], 4, jnp.float32)
+    tail = make_tail(config.nsa, topology([-1, 0, 1, 2], 8), cache.lengths)
+
+    def names(**switches):
+        def step(tokens):
+            return verify(config, params, tokens, cache, tail, backend=Backend("pallas", is_chain=True, **switches))[0]
+
+        lowered = report.lower(step, jax.ShapeDtypeStruct((1, 4), jnp.int32))
+        return {kernel.name for kernel in report.kernels(lowered)}
+
+    assert "compress_project" in names()
+    assert "compress_project" not in names(deterministic=True)
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,7 @@ def test_a_replay_is_what_lookup_would_have_drafted_of_the_prompt():
     assert drafted[8] == late and accepted[8] == late and drafted[0] == accepted[0] == len(known) - late
     drafted, accepted = replay.fates(np.roll(row, 1), known, *PromptLookup().replay(row, known, 8))
     assert accepted[0] == len(known) and drafted[8] == late  # another text: nothing stands
+    assert replay.replay([row[:1], row[:2]], PromptLookup(min_ngram=4), 8)[0].tolist() == [32] + 8 * [0]  # too short
     drafted, accepted = replay.replay([row, row[:20], row[:1]], PromptLookup(), 8)
     assert drafted.sum() == accepted.sum() >= replay.PLACES and accepted[8] > 0 and drafted[0] > 0
 

@@ -75,7 +75,8 @@ class Tail(NamedTuple):
       ancestor: bool [B or 1, T, T]; [i, j]: j is an ancestor of i, or i itself. None: node i − 1 is i's parent.
       slot: int32 [B, M]: nodes at which a compression block ends, ascending, then T where unused.
       key, value: [B, T, Hkv, D]; window_key, window_value: as these, None where ``Layer``'s are.
-      compressed_key, compressed_value: [B, M, Hkv, D], the blocks that end at ``slot``.
+      compressed_key, compressed_value: [B, M, Hkv, D], the blocks that end at ``slot``; anything, NaN too, where that
+        is unused.
     """
 
     positions: jax.Array

@@ -35,8 +35,9 @@ class AttentionConfig:
         query with the longest prefix (approximate).
       compressed, selected, window: the branches.
       tile: keys that a program loads at a time, a power of two.
-      num_stages: of Triton's pipeline, in the branches' kernels (which have a warp for 16 rows); every two stages keep
-        one more tile in flight, because a tile's page is looked up before.
+      num_stages: of Triton's pipeline, in the launch with scores (the branches' kernels have a warp for 16 rows); every
+        two stages keep one more tile in flight, because a tile's page is looked up before. Of other launches:
+        ``Launch.num_stages``.
       selection_warps: of the selection.
     """
 
@@ -84,7 +85,8 @@ class AttentionConfig:
         groups = -(-shape.width // group) * -(-group * shape.lanes // own_rows)
         blocks = min(group * sparsity.num_selected, shape.table)
         near = -(-(shape.ring or sparsity.window) // 128)
-        # Long walks over the cache like long steps; short ones, of many splits, want their first keys soon.
+        # Long walks over the cache like long steps; short ones, of many splits, want their first keys soon: measured at
+        # up to 128 row tiles and from 256 on. The window is short beside the cache, so its programs come on top.
         long = every * tiles >= 200
         return cls(
             group=group,

@@ -71,8 +71,8 @@ class Launch:
     def near_tile(self) -> int:
         """Keys of a tile whose place needs no looking up (rings, the tail).
 
-        Triton keeps ``num_stages − 1`` of these in flight, but half as many of those that a page table places: the
-        looking up takes the other stages. Half as long, they take the same shared memory.
+        With scores Triton keeps ``num_stages − 1`` of these in flight, but half as many of those that a page table
+        places: the looking up takes the other stages. Half as long, they take the same shared memory.
         """
         return max(16, self.config.tile // 2)
 

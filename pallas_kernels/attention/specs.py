@@ -137,14 +137,18 @@ class AttentionSpec:
         ends = ((positions + 1) % sparsity.compress_stride == 0) & (positions + 1 >= sparsity.compress_block)
         slot = np.sort(np.where(ends, np.arange(width), width), axis=1)[:, : shape.slots].astype(np.int32)
         own_kv = (batch, width, kv_heads, dim)
-        entries = (batch, shape.slots, kv_heads, dim)
+        unused = jnp.asarray(slot == width)[..., None, None]
+
+        def compressed() -> jax.Array:
+            return jnp.where(unused, jnp.nan, normal(batch, shape.slots, kv_heads, dim)).astype(dtype)
+
         tail = Tail(
             jnp.asarray(positions, jnp.int32),
             None if self.tree == CHAIN else jnp.asarray(ancestor[None]),
             jnp.asarray(slot),
             normal(*own_kv), normal(*own_kv),
             None if self.shared_kv else normal(*own_kv), None if self.shared_kv else normal(*own_kv),
-            normal(*entries), normal(*entries) if sparsity.compressed_output else None,
+            compressed(), compressed() if sparsity.compressed_output else None,
         )  # fmt: skip
         gates = jnp.asarray(rng.random((batch, width, shape.num_heads, 3), np.float32))
         return query, gates, layer, jnp.asarray(table), jnp.asarray(lengths), tail

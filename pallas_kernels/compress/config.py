@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.compress.arguments import Shape
 
-# Of the sums that programs leave to the second kernel, at most: most of them are of slots that are not used.
+# Where the sums that programs leave to the second kernel are more, there are fewer splits: most are of unused slots.
 SUMS_BYTES = 64 << 20
 SHARED_BYTES = 160 * 1024
 
@@ -35,6 +35,9 @@ class CompressConfig:
     finish_warps: int = 8
 
     def __post_init__(self) -> None:
+        for name in ("splits", "offsets", "num_warps", "num_stages", "finish_warps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         for name in ("rows", "columns"):
             if (size := getattr(self, name)) < 16 or size & (size - 1):
                 raise ValueError(f"{name}: got {size}, expected a power of two of at least 16")
@@ -54,8 +57,7 @@ class CompressConfig:
 
     @classmethod
     def heuristic(cls, shape: Shape) -> CompressConfig:
-        """The config for a call of this shape: what was fastest on an H200 at 8 KV heads, 256 hidden units and head
-        dims 64 and 128, of programs two to a multiprocessor."""
+        """The config for a call of this shape: at 8 KV heads and 256 hidden units, two programs a multiprocessor."""
         lanes = pl.next_power_of_2(shape.head_dim)
         columns = max(16, min(64, pl.next_power_of_2(shape.width)))
         offsets = max(1, min(2, shape.block, 128 // lanes))
@@ -77,7 +79,7 @@ class CompressConfig:
         space = [
             cls(rows, columns, splits, offsets, warps, stages)
             for rows in (16, 32)
-            for columns in (32, 64, 128)
+            for columns in (16, 32, 64, 128)
             for splits in (4, 8, 16)
             for offsets in (1, 2, 4)
             for warps in (4, 8)

@@ -1,7 +1,7 @@
 """φ of the blocks that end in a tail, as two Pallas kernels: rows of entries times wide weights, then the rest.
 
 Of a layer's step the weights are nearly all bytes, and mostly no block ends. So both kernels go over the used slots
-only, packed into tiles of rows that share one reading of the weights, and a program that finds none leaves.
+only, packed into tiles of rows, each of which reads the weights once, and a program that finds none leaves.
 
 ``compress_project`` gathers a row's entries from ring and tail by itself and multiplies them by the MLP's first weight
 (or the linear map's). Its programs share out columns and entries of a block. ``compress_finish`` adds up the shares in
@@ -206,7 +206,7 @@ def _finish(
     dtype, half = refs[str(side)].dtype, shape.head_dim // 2
     size = (config.rows, HALF_COLUMNS)
     first = tile * HALF_COLUMNS
-    own = min(HIDDEN, pl.next_power_of_2(shape.width))
+    own = min(HIDDEN, max(16, pl.next_power_of_2(shape.width)))  # no product has fewer
 
     def rows(step, carry):
         index = step * config.rows + lax.iota(jnp.int32, config.rows)

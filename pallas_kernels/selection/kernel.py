@@ -96,6 +96,7 @@ def choose(
     Args:
       importance: float32 vectors, one for each of :func:`lane_parts`; any value where a block has not begun.
       own: int32 [], the query's own block; negative selects nothing.
+      num_initial, num_local: forced blocks, together at most ``num_selected``.
 
     Returns:
       chosen: bool, as ``importance``; slot: int32, likewise: the rank of each chosen block, ``num_selected``

@@ -50,13 +50,16 @@ class PromptLookup(Drafter):
     def replay(self, text: np.ndarray, known: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
         count = len(known)
         ends = np.arange(min(self.min_ngram, len(text)), len(text))  # behind n-grams that some match may be: few
-        for back in range(1, self.min_ngram + 1):
-            wanted = np.zeros(text.max() + 1, bool)
-            wanted[text[known - back]] = True
+        # Of a text that is shorter than the n-gram its first token again: no match ends before so early a place.
+        suffix = [text[np.maximum(known - back, 0)] for back in range(1, self.min_ngram + 1)]
+        size = text.max() + 1
+        for back, tokens in enumerate(suffix, 1):
+            wanted = np.zeros(size, bool)
+            wanted[tokens] = True
             ends = ends[wanted[text[ends - back]]]
         same = np.ones((count, len(ends)), bool)
-        for back in range(1, self.min_ngram + 1):
-            same &= text[ends - back] == text[known - back][:, None]
+        for back, tokens in enumerate(suffix, 1):
+            same &= text[ends - back] == tokens[:, None]
         place, match = np.nonzero(same & (ends < known[:, None]))
         end = ends[match]
         latest = np.zeros(count, np.int64)  # behind the best match, 0 without one

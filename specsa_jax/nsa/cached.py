@@ -33,7 +33,7 @@ class Backend:
     """How attention against a cache is computed.
 
     Attributes:
-      implementation: "xla", or "pallas": the kernels of ``pallas_kernels.attention``.
+      implementation: "xla", or "pallas": the kernels of ``pallas_kernels.attention``, and of ``compress`` for φ.
       is_chain: every tail is a chain, whose ancestor mask the kernels need not read.
       interpret: interpret the kernels, on any device; slow.
       deterministic: for the strict class: the bits of a row depend on nothing but its own sequence and path. The page
@@ -218,7 +218,7 @@ def _tail_kv(
     starts = jnp.take_along_axis(tail.positions, node, axis=1) + 1 - config.compress_block
     if (
         backend.implementation == "pallas"
-        and not backend.deterministic
+        and not backend.deterministic  # whose readers, and XLA's, would multiply an unused slot's NaN by 0
         and kernels.compresses(config, phi_key, layer, tail)
     ):
         compressed_key, compressed_value = kernels.compress_blocks(
