@@ -19,11 +19,17 @@ from plots import script_of
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results: python benchmarks/readme_table.py -->", "<!-- end of results -->"
 Result = dict[str, Any]
-Lines = Iterator[tuple[str, str]]
+# What was measured and the result; a third, where a row was measured at another commit than its file's.
+Lines = Iterator[tuple[str, ...]]
 
 
 def thousands(tokens: int) -> str:
     return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
+
+
+def called(model: str) -> str:
+    """A checkpoint or preset in words: what ``make bench-target`` leaves is kept nowhere."""
+    return "trained target" if model.startswith("bench-run/") else model
 
 
 def held_out(result: Result) -> Lines:
@@ -62,7 +68,7 @@ def prefill(result: Result) -> Lines:
 
 def verify_layer(result: Result) -> Lines:
     """At 64K with 32/8 heads, 70 % of overlap and the groups that the kernels choose; the file has the others."""
-    for row in result["rows"]:
+    for row in sorted(result["rows"], key=lambda row: (row["batch"], row["width"])):
         if (row["heads"], row["context"], row["overlap"]) != ("32x8", 64, "70") or not row["default"]:
             continue
         peer = "" if row["peer"] is None else f", peer {row['peer']} µs"
@@ -70,6 +76,7 @@ def verify_layer(result: Result) -> Lines:
             f"one layer, {thousands(1024 * row['context'])}, {row['heads'].replace('x', '/')} heads, batch "
             f"{row['batch']}, T = {row['width']}, C = {row['group']}",
             f"{row['refresh']:.0f} µs{peer}, HBM floor {row['floor']:.0f} µs; reuse layer {row['reuse']:.0f} µs",
+            row.get("commit", ""),
         )
 
 
@@ -94,10 +101,10 @@ def refresh_reuse(result: Result) -> Lines:
 
 
 def end_to_end(result: Result) -> Lines:
-    """Of each workload the best strategy, greedy, in class exact, at the longest context, batch 1; identical tokens
-    before others."""
-    rows = [row for row in result["rows"] if "speedup" in row and row["precision"] == "exact" and row["batch"] == 1
-            and row["temperature"] == 0 and row["strategy"] != "none"]  # fmt: skip
+    """Of each workload, batch and temperature the best fixed strategy and the planner, in class exact, at the longest
+    context; identical tokens before others."""
+    rows = [row for row in result["rows"] if "speedup" in row and row["precision"] == "exact"
+            and row["strategy"] != "none"]  # fmt: skip
     dtype = f", {result['dtype']}" if "dtype" in result else ""
     of = "embedded model" if result.get("checkpoint") == "embedded" else "trained target"
 
@@ -105,15 +112,22 @@ def end_to_end(result: Result) -> Lines:
         count, _, texts = row.get("identical", "0 of 1").partition(" of ")
         return count == texts
 
-    for workload in dict.fromkeys(row["workload"] for row in rows):
-        mine = [row for row in rows if row["workload"] == workload]
+    points = dict.fromkeys((row["batch"], row["temperature"], row["workload"]) for row in rows)
+    for batch, temperature, workload in sorted(points, key=lambda point: point[:2]):
+        mine = [row for row in rows if (row["batch"], row["temperature"], row["workload"])
+                == (batch, temperature, workload)]  # fmt: skip
         longest = max(row["context"] for row in mine)
-        best = max((row for row in mine if row["context"] == longest), key=lambda row: (same(row), row["speedup"]))
+        here = [row for row in mine if row["context"] == longest]
+        best = max((row for row in here if row["strategy"] != "auto"), key=lambda row: (same(row), row["speedup"]))
+        planned = "".join(f"; the planner {row['speedup']:.2f}x" for row in here
+                          if row["strategy"] == "auto" and row.get("commit") == best.get("commit"))  # fmt: skip
+        how = "greedy" if temperature == 0 else f"temperature {temperature}"
         yield (
-            f"end to end, {of}, {workload}, {thousands(longest)}, batch 1, greedy, class exact{dtype}",
+            f"end to end, {of}, {workload}, {thousands(longest)}, batch {batch}, {how}, class exact{dtype}",
             f"{best['speedup']:.2f}x one token at a time ({best['strategy']}), "
             f"{best['tokens_per_second']:.0f} tokens/s, {best['mean_acceptance_length']:.2f} tokens a step, "
-            f"identical {best.get('identical', '-')}",
+            f"identical {best.get('identical', '-')}{planned}",
+            best.get("commit", ""),
         )
 
 
@@ -143,7 +157,7 @@ def strict(result: Result) -> Lines:
 def planner(result: Result) -> Lines:
     if "planner_over_default" in result:  # there when the run has ended
         yield (
-            f"the planner over all cells, {result['checkpoint']}",
+            f"the planner over all cells, {called(result['checkpoint'])}",
             f"{result['planner_over_default']:.2f}x lookup chain:4, {result['planner_of_best']:.2f} of the best "
             f"strategy of each cell; planning {100 * result['planning_share']:.1f} % of decoding",
         )
@@ -164,7 +178,7 @@ def dense_decode(result: Result) -> Lines:
         mine = [row for row in rows if (row["context"], row["batch"]) == (context, batch)]
         best = max(mine, key=lambda row: row["tokens_per_second"])
         yield (
-            f"dense attention, shape of {result['model']}, {thousands(context)}, batch {batch}",
+            f"dense attention, shape of {called(result['model'])}, {thousands(context)}, batch {batch}",
             f"{best['tokens_per_second']:.0f} tokens/s ({best['implementation']})",
         )
 
@@ -173,7 +187,7 @@ def overhead(result: Result) -> Lines:
     for row in result["rows"]:
         if "overhead" in row:
             yield (
-                f"loop of {row['model']}, {row['case']}, command buffers {row['command_buffers']}",
+                f"loop of {called(row['model'])}, {row['case']}, command buffers {row['command_buffers']}",
                 f"step {row['step_us']:.0f} µs, {100 * row['overhead']:.1f} % over its kernels, "
                 f"{row['launches']:.0f} launches",
             )  # fmt: skip
@@ -208,8 +222,9 @@ def table(results: Path = ROOT / "benchmarks" / "results") -> str:
                 continue
             device = result["device"] if result["device"] != "cpu" else f"{result['cpus']} CPU cores"
             where = file.relative_to(results.parents[1]).as_posix()
-            for measured, found in rows_of(result):
-                lines.append(f"| {measured} | {found} | {device}, {result['commit']} | [`{file.name}`]({where}) |")
+            for measured, found, *own in rows_of(result):
+                commit = "".join(own) or result["commit"]
+                lines.append(f"| {measured} | {found} | {device}, {commit} | [`{file.name}`]({where}) |")
     return "\n".join(lines)
 
 

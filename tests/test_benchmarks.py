@@ -79,7 +79,8 @@ def test_the_readmes_table_has_what_the_files_say(tmp_path):
     ]  # fmt: skip
     harness.save(file, rows, command="end_to_end.py --out")
     line = readme_table.table(file.parents[1]).splitlines()[-1]
-    assert "64K" in line and "3.00x" in line and "auto" in line and "identical 2 of 2" in line
+    assert "64K, batch 1, greedy" in line and "2.00x" in line and "head@chain:4" in line and "identical 2 of 2" in line
+    assert "the planner 3.00x" in line
     assert "benchmarks/results/nvidia-h100/end_to_end.json" in line
 
 

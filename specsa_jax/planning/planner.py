@@ -57,8 +57,8 @@ class Planner:
         of the profile, or :data:`specsa_jax.planning.space.DRAFTERS`. Not to speculate is always considered.
       hysteresis: a switch has to promise so much more throughput, as a fraction.
       segment: steps of the first segment; as long as the strategy stays, each is twice the one before, up to 16 times
-        the first. One that would take less than 30 ms (100 ms on a GPU), or less than a hundred times what choosing
-        took, is longer; where nothing could change the choice any more, it goes to the end.
+        the first. One that would take less than 30 ms (behind the first 100 ms on a GPU), or less than a hundred times
+        what choosing took, is longer; where nothing could change the choice any more, it goes to the end.
       switch: False: chosen once, before the first token.
 
     Raises ValueError for values outside their ranges.
@@ -338,7 +338,8 @@ class Plan:
         else:
             stays = best == self.strategy and bool(self.decisions)
             length = min(_GROWTH * self._length, _LONGEST * self.planner.segment) if stays else self.planner.segment
-            least = max(self._shortest, self._choosing / _SHARE if self.decisions else 0.0)
+            # Nothing has been observed before the first one: if its strategy was a bad guess, that shall show soon.
+            least = max(self._shortest, self._choosing / _SHARE) if self.decisions else min(SHORTEST.values())
             self._length = max(length, math.ceil(least / options[best].step_seconds))
         self._take(best)
         ranked = tuple(sorted(options.values(), key=lambda option: -option.tokens_per_second))
