@@ -24,9 +24,12 @@ Result = dict[str, Any]
 
 
 def title(result: Result, text: str, figure: pyplot.Figure) -> str:
-    """What is drawn, of what and by which command, in lines that fit the figure."""
-    return textwrap.fill(f"{text}: {result['device']}, commit {result['commit']}, {result['command']}",
-                         int(13 * figure.get_figwidth()))  # fmt: skip
+    """What is drawn, of what and by which command (of several the first), in lines that fit the figure."""
+    command, more, _ = result["command"].partition("; ")
+    return textwrap.fill(
+        f"{text}: {result['device']}, commit {result['commit']}, {command}{' and other runs' if more else ''}",
+        int(13 * figure.get_figwidth()),
+    )
 
 
 def middle(bars: int) -> float:
@@ -94,19 +97,21 @@ def end_to_end(result: Result, path: Path) -> None:
     if not rows:
         return
     panels = list(dict.fromkeys((row["precision"], row["temperature"]) for row in rows))
-    strategies = list(dict.fromkeys(row["strategy"] for row in rows))
     figure, axes = pyplot.subplots(len(panels), 1, figsize=(11, 3.2 * len(panels)), squeeze=False)
     for axis, panel in zip(axes[:, 0], panels, strict=True):
         mine = [row for row in rows if (row["precision"], row["temperature"]) == panel]
+        strategies = list(dict.fromkeys(row["strategy"] for row in mine))
         groups = list(dict.fromkeys((row["workload"], row["context"], row["batch"]) for row in mine))
+        groups.sort(key=lambda group: (group[2], -group[1]))  # workloads as they come
         for place, strategy in enumerate(strategies):
             found = [(groups.index((row["workload"], row["context"], row["batch"])), row["speedup"])
                      for row in mine if row["strategy"] == strategy]  # fmt: skip
             axis.bar([at + place / (len(strategies) + 1) for at, _ in found], [value for _, value in found],
                      1 / (len(strategies) + 1), label=strategy)  # fmt: skip
         axis.axhline(1, color="black", linewidth=0.8)
-        names = [f"{workload}\n{context}, batch {batch}" for workload, context, batch in groups]
-        axis.set_xticks([index + middle(len(strategies)) for index in range(len(groups))], names, fontsize=7)
+        names = [f"{workload}\n{context}\nbatch {batch}" for workload, context, batch in groups]
+        axis.set_xticks([index + middle(len(strategies)) for index in range(len(groups))], names,
+                        fontsize=7 if len(groups) < 16 else 5)  # fmt: skip
         axis.set_ylabel("times as fast")
         axis.set_title(f"class {panel[0]}, temperature {panel[1]:g}", fontsize=9)
         axis.legend(fontsize=7)
@@ -168,7 +173,7 @@ def shapes(result: Result, path: Path) -> None:
 def measured_lengths(folder: Path) -> list[tuple[str, float]]:
     """(of what, mean acceptance length) of the embedded model's drafters, and of models that ran end to end there."""
     found = []
-    runs = (folder / f"{name}.json" for name in ("end_to_end", "end_to_end_embedded", "train_target"))
+    runs = (folder / f"{name}.json" for name in ("end_to_end", "train_target"))
     for file in (RESULTS / "cpu" / "acceptance.json", *runs):
         if not file.exists():
             continue

@@ -344,6 +344,8 @@ def main() -> None:
         groups = dict.fromkeys(sizes.get(text) or int(text) for text in args.group.split(","))
         if wanted := [group for group in groups if group <= width and rows.wanted(**case.axes, group=group)]:
             todo.append((case, wanted))
+    if not todo and not rows.rows and rows.complete:
+        raise SystemExit("no case has these axes")
     harness.copy_bandwidth()
     # What compiles slows launches down, so several cases are compiled first, on all cores, and then timed.
     while todo and rows.wanted(**todo[0][0].axes, group=todo[0][1][0]):
@@ -365,8 +367,6 @@ def main() -> None:
                 print_row(shown(row), header)
                 header = False
         del benches, bench, compiled, futures, future  # their memory is for the next
-    if not rows.rows:
-        raise SystemExit("no case has these axes")
     rows.save()
 
 
