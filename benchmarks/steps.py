@@ -31,12 +31,15 @@ def random_cache(config: ModelConfig, context: int, room: int, batch: int, dtype
     """``batch`` sequences of ``context`` committed tokens with values of no meaning."""
     columns = pages_for(config.nsa, context + room)
     table = np.arange(batch * columns).reshape(batch, columns)
-    cache = create_cache(config, table, batch * columns, dtype)
-    fill = jax.jit(lambda key, like: jax.random.normal(key, like.shape, like.dtype), donate_argnums=1)
-    leaves, structure = jax.tree.flatten(cache.layers)
-    filled = [fill(jax.random.key(i), leaf) for i, leaf in enumerate(leaves)]
+    # Shapes alone: an empty cache beside the random one would take its memory twice.
+    shapes = jax.eval_shape(lambda: create_cache(config, table, batch * columns, dtype))
+    random = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    leaves, structure = jax.tree.flatten(shapes.layers)
+    filled = [random(jax.random.key(i), leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)]
     lengths = jnp.full(batch, context, jnp.int32)
-    return cache._replace(layers=jax.tree.unflatten(structure, filled), lengths=lengths)
+    return shapes._replace(
+        layers=jax.tree.unflatten(structure, filled), page_table=jnp.asarray(table, jnp.int32), lengths=lengths
+    )
 
 
 def make_step(config: ModelConfig, sharing: Sharing, implementation, dtype, width: int):
