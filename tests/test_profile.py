@@ -338,6 +338,7 @@ def test_a_tiny_model_is_profiled_and_the_engine_finds_the_times_plausible(engin
     monkeypatch.setattr(measure, "WIDTHS", (1, 5))
     monkeypatch.setattr(measure, "CORNERS", (5,))
     monkeypatch.setattr(measure, "SCHEDULES", ("every:2",))
+    monkeypatch.setattr(measure, "PRIOR_TOKENS", 32)
     axes = {"batches": (2,), "contexts": (128,), "drafters": (("self", ("chain:4",)),)}
     names = []
     found, missing = measure.measure(engine, text, measure.new_profile(engine, (128,)), **axes,
@@ -355,7 +356,7 @@ def test_a_tiny_model_is_profiled_and_the_engine_finds_the_times_plausible(engin
     assert [p.tokens for p in found.prefills] == [128] and found.prefills[0].seconds > exact[1]
     assert [p.text for p in found.priors] == ["continuation", "edit"]
     for prior in found.priors:  # 8 places
-        assert 8 * 256 <= prior.steps + sum(n * count for n, count in enumerate(prior.accepted)) < 8 * (256 + 4)
+        assert 8 * 32 <= prior.steps + sum(n * count for n, count in enumerate(prior.accepted)) < 8 * (32 + 4)
     assert {o.layer for o in found.overlaps} == {0, 1} and 0 < min(o.shared for o in found.overlaps)
     assert [m.sharing.schedule for m in found.measurements] == ["FS"]
     assert found.interpolation.points == len(found.steps)
