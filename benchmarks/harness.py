@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import dataclasses
 import functools
 import json
@@ -74,7 +75,8 @@ class Loop:
     them take minutes to compile: ``unroll`` 1.
 
     The loop's state is donated, so that a step can update it in place; repeats go on from it. ``state`` is left alone,
-    unless ``keep`` is False: then it is given up, and no second one is in memory.
+    unless ``keep`` is False: then it is given up, and no second one is in memory. Where ``state`` and ``buffers`` are
+    shapes (``jax.ShapeDtypeStruct``) there is nothing to run before :meth:`on` gives arrays.
     """
 
     def __init__(
@@ -103,8 +105,15 @@ class Loop:
         begun = time.perf_counter()
         self._compiled, self._buffers = loop.lower(state, buffers).compile(), buffers
         self.compile_seconds = time.perf_counter() - begun
-        self._state = jax.tree.map(jnp.copy, state) if keep else state
+        abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state))
+        self._state = jax.tree.map(jnp.copy, state) if keep and not abstract else state
         self._warm = False
+
+    def on(self, state: Any, buffers: Sequence[Any]) -> Loop:
+        """The same program on other arrays of these shapes; ``state`` is left alone."""
+        other = copy.copy(self)
+        other._state, other._buffers = jax.tree.map(jnp.copy, state), buffers
+        return other
 
     def seconds(self) -> float:
         """Wall time of one run; of the second, before the first one: that loads the program and captures its graphs."""
@@ -300,6 +309,10 @@ class Rows:
         """Whether a row of these axes is still to be measured, and there is time."""
         if self._key(axes) in self._known:
             return False
+        return self.in_time()
+
+    def in_time(self) -> bool:
+        """Whether another row may begin."""
         self.complete &= time.perf_counter() < self._end
         return self.complete
 

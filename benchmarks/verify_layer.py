@@ -15,7 +15,8 @@ our per-query path. ``--overlap real`` is what queries of the embedded model sha
 The XLA path is ``specsa_jax.nsa.cached.attend_cached`` on the same arrays. Besides what the kernels do it rotates the
 tail's keys and compresses the blocks that end in the tail (mean pooling: the cheapest there is).
 
-Before a group is timed, its output and selection are compared with group 1's; the XLA path's output too.
+Before a group is timed, its output and selection are compared with group 1's; the XLA path's output too. XLA's loop
+takes three of the inputs, or it would compile for minutes; its scores alone are more than those spare.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ import dataclasses
 import functools
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import harness
@@ -33,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import real_selections
+from jax.stages import Compiled
 
 from pallas_kernels import tuned
 from pallas_kernels.attention import AttentionConfig, Sparsity, attend, specs
@@ -160,97 +163,116 @@ def compare(name: str, out, expected, dtype: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A config's compiled loops."""
+    """A config's programs: both layers on one input, and the loops over them."""
 
     config: AttentionConfig
+    layers: Compiled
     refresh: harness.Loop
     reuse: harness.Loop
 
 
-class Bench:
-    """One case's inputs on the device, and how its functions are timed."""
+class Programs:
+    """What is compiled for the cases of one shape, which differ in their values. No arrays are needed for that."""
 
-    def __init__(self, case: Case, args: argparse.Namespace):
-        self.case, self.spec, self.args = case, case.spec, args
-        first = self.spec.arguments()
-        self.baseline = self.config(1)
-        self.expected, chosen = self.attend(self.baseline)(first)
-        self.ids = np.asarray(chosen.ids)
-        self.bytes = needed_bytes(self.spec, self.ids)
-        count = 1 if args.tiny else max(1, min(24, math.ceil(2 * L2_BYTES / self.bytes)))
-        self.buffers = [first, *(self.spec.arguments(seed) for seed in range(1, count))]
-        jax.block_until_ready(self.buffers)
-        self.floor = self.bytes / harness.copy_bandwidth() * 1e6
-        self._link = self.loop(lambda arguments: arguments[4], self.buffers)
-
-    @functools.cached_property
-    def link(self) -> float:
-        """µs of what makes one call depend on the one before."""
-        return self._timing(self._link).median
+    def __init__(self, spec: specs.AttentionSpec, args: argparse.Namespace):
+        self.spec, self.args = spec, args
+        least = needed_bytes(spec, np.full((len(spec.lengths), 1, spec.heads[1], 1), -1))
+        self.count = 1 if args.tiny else max(1, min(24, math.ceil(2 * L2_BYTES / least)))
+        self.guess = least / harness.copy_bandwidth() * 1e6
+        self.link = self.loop(lambda arguments: arguments[4])
 
     def config(self, group: int) -> AttentionConfig:
         return chosen(self.spec, group, self.args.untuned)
 
-    def attend(self, config: AttentionConfig):
-        spec, interpret = self.spec, self.args.interpret
-        return jax.jit(lambda arguments: attend(spec.sparsity, *arguments, config=config, interpret=interpret))
-
-    def loop(self, function, buffers, guess: float | None = None) -> harness.Loop:
+    def loop(self, function, *rest: Any, count: int | None = None, guess: float = 0.0) -> harness.Loop:
         """A compiled loop over ``function(arguments, *rest)``; ``guess``: µs of a call, for the loop's length."""
 
         def step(lengths, buffer):
-            arguments, *rest = buffer if isinstance(buffer, list) else [buffer]
+            arguments, *rest = buffer
             return link(lengths, function(with_lengths(arguments, lengths), *rest))
 
-        # Never faster than the floor, nor than a launch.
-        guess = max(guess or self.floor, 5.0)
+        arguments = self.spec.abstract()
+        buffers = [(arguments, *rest)] * (count or self.count)
+        # Never faster than what must be read, nor than a launch.
+        guess = max(guess, self.guess, 5.0)
         iterations = 1 if self.args.tiny else math.ceil(LOOP_US / (guess * len(buffers)))
-        return harness.Loop(step, self.buffers[0][4], buffers, iterations)
+        return harness.Loop(step, arguments[4], buffers, iterations, 1 if count else 8)
 
-    def time(self, loop: harness.Loop) -> dict[str, float]:
-        """µs of a call."""
-        return {field: value - self.link for field, value in dataclasses.asdict(self._timing(loop)).items()}
+    def variant(self, group: int) -> Variant:
+        """Both layers with groups of so many queries."""
+        spec, config, arguments = self.spec, self.config(group), self.spec.abstract()
+        layer = functools.partial(attend, spec.sparsity, config=config, interpret=self.args.interpret)
 
-    def _timing(self, loop: harness.Loop) -> harness.Timing:
-        return loop.timing(1) if self.args.tiny else loop.timing(9, self.args.seconds)
-
-    def stages(self, loop: harness.Loop) -> dict[str, float]:
-        """µs of each of a refresh layer's launches, by the profiler."""
-        kernels = loop.kernels()
-        return {name: sum(time for kernel, time in kernels.items() if kernel.startswith(f"nsa_{name.split('+')[0]}"))
-                for name in STAGES}  # fmt: skip
-
-    def compile(self, group: int) -> Variant:
-        """Both layers with groups of so many queries, checked."""
-        spec, args = self.spec, self.args
-        config = self.config(group)
-        name = f"{spec.name}, group {group}"
-        run = self.attend(config)
-        out, selected = run(self.buffers[0])
-        compare(name, out, self.expected, spec.dtype)
-        if not np.array_equal(selected.ids, self.ids):
-            raise SystemExit(f"{name}: other blocks than group 1")
+        # Jitted, so that a loop lowers a layer once.
+        @jax.jit
+        def refresh(arguments):
+            return layer(*arguments)
 
         @jax.jit
-        def reuse_layer(arguments, selected):
-            return attend(spec.sparsity, *arguments, selected=selected, config=config, interpret=args.interpret)[0]
+        def reuse(arguments, selected):
+            return layer(*arguments, selected=selected)[0]
 
-        compare(f"{name}, reuse layer", reuse_layer(self.buffers[0], selected), self.expected, spec.dtype)
-        pairs = [[arguments, run(arguments)[1]] for arguments in self.buffers]
-        return Variant(config, self.loop(lambda arguments: run(arguments)[0], self.buffers),
-                       self.loop(reuse_layer, pairs))  # fmt: skip
+        def layers(arguments):
+            out, selected = refresh(arguments)
+            return out, selected, reuse(arguments, selected)
+
+        selected = jax.eval_shape(refresh, arguments)[1]
+        return Variant(config, jax.jit(layers).lower(arguments).compile(),
+                       self.loop(lambda arguments: refresh(arguments)[0]), self.loop(reuse, selected))  # fmt: skip
+
+    def xla(self) -> tuple[Compiled, harness.Loop] | str:
+        """XLA's path on one input and in a loop, or why there is none."""
+        path = jax.jit(xla_path(self.spec))
+        try:
+            loop = self.loop(lambda arguments: path(arguments)[0], count=min(3, self.count), guess=10 * self.guess)
+            return path.lower(self.spec.abstract()).compile(), loop
+        except jax.errors.JaxRuntimeError as error:
+            return out_of_memory(error)
+
+
+class Inputs:
+    """One case's arrays on the device, and what group 1 makes of them."""
+
+    def __init__(self, case: Case, programs: Programs, baseline: Variant):
+        self.case, self.spec, self.args, self.programs = case, case.spec, programs.args, programs
+        self.buffers = [(self.spec.arguments(seed),) for seed in range(programs.count)]
+        self.expected, chosen, _ = baseline.layers(*self.buffers[0])
+        self.ids = np.asarray(chosen.ids)
+        self.bytes = needed_bytes(self.spec, self.ids)
+        self.floor = self.bytes / harness.copy_bandwidth() * 1e6
+        self.link = 0.0
+        self.link = self.time(self.on(programs.link))["median"]
+
+    def time(self, loop: harness.Loop) -> dict[str, float]:
+        """µs of a call, less those of what makes it depend on the one before."""
+        timing = loop.timing(1) if self.args.tiny else loop.timing(9, self.args.seconds)
+        return {field: value - self.link for field, value in dataclasses.asdict(timing).items()}
+
+    def on(self, loop: harness.Loop, buffers=None) -> harness.Loop:
+        """The loop over this case's arrays."""
+        buffers = buffers or self.buffers
+        return loop.on(buffers[0][0][4], buffers)
 
     def row(self, group: int, variant: Variant) -> dict[str, Any]:
-        """All figures of one group size."""
-        refresh = self.time(variant.refresh)
+        """All figures of one group size, if its results are right."""
+        name = f"{self.spec.name}, group {group}"
+        out, selected, reused = variant.layers(*self.buffers[0])
+        compare(name, out, self.expected, self.spec.dtype)
+        compare(f"{name}, reuse layer", reused, self.expected, self.spec.dtype)
+        if not np.array_equal(selected.ids, self.ids):
+            raise SystemExit(f"{name}: other blocks than group 1")
+        pairs = [(arguments, variant.layers(arguments)[1]) for (arguments,) in self.buffers]
+        refresh_loop = self.on(variant.refresh)
+        refresh = self.time(refresh_loop)
+        peer = self.case.peer
         row = {
             **self.case.axes, "group": group, "refresh": refresh["median"], "low": refresh["low"],
             "high": refresh["high"], "floor": self.floor, "of floor": self.floor / refresh["median"],
-            "reuse": self.time(variant.reuse)["median"], "peer": self.case.peer,
-            "speed-up": self.case.peer and self.case.peer / refresh["median"],
+            "reuse": self.time(self.on(variant.reuse, pairs))["median"], "peer": peer,
+            "speed-up": peer and peer / refresh["median"],
         }  # fmt: skip
         if self.args.stages:
-            row |= self.stages(variant.refresh)
+            row |= stages(refresh_loop)
         details = {
             "bytes": self.bytes,
             "link": self.link,
@@ -260,21 +282,34 @@ class Bench:
         }
         return row | details | {"config": dataclasses.asdict(variant.config)}
 
-    def xla(self) -> float | str:
+    def xla(self, compiled: tuple[Compiled, harness.Loop] | str, baseline: Variant) -> float | str:
         """The XLA path's median, or why it has none."""
-        path, spec = xla_path(self.spec), self.spec
+        if isinstance(compiled, str):
+            return compiled
+        path, loop = compiled
+        *others, tail = self.buffers[0][0]
         try:
-            out, new = jax.jit(path)(self.buffers[0])
+            out, new = path(self.buffers[0][0])
             # The path compresses the tail's blocks itself; the kernels are given its entries.
-            *others, tail = self.buffers[0]
             tail = tail._replace(compressed_key=new.compressed_key, compressed_value=new.compressed_value)
-            ours = self.attend(self.baseline)((*others, tail))[0]
-            compare(f"{spec.name}, XLA", out, ours, spec.dtype)
-            return self.time(self.loop(lambda arguments: path(arguments)[0], self.buffers, 10 * self.floor))["median"]
+            compare(f"{self.spec.name}, XLA", out, baseline.layers((*others, tail))[0], self.spec.dtype)
+            return self.time(self.on(loop, self.buffers[:3]))["median"]
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return "out of memory"
+            return out_of_memory(error)
+
+
+def stages(loop: harness.Loop) -> dict[str, float]:
+    """µs of each of a refresh layer's launches, by the profiler."""
+    kernels = loop.kernels()
+    return {name: sum(time for kernel, time in kernels.items() if kernel.startswith(f"nsa_{name.split('+')[0]}"))
+            for name in STAGES}  # fmt: skip
+
+
+def out_of_memory(error: Exception) -> str:
+    """What stands for a figure where there was too little memory; other errors are raised."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return "out of memory"
 
 
 def overlap(ids: np.ndarray) -> float | None:
@@ -308,9 +343,9 @@ def cases(args: argparse.Namespace) -> list[Case]:
              "x".join(map(str, heads)), context, share)
         for heads in [tuple(map(int, text.split("x"))) for text in args.heads.split(",")]
         for context in map(int, args.context.split(","))
-        for share in shares
         for batch in map(int, args.batch.split(","))
         for width in map(int, args.width.split(","))
+        for share in shares
         # Adjacent queries are what overlaps.
         if width > 1 or share == shares[0]
     ]  # fmt: skip
@@ -330,44 +365,54 @@ def main() -> None:
     parser.add_argument(
         "--stages", action="store_true", help="the time of each of a refresh layer's launches, by the profiler"
     )
-    parser.add_argument("--together", type=int, default=3, help="cases that are compiled, and in memory, at a time")
+    parser.add_argument("--together", type=int, default=3, help="shapes that are compiled at a time")
     parser.add_argument("--seconds", type=float, default=0.2, help="spent on each figure's repeats")
     parser.add_argument("--interpret", action="store_true", help="interpret the kernels")
     parser.add_argument("--tiny", action="store_true", help="two small cases, once")
     args = parser.parse_args()
     rows = harness.Rows(args, ("heads", "context", "batch", "width", "overlap", "group"))
     header = True
-    todo: list[tuple[Case, list[int]]] = []
+    todo: dict[tuple[Any, ...], list[tuple[Case, list[int]]]] = {}  # by shape
     for case in cases(args):
         width = case.spec.width
         sizes = {"T": width, "auto": chosen(case.spec, None, args.untuned).group}
         groups = dict.fromkeys(sizes.get(text) or int(text) for text in args.group.split(","))
         if wanted := [group for group in groups if group <= width and rows.wanted(**case.axes, group=group)]:
-            todo.append((case, wanted))
+            shape = tuple(value for name, value in case.axes.items() if name != "overlap")
+            todo.setdefault(shape, []).append((case, wanted))
     if not todo and not rows.rows and rows.complete:
         raise SystemExit("no case has these axes")
     harness.copy_bandwidth()
-    # What compiles slows launches down, so several cases are compiled first, on all cores, and then timed.
-    while todo and rows.wanted(**todo[0][0].axes, group=todo[0][1][0]):
-        some, todo = todo[: args.together], todo[args.together :]
+    # What compiles slows launches down, so several shapes are compiled first, on all cores, and then measured.
+    shapes = list(todo.values())
+    while shapes and rows.in_time():
+        some, shapes = shapes[: args.together], shapes[args.together :]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            benches = list(pool.map(lambda one: Bench(one[0], args), some))
-            compiled = [
-                [pool.submit(bench.compile, group) for group in groups]
-                for bench, (_, groups) in zip(benches, some, strict=True)
-            ]
-            wait([future for futures in compiled for future in futures])
-        for bench, (_, groups), futures in zip(benches, some, compiled, strict=True):
-            xla = {"xla": bench.xla()} if args.xla else {}
-            for group, future in zip(groups, futures, strict=True):
-                if not rows.wanted(**bench.case.axes, group=group):
-                    continue
-                row = bench.row(group, future.result()) | xla
-                rows.add(row, None)
-                print_row(shown(row), header)
-                header = False
-        del benches, bench, compiled, futures, future  # their memory is for the next
+            compiled = list(pool.map(lambda shape: Programs(shape[0][0].spec, args), some))
+            variants = [{group: pool.submit(programs.variant, group)
+                         for group in dict.fromkeys([1, *(group for _, groups in shape for group in groups)])}
+                        for programs, shape in zip(compiled, some, strict=True)]  # fmt: skip
+            xla = [pool.submit(programs.xla) if args.xla else None for programs in compiled]
+        for programs, own, path, shape in zip(compiled, variants, xla, some, strict=True):
+            for case, groups in shape:
+                if not rows.in_time():
+                    break
+                results = {group: future.result() for group, future in own.items()}
+                for row in measured(case, groups, programs, results, path and path.result()):
+                    rows.add(row, None)
+                    print_row(shown(row), header)
+                    header = False
     rows.save()
+
+
+def measured(
+    case: Case, groups: list[int], programs: Programs, variants: dict[int, Variant], xla: Any
+) -> Iterator[dict[str, Any]]:
+    """A case's rows; its arrays go with the last one."""
+    inputs = Inputs(case, programs, variants[1])
+    beside = {} if xla is None else {"xla": inputs.xla(xla, variants[1])}
+    for group in groups:
+        yield inputs.row(group, variants[group]) | beside
 
 
 def print_row(row: dict[str, Any], header: bool) -> None:
