@@ -21,7 +21,7 @@ from typing import Any
 
 import harness
 import jax
-from end_to_end import against, measure, named, warm
+from end_to_end import against, default_space, measure, named, warm
 from workloads import WORKLOADS, prompts
 
 from specsa_jax import Engine, Strategy
@@ -38,7 +38,7 @@ def cases(name: str, checkpoint: str) -> list[tuple[str, Strategy | Planner]]:
     """(case, strategy) of a set."""
 
     def make(drafter: str, **options: Any) -> Strategy | Planner:
-        return named(drafter, checkpoint, **options)
+        return named(drafter, checkpoint, default_space(), **options)
 
     if name == "grouping":
         return [(f"C = {c}", make(LONG, group=c)) for c in (1, 2, 4, 8, 16)]

@@ -1,10 +1,11 @@
 """Tokens a second of decoding, by ``Engine.generate``: one token at a time, and speculating by each strategy.
 
 Rows: precision class, workload (benchmarks/workloads.py), context (the new tokens included), batch, temperature,
-strategy. ``none`` is the same loop with the same kernels without drafts. Programs are compiled and have run before they
-are timed; time is the wall time of decoding (and planning), prefill left out. ``speedup`` is over ``none`` in class
-exact; whether tokens are identical is said of ``none`` in the same class and schedule. A strategy that does not run
-here has its reason under ``not_run``. Rows come in the order of their importance, which --budget cuts: the first
+strategy. ``none`` is the same loop with the same kernels without drafts, ``auto`` the planner; on a GPU its space is a
+part of the usual one (--space), since all of it is compiled at each point. Programs are compiled and have run before
+they are timed; time is the wall time of decoding (and planning), prefill left out. ``speedup`` is over ``none`` in
+class exact; whether tokens are identical is said of ``none`` in the same class and schedule. A strategy that does not
+run here has its reason under ``not_run``. Rows come in the order of their importance, which --budget cuts: the first
 strategy and ``auto`` at each context, in the first class, temperature and batch; the other strategies at the first
 context; then the other points, those with the fewest tokens first, without other strategies. Workloads take turns,
 since they share compiled programs.
@@ -25,6 +26,7 @@ import itertools
 import math
 import os
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import harness
@@ -34,18 +36,35 @@ from workloads import WORKLOADS, prompts
 from specsa_jax import Engine, Strategy
 from specsa_jax.drafting import drafter_from_name
 from specsa_jax.planning.planner import Planner
+from specsa_jax.strategy import Precision
 
-# ``auto`` takes what is compiled where compiling would not repay: behind what it may well take.
 STRATEGIES = ["lookup@chain:16", "auto", "lookup@chain:32", "lookup@chain:4", "lookup+head@best:16:6", "head@chain:4",
               "lookup+head@chain:4"]  # fmt: skip
 AXES = ("precision", "workload", "context", "batch", "temperature", "strategy")
 SHOWN = (*AXES, "tokens_per_second", "speedup", "mean_acceptance_length", "identical", "not_run")
 
 
-def named(name: str, checkpoint: str, **options: Any) -> Strategy | Planner:
-    """``none``, ``auto`` (the engine's own choice), or a drafter and a tree: ``lookup@chain:4``."""
+def default_space() -> list[str]:
+    """What a planner chooses from, beside not speculating; on a GPU programs take longer to compile than to measure."""
+    few = ["lookup@chain:4", "lookup@chain:16", "lookup@chain:32", "head@chain:4", "lookup+head@chain:8",
+           "lookup+head@best:16:6"]  # fmt: skip
+    return few if jax.default_backend() == "gpu" else []
+
+
+def choosing(names: Sequence[str], precision: Precision | None = None) -> Planner:
+    """A planner whose space has these drafters and trees (``lookup@chain:4``) beside not speculating; none: all."""
+    trees: dict[str, list[str]] = {}
+    for name in names:
+        drafter, _, tree = name.partition("@")
+        trees.setdefault(drafter, []).append(tree)
+    drafters = tuple((drafter, tuple(some)) for drafter, some in trees.items())
+    return Planner(precision=precision, drafters=drafters)
+
+
+def named(name: str, checkpoint: str, space: Sequence[str] = (), **options: Any) -> Strategy | Planner:
+    """``none``, ``auto`` (what a planner with this space chooses), or a drafter and a tree: ``lookup@chain:4``."""
     if name == "auto":
-        return Planner(precision=options.get("precision"))
+        return choosing(space, options.get("precision"))
     drafter, _, tree = name.partition("@")
     return Strategy(drafter_from_name(drafter, checkpoint), tree or "chain:4", **options)
 
@@ -166,6 +185,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32] if gpu else [1])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7])
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, help="DRAFTER@TREE, or auto; none comes first")
+    parser.add_argument("--space", nargs="*", default=default_space(), help="DRAFTER@TREE: of auto; none: all")
     parser.add_argument("--new-tokens", type=int, default=512 if gpu else 96)
     parser.add_argument("--prompts", type=int, default=2, help="one after the other, where the batch is 1")
     parser.add_argument("--repeats", type=int, default=2, help="timed runs of each")
@@ -176,7 +196,7 @@ def main() -> None:
     suffix = f"_{args.dtype}" if args.dtype else ""
     rows = harness.Rows(args, AXES, suffix, checkpoint=args.checkpoint, fingerprint=engine.fingerprint,
                         dtype=str(engine.dtype), implementation=engine.implementation, new_tokens=args.new_tokens,
-                        prompts=args.prompts, schedule=args.schedule)  # fmt: skip
+                        prompts=args.prompts, schedule=args.schedule, space=args.space)  # fmt: skip
     for point, names in order(args):
         precision, count = point["precision"], args.prompts if point["batch"] == 1 else 1
         options = {"precision": precision} | ({"schedule": args.schedule} if precision == "approx" else {})
@@ -191,7 +211,7 @@ def main() -> None:
         for name in names:
             if any(rows.wanted(**point, workload=one, strategy=name) for one in args.workloads):
                 with contextlib.suppress(ValueError):
-                    todo.append(named(name, args.checkpoint, **options))
+                    todo.append(named(name, args.checkpoint, args.space, **options))
         with contextlib.suppress(ValueError):  # of a text that is too short
             warm(engine, batches(args.workloads[0]), args.new_tokens, todo)
         for name, workload in itertools.product(names, args.workloads):
@@ -199,7 +219,7 @@ def main() -> None:
             if not rows.wanted(**axes):
                 continue
             try:
-                strategy = named(name, args.checkpoint, **options)
+                strategy = named(name, args.checkpoint, args.space, **options)
                 row = measure(engine, batches(workload), args.new_tokens, strategy, point["temperature"], args.repeats)
             except ValueError as error:
                 row = harness.not_run(error)

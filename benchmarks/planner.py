@@ -20,6 +20,7 @@ import harness
 import jax
 import numpy as np
 import plots
+from end_to_end import choosing, default_space
 from workloads import WORKLOADS, prompts
 
 from specsa_jax import Engine, Strategy
@@ -27,15 +28,6 @@ from specsa_jax.planning.planner import Planner
 
 AXES = ("workload", "context", "batch", "temperature", "strategy")
 DEFAULT = "lookup chain:4"
-
-
-def choosing(names: list[str]) -> Planner:
-    """A planner whose space has these drafters and trees (``lookup@chain:4``) beside not speculating; none: all."""
-    trees: dict[str, list[str]] = {}
-    for name in names:
-        drafter, _, tree = name.partition("@")
-        trees.setdefault(drafter, []).append(tree)
-    return Planner(drafters=tuple((drafter, tuple(some)) for drafter, some in trees.items()))
 
 
 def fixed(engine: Engine, planner: Planner) -> dict[str, Strategy]:
@@ -124,9 +116,8 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--cells", nargs="+", default=["1:4096", "1:32768", "8:4096", "8:32768"] if gpu
                         else ["1:256", "1:1024", "8:256"], help="BATCH:CONTEXT")  # fmt: skip
-    parser.add_argument("--space", nargs="*", help="DRAFTER@TREE: of the planner; none: all that it knows", default=[
-        "lookup@chain:4", "lookup@chain:16", "head@chain:4", "lookup+head@chain:8", "lookup+head@best:16:6"
-    ] if gpu else [])  # fmt: skip
+    parser.add_argument("--space", nargs="*", default=default_space(),
+                        help="DRAFTER@TREE: of the planner; none: all that it knows")  # fmt: skip
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0])
     parser.add_argument("--new-tokens", type=int, default=4096 if gpu else 128)
     parser.add_argument("--prompts", type=int, default=4, help="batches of prompts in cells of batch 1; else one")
