@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import UnsupportedError
+from pallas_kernels import UnsupportedError, attention
 from pallas_kernels.attention import AttentionConfig, Branch, Selection, Sparsity, attend, reference, specs
 from pallas_kernels.attention import selection as selection_module
 
@@ -102,6 +102,17 @@ def test_refresh_and_reuse_equal_reference(spec, interpret):
     if reuse:
         check(spec, arguments, *again)
         np.testing.assert_array_equal(again[1].ids, selection.ids)
+
+
+@pytest.mark.parametrize("interpret", PLACES)
+def test_a_reuse_layer_whose_selected_branch_is_launched_apart_gives_the_same(interpret, monkeypatch):
+    monkeypatch.setattr(attention, "_apart", lambda config, shape: True)
+    arguments, config = arguments_of(CHAIN_8), config_of(CHAIN_8, splits=(2, 3, 1))
+    for reuse_compressed, shown in ((True, (0, 1, 2)), (False, (1, 2))):
+        call = functools.partial(attend, CHAIN_8.sparsity, config=config, interpret=interpret)
+        selection = call(*arguments)[1]
+        out = call(*arguments, selected=selection, reuse_compressed=reuse_compressed)[0]
+        check(CHAIN_8, arguments, out, None, np.asarray(selection.ids), shown)
 
 
 def test_reused_specs_exist():

@@ -67,6 +67,14 @@ def test_attention_lowers(spec, deterministic):
     assert [kernel.name for kernel in report.kernels(lowered)] == expected
 
 
+def test_a_large_batch_launches_small_groups_of_a_reuse_layer_apart():
+    for name, apart in (("B8-T16-H32x8-L64K-o70", True), ("B1-T16-H32x8-L64K-o70", False)):
+        [spec] = [spec for spec in attention_specs.BENCHMARKS if spec.name == name]
+        kernels = report.kernels(report.lower(report.verification(spec, 8), *spec.abstract()))
+        expected = ["nsa_compressed_window", "nsa_selected"] if apart else ["nsa_compressed_selected_window"]
+        assert [kernel.name for kernel in kernels[4:-1]] == expected
+
+
 @pytest.mark.parametrize("name, group", REPRESENTATIVE)
 def test_attention_compiles_for_sm90(name, group):
     [spec] = [spec for spec in attention_specs.BENCHMARKS if spec.name == name]

@@ -62,7 +62,8 @@ def attend(
 
     Token i sees the committed tokens of its sequence, its ancestors in the tail, and itself: its output is that of
     decoding its path one token at a time. A refresh layer (``selected`` None) takes four launches: compressed and
-    window branch with block scores, selection, selected branch, merge. A reuse layer takes two: the branches, merge.
+    window branch with block scores, selection, selected branch, merge. A reuse layer takes two: the branches, merge; or
+    three, where groups have fewer rows than the other branches' tiles and the batch is large.
 
     Args:
       query: [B, T, Hq, D], bfloat16 or float32, rotated; all keys and values have its dtype.
@@ -101,8 +102,12 @@ def attend(
     arguments = (query, layer, page_table, lengths, tail)
     if selected is not None:
         shown = shown if reuse_compressed else [1, 2]
-        launch = Launch(sparsity, shape, config, tuple(shown), interpret=interpret, deterministic=deterministic)
-        parts = [(launch, branches.run(launch, *arguments, selected))]
+        apart = not deterministic and _apart(config, shape)
+        launches = [
+            Launch(sparsity, shape, config, together, interpret=interpret, deterministic=deterministic)
+            for together in ([tuple(index for index in shown if index != 1), (1,)] if apart else [tuple(shown)])
+        ]
+        parts = [(launch, branches.run(launch, *arguments, selected)) for launch in launches]
     else:
         scoring = Launch(sparsity, shape, config, (0, 2), scored=True, interpret=interpret, deterministic=deterministic)
         partial = branches.run(scoring, *arguments, None)
@@ -110,6 +115,15 @@ def attend(
         launch = Launch(sparsity, shape, config, (1,), interpret=interpret, deterministic=deterministic)
         parts = [(scoring, partial), (launch, branches.run(launch, *arguments, selected))]
     return merge.run(parts, gates, shown, jnp.dtype(query.dtype)), selected
+
+
+def _apart(config: AttentionConfig, shape: Shape) -> bool:
+    """Whether a reuse layer's selected branch gets a launch of its own.
+
+    A launch has a warp for every 16 rows of its largest tile. On fewer rows some of them do what others do, which
+    costs more than another launch as soon as the device is busy.
+    """
+    return config.selected.rows < config.compressed.rows and shape.batch * shape.num_kv_heads >= 64
 
 
 def _check_selection(sparsity: Sparsity, shape: Shape, config: AttentionConfig, selected: Selection | None) -> None:
