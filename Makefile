@@ -114,6 +114,7 @@ bench-kernels:
 	$(BENCH)/verify_layer.py --overlap 70,real,50,90 --stages --resume --budget 30 --out
 	$(BENCH)/selection.py --seconds 0.05 --out
 	$(BENCH)/commit.py --seconds 0.05 --out
+	$(BENCH)/compress.py --seconds 0.05 --out
 
 bench-model:
 	$(LARGE)/refresh_reuse.py --preset 1b --context 65536 --batch 8 --refresh 16 6 1 --out

@@ -17,7 +17,6 @@ from functools import partial
 import harness
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.commit import CommitConfig, Entries, commit, specs
 from specsa_jax import cache
@@ -48,17 +47,8 @@ def xla(spec: specs.CommitSpec, page_table):
 
 
 def run(spec: specs.CommitSpec, args: argparse.Namespace) -> list[dict]:
-    rng = np.random.default_rng(0)
-    buffers = []
-    for seed in range(8):
-        lengths = rng.integers(spec.block, spec.table * spec.page - spec.width, len(spec.lengths))
-        # One cache, which may have gigabytes, is enough.
-        sizes = {"lengths": tuple(lengths.tolist())} | ({"table": 1} if seed else {})
-        layer, new, table, *others = dataclasses.replace(spec, **sizes).arguments(seed)
-        buffers.append(jax.device_put((new, *others)))
-        if seed == 0:
-            page_table, layer = jax.device_put((table, layer))
-            layers = [jax.tree.map(jnp.copy, layer) for _ in range(args.layers)]
+    layer, page_table, buffers = jax.device_put(spec.rotated(8))
+    layers = [jax.tree.map(jnp.copy, layer) for _ in range(args.layers)]
     configs = CommitConfig.search_space(spec.shape) if args.tune else [CommitConfig.heuristic(spec.shape)]
     steps = {
         f"pallas {config.heads}h{config.num_warps}w": pallas(spec, page_table, args.interpret, config)

@@ -88,6 +88,19 @@ def selection(result: Result) -> Lines:
     yield f"block selection, {largest}", f"{ours:.0f} µs, lax.top_k {theirs:.0f} µs"
 
 
+def compress(result: Result) -> Lines:
+    """At the 8B shape, of eight sequences' chains of 16; the file has the others."""
+    times = {(row["case"], row["variant"].split()[0]): row["median"] for row in result["rows"]}
+    case = "D128-B8-T16"
+    if (f"{case}-one", "xla") in times and (f"{case}-none", "xla") in times:
+        one, none = ([times[f"{case}-{used}", variant] for variant in ("pallas", "xla")] for used in ("one", "none"))
+        yield (
+            f"φ of one layer, {case}",
+            f"{one[0]:.0f} µs where a block ends in each sequence, XLA's code {one[1]:.0f} µs; "
+            f"{none[0]:.0f} and {none[1]:.0f} µs where none does",
+        )
+
+
 def refresh_reuse(result: Result) -> Lines:
     kept = [row for row in result["rows"] if row["compressed"] == "kept" and row["schedules"] != "all refresh"]
     if not kept:  # cut off behind its first row
@@ -208,7 +221,7 @@ TABLES: dict[str, Callable[[Result], Lines]] = {
     "train_target": train_target, "end_to_end": end_to_end, "dense_decode": dense_decode, "held_out": held_out,
     "planner": planner, "strict": strict, "acceptance": acceptance, "shapes": shapes, "overhead": overhead,
     "memory": memory, "refresh_reuse": refresh_reuse, "verify_layer": verify_layer, "selection": selection,
-    "prefill": prefill,
+    "compress": compress, "prefill": prefill,
 }  # fmt: skip
 
 

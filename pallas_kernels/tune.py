@@ -1,8 +1,8 @@
 """Measures the kernels' configs on the present device: ``python -m pallas_kernels.tune [NAME ...]``.
 
-For each benchmark spec whose name contains a NAME it walks through the config's search space one field at a time,
-keeping the fastest value of each, and writes the winner into the device's data file after every spec. A run that was
-cut off goes on where it stopped; ``--again`` measures what the file holds anew.
+For each benchmark spec whose name contains a NAME it walks through the config's search space, one branch of attention
+at a time, keeping the fastest value of each, and writes the winner into the device's data file after every spec. A run
+that was cut off goes on where it stopped; ``--again`` measures what the file holds anew.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ import jax.numpy as jnp
 from pallas_kernels import tuned
 from pallas_kernels.attention import AttentionConfig, attend
 from pallas_kernels.attention import specs as attention_specs
+from pallas_kernels.commit import CommitConfig, commit
+from pallas_kernels.commit import specs as commit_specs
+from pallas_kernels.compress import CompressConfig, compress
+from pallas_kernels.compress import specs as compress_specs
 from pallas_kernels.selection import SelectionConfig, select_blocks
 from pallas_kernels.selection import specs as selection_specs
 
@@ -39,7 +43,7 @@ class Task:
 
     Attributes:
       name: the spec's, with its group.
-      kind: ``attention`` or ``selection``: the list of the file.
+      kind: of ``tuned.KINDS``: the list of the file.
       key: what identifies the entry, and what :mod:`pallas_kernels.tuned` looks it up by.
       space: the configs, the heuristic's first.
       prepare: makes the inputs and gives a function that compiles a config, to one that measures microseconds a call.
@@ -57,10 +61,12 @@ def tasks(names: Sequence[str] = ()) -> list[Task]:
 
     Raises ValueError where none does.
     """
-    found = [_selection(spec) for spec in selection_specs.BENCHMARKS]
+    found = [*map(_selection, selection_specs.BENCHMARKS), *map(_commit, commit_specs.BENCHMARKS)]
     for spec in attention_specs.BENCHMARKS:
         group = AttentionConfig.heuristic(spec.sparsity, spec.shape).group
         found += [_attention(spec, own) for own in dict.fromkeys((group, spec.width, 1))]
+    # Of tails of one shape the longest, in which blocks end most often; where none does, no config matters.
+    found += map(_compress, {spec.shape: spec for spec in compress_specs.BENCHMARKS if any(spec.used)}.values())
     chosen = list(dict.fromkeys(task for name in names or ("",) for task in found if name in task.name))
     if not chosen:
         raise ValueError(f"names: got {', '.join(names)}, expected parts of names such as {found[-1].name}")
@@ -85,7 +91,7 @@ def tune(
     Returns whether all tasks are in the file. Raises TuningError for a file that is broken or of another device.
     """
     start, device = clock(), jax.devices()[0].device_kind
-    data: dict[str, Any] = {"schema": tuned.SCHEMA, "device": device, "attention": [], "selection": []}
+    data: dict[str, Any] = {"schema": tuned.SCHEMA, "device": device} | {kind: [] for kind in tuned.KINDS}
     if path.exists():
         data = tuned.parse(path.read_text(encoding="utf-8"), str(path))
         if data["device"] != device:
@@ -162,7 +168,7 @@ def default_path() -> Path:
 def compiled(step: Callable[[Any, Any], Any], state: Any, buffers: Sequence[Any], guess: float) -> Callable[[], float]:
     """Compiles a loop of ``state = step(state, buffer)``; gives what measures a step's median microseconds.
 
-    ``guess``: of them, for the loop's length.
+    ``guess``: of them, for the loop's length. Steps may update the state in place; ``state`` itself is left alone.
     """
     iterations = max(1, math.ceil(LOOP_US / (guess * len(buffers))))
 
@@ -174,13 +180,13 @@ def compiled(step: Callable[[Any, Any], Any], state: Any, buffers: Sequence[Any]
 
         return jax.lax.fori_loop(0, iterations, body, state)
 
-    program = jax.jit(loop).lower(state, buffers).compile()
+    program = jax.jit(loop, donate_argnums=0).lower(state, buffers).compile()
 
     def measure() -> float:
-        times = []
+        times, own = [], jax.tree.map(jnp.copy, state)
         for _ in range(10):
             start = time.perf_counter()
-            jax.block_until_ready(program(state, buffers))
+            own = jax.block_until_ready(program(own, buffers))
             times.append(time.perf_counter() - start)
         # The first ones load the program and capture graphs.
         return 1e6 * statistics.median(times[2:]) / (iterations * len(buffers))
@@ -236,10 +242,49 @@ def _selection(spec: selection_specs.SelectionSpec) -> Task:
 
         return build
 
-    space = SelectionConfig.search_space(spec.rows, spec.shape[-1])
-    heuristic = SelectionConfig.heuristic(spec.rows, spec.shape[-1])
     return Task(f"select-{spec.name}", "selection", {"rows": spec.rows, "num_blocks": spec.shape[-1]},
-                list(dict.fromkeys([heuristic, *space])), prepare)  # fmt: skip
+                _space(SelectionConfig, spec.rows, spec.shape[-1]), prepare)  # fmt: skip
+
+
+def _commit(spec: commit_specs.CommitSpec) -> Task:
+    def prepare() -> Callable[[CommitConfig], Callable[[], float]]:
+        layer, page_table, buffers = jax.device_put(spec.rotated(8))
+
+        def build(config: CommitConfig) -> Callable[[], float]:
+            def step(layer, buffer):
+                return commit(layer, buffer[0], page_table, *buffer[1:], compress_block=spec.block, config=config)
+
+            return compiled(step, layer, buffers, guess=5)
+
+        return build
+
+    return Task(f"commit-{spec.name}", "commit", {"shape": dataclasses.asdict(spec.shape)},
+                _space(CommitConfig, spec.shape), prepare)  # fmt: skip
+
+
+def _compress(spec: compress_specs.CompressSpec) -> Task:
+    def prepare() -> Callable[[CompressConfig], Callable[[], float]]:
+        first = jax.device_put(spec.arguments())
+        # Weights that lie elsewhere: what they are does not matter.
+        copies = [jax.tree.map(jnp.copy, first) for _ in range(math.ceil(ROTATED_BYTES / spec.bytes) - 1)]
+
+        def build(config: CompressConfig) -> Callable[[], float]:
+            @jax.jit  # traced once for all buffers
+            def step(start, arguments):
+                key, value, slot, back, _, rotation = arguments
+                return _depending(start, compress(key, value, slot, back, start, rotation, config=config)[0])
+
+            return compiled(step, first[4], [first, *copies], guess=max(15, spec.bytes / 3e6))
+
+        return build
+
+    return Task(f"compress-{spec.name}", "compress", {"shape": dataclasses.asdict(spec.shape)},
+                _space(CompressConfig, spec.shape), prepare)  # fmt: skip
+
+
+def _space(config: type[Any], *sizes: Any) -> list[Any]:
+    """Its search space for these sizes, the heuristic's first."""
+    return list(dict.fromkeys([config.heuristic(*sizes), *config.search_space(*sizes)]))
 
 
 def run(names: Sequence[str] = (), out: Path | None = None, budget: float = math.inf, again: bool = False) -> bool:

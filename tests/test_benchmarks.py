@@ -51,6 +51,14 @@ def test_every_script_answers_help(script, monkeypatch, capsys):
     assert "usage: " + script in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("script", ["commit.py", "compress.py", "selection.py"])
+def test_a_kernel_is_compared_with_xlas_code(script, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "copy_bandwidth", lambda: 1e12)  # seconds
+    monkeypatch.setattr(sys, "argv", [script, "--interpret", "--tiny"])
+    runpy.run_path(str(FOLDER / script), run_name="__main__")
+    assert re.search(r"tiny +pallas .*\n(.*\n)*tiny +xla ", capsys.readouterr().out)
+
+
 def test_make_runs_options_that_the_scripts_have(monkeypatch, capsys):
     """A part that ends at its command line would cost a GPU's time."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
@@ -82,6 +90,18 @@ def test_the_readmes_table_has_what_the_files_say(tmp_path):
     assert "64K, batch 1, greedy" in line and "2.00x" in line and "head@chain:4" in line and "identical 2 of 2" in line
     assert "the planner 3.00x" in line
     assert "benchmarks/results/nvidia-h100/end_to_end.json" in line
+
+
+def test_the_readmes_table_has_phi_at_one_shape(tmp_path):
+    file = tmp_path / "benchmarks" / "results" / "nvidia-h100" / "compress.json"
+    rows = [{"case": f"D128-B8-{case}", "variant": variant, "median": median} for case, variant, median in (
+        ("T1-one", "pallas 16r", 1.0), ("T1-one", "xla", 2.0), ("T16-one", "pallas 16r", 20.4),
+        ("T16-one", "xla", 31.0), ("T16-none", "pallas 16r", 3.0), ("T16-none", "xla", 30.0))]  # fmt: skip
+    harness.save(file, rows[:4], command="compress.py D128-B8 --out")
+    assert "φ" not in readme_table.table(file.parents[1])
+    harness.save(file, rows, command="compress.py D128-B8 --out")
+    line = readme_table.table(file.parents[1]).splitlines()[-1]
+    assert "20 µs where a block ends in each sequence, XLA's code 31 µs; 3 and 30 µs where none does" in line
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,18 @@
 import dataclasses
 import json
 import os
+from functools import partial
 
 import jax
 import pytest
 
-from pallas_kernels import tune, tuned
+from pallas_kernels import report, tune, tuned
 from pallas_kernels.attention import AttentionConfig
 from pallas_kernels.attention import specs as attention_specs
+from pallas_kernels.commit import CommitConfig, commit
+from pallas_kernels.commit import specs as commit_specs
+from pallas_kernels.compress import CompressConfig, compress
+from pallas_kernels.compress import specs as compress_specs
 from pallas_kernels.selection import SelectionConfig
 
 KIND = jax.devices()[0].device_kind
@@ -20,6 +25,10 @@ def made_up(config):
     """Microseconds with one best config: twice the heuristic's splits, most stages."""
     if isinstance(config, SelectionConfig):
         return 5.0 + config.num_warps
+    if isinstance(config, CommitConfig):
+        return 5.0 + config.heads + config.num_warps
+    if isinstance(config, CompressConfig):
+        return 100.0 - config.splits - 10 * config.num_stages - config.num_warps - config.columns / 100
     return 100.0 - config.compressed.splits - config.selected.splits - config.num_stages
 
 
@@ -101,9 +110,59 @@ def test_lookup_takes_the_nearest_entry_not_above_nor_far_below(tmp_path, instal
     assert found(sparsity=dataclasses.replace(SPEC.sparsity, scale=1.0)) == found()
 
 
+def test_commits_and_compressions_take_their_measured_configs(tmp_path, installed):
+    """Whatever the benchmarks call; calls without a config lower with it."""
+    path = tmp_path / "device.json"
+    assert tune.tune(tasks("commit-", "compress-"), path)
+    installed(path)
+    for spec in commit_specs.BENCHMARKS:
+        found, space = tuned.lookup_commit(KIND, spec.shape), CommitConfig.search_space(spec.shape)
+        assert found in space and made_up(found) == min(map(made_up, space))
+        [kernel] = report.kernels(report.lower(partial(commit, compress_block=spec.block), *spec.abstract()))
+        assert (kernel.grid[1], kernel.num_warps) == (-(-spec.heads // found.heads), found.num_warps)
+    for spec in compress_specs.BENCHMARKS:
+        found, space = tuned.lookup_compress(KIND, spec.shape), CompressConfig.search_space(spec.shape)
+        assert found in space and made_up(found) == min(map(made_up, space))
+        if spec.nodes == 16:  # of the shape of one token's
+            continue
+        first, second = report.kernels(report.lower(partial(compress), *spec.abstract()))
+        assert first.grid[0] == found.parts(spec.shape) * -(-spec.hidden // found.columns)
+        assert (first.num_warps, first.num_stages) == (found.num_warps, found.num_stages)
+        assert second.num_warps == found.finish_warps
+
+
+def test_commits_and_compressions_take_the_nearest_entry_too(tmp_path, installed):
+    path = tmp_path / "device.json"
+    tune.tune(tasks("commit-B8-A8", "commit-B8-A16", "compress-D128-B8-T64"), path)
+    data = json.loads(path.read_text())
+    data["commit"][0]["config"]["num_warps"] = 8
+    path.write_text(json.dumps(data))
+    installed(path)
+
+    def shape_of(specs, name):
+        return next(spec.shape for spec in specs.BENCHMARKS if spec.name == name)
+
+    def found(lookup, shape, **sizes):
+        return lookup(KIND, dataclasses.replace(shape, **sizes))
+
+    short, long = (CommitConfig(**entry["config"]) for entry in data["commit"])
+    near = partial(found, tuned.lookup_commit, shape_of(commit_specs, "B8-A8"))
+    assert near() == near(steps=15) == near(batch=16, slots=64) == short != long == near(steps=16) == near(steps=32)
+    for sizes in ({"steps": 7}, {"batch": 7}, {"batch": 17}, {"num_kv_heads": 4}, {"head_dim": 64}):
+        assert near(**sizes) is None
+
+    near = partial(found, tuned.lookup_compress, shape_of(compress_specs, "D128-B8-T64-one"))
+    assert near() == near(batch=16) == near(slots=128) == CompressConfig(**data["compress"][0]["config"])
+    for sizes in ({"batch": 7}, {"batch": 12, "slots": 96}, {"slots": 63}, {"num_kv_heads": 4}, {"head_dim": 64},
+                  {"block": 16}, {"width": 128}, {"sides": 1}, {"is_mlp": False}, {"itemsize": 4}):  # fmt: skip
+        assert near(**sizes) is None
+
+
 def test_a_device_without_a_file_has_no_configs():
     assert tuned.lookup("Abacus 9000", SPEC.sparsity, SPEC.shape, None) is None
     assert tuned.lookup_selection("Abacus 9000", 64, 256) is None
+    assert tuned.lookup_commit("Abacus 9000", commit_specs.BENCHMARKS[0].shape) is None
+    assert tuned.lookup_compress("Abacus 9000", compress_specs.BENCHMARKS[0].shape) is None
 
 
 def test_shipped_files_are_whole():
@@ -188,6 +247,34 @@ def test_a_broken_file_is_named(tmp_path, change, message):
         tune.tune(tasks("B8-T8-H32x8-L64K"), path)
 
 
+@pytest.mark.parametrize(
+    "kind, change, message",
+    [
+        ("commit", lambda entry: entry["config"].update(heads=3), "heads: got 3, expected a power of two"),
+        ("commit", lambda entry: entry["shape"].pop("steps"), "missing 1 required positional argument: 'steps'"),
+        ("commit", lambda entry: entry.pop("microseconds"), "lacks 'microseconds'"),
+        ("compress", lambda entry: entry["config"].update(columns=8), "columns: got 8, expected a power of two"),
+        ("compress", lambda entry: entry["config"].update(num_stages=60), "more shared memory than there is"),
+        ("compress", lambda entry: entry["shape"].update(mood=1), "unexpected keyword argument 'mood'"),
+    ],
+)
+def test_broken_entries_of_commits_and_compressions_are_named(tmp_path, kind, change, message):
+    path = tmp_path / "device.json"
+    tune.tune(tasks("commit-B8-A8", "compress-D128-B8-T64"), path)
+    data = json.loads(path.read_text())
+    change(data[kind][0])
+    with pytest.raises(tuned.TuningError, match=f"device.json: .*{message}"):
+        tuned.parse(json.dumps(data), path.name)
+
+
+def test_a_file_of_older_kinds_of_entries_gets_the_others(tmp_path):
+    path = tmp_path / "device.json"
+    tune.write(path, {"schema": 1, "device": KIND, "jax": "0", "attention": [], "selection": []})
+    assert tune.tune(tasks("commit-B8-A8"), path)
+    data = json.loads(path.read_text())
+    assert len(data["commit"]) == 1 and data["compress"] == []
+
+
 def test_a_file_of_another_device_is_refused(tmp_path):
     path = tmp_path / "device.json"
     tune.write(path, {"schema": 1, "device": "Abacus 9000", "jax": "0", "attention": [], "selection": []})
@@ -196,7 +283,7 @@ def test_a_file_of_another_device_is_refused(tmp_path):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="names: got bush, expected parts of names such as B"):
+    with pytest.raises(ValueError, match="names: got bush, expected parts of names such as compress-D"):
         tune.tasks(["bush"])
 
 

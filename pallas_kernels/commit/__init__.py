@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels import _dispatch
+from pallas_kernels import _dispatch, tuned
 from pallas_kernels._dispatch import Implementation
 from pallas_kernels.commit import kernel
 from pallas_kernels.commit.arguments import Entries as Entries
@@ -54,7 +54,8 @@ def commit(
       path: int32 [B, A], nodes 0 … T − 1, of which the first ``count`` int32 [B] are meant (0: nothing is written).
       slot: int32 [B, M], the nodes at which compression blocks end, T where unused.
       compress_block: l.
-      config: the tuning parameters; None: chosen from the sizes.
+      config: the tuning parameters; None: those measured on this kind of device (``pallas_kernels.tuned``), or else
+        chosen from the sizes.
       interpret: interpret the kernel, on any device.
 
     Returns:
@@ -68,6 +69,8 @@ def commit(
     choose(shape.slots, shape.head_dim, "pallas", interpret)
     if shape.batch == 0 or shape.steps == 0:
         return layer
+    if config is None and not interpret:
+        config = tuned.lookup_commit(_dispatch.device_kind(), shape)
     return kernel.commit(
         layer, new, page_table, lengths, path, count, slot,
         compress_block=compress_block, shape=shape, config=config or CommitConfig.heuristic(shape), interpret=interpret,

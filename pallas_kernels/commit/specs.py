@@ -112,6 +112,17 @@ class CommitSpec:
         lengths, count = np.array((self.lengths, self.counts), np.int32)
         return layer, new, table, lengths, path, count, slot[:, : shape.slots]
 
+    def rotated(self, count: int) -> tuple[Entries, Any, list[tuple[Any, ...]]]:
+        """``layer``, ``page_table``, and ``count`` times ``new, lengths, path, count, slot``, each at other lengths: a
+        loop's commits then go to different pages."""
+        rng, found = np.random.default_rng(0), []
+        for seed in range(count):
+            lengths = rng.integers(self.block, self.table * self.page - self.width, len(self.lengths))
+            # One cache, which may have gigabytes, is enough.
+            sizes: dict[str, Any] = {"lengths": tuple(lengths.tolist())} | ({"table": 1} if seed else {})
+            found.append(dataclasses.replace(self, **sizes).arguments(seed))
+        return found[0][0], found[0][2], [(new, *others) for _, new, _, *others in found]
+
 
 def _random_bits(rng: np.random.Generator, leaf: jax.ShapeDtypeStruct) -> np.ndarray[Any, Any]:
     bits = rng.integers(0, 256, (*leaf.shape, leaf.dtype.itemsize), np.uint8)

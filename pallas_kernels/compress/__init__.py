@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _dispatch
+from pallas_kernels import _dispatch, tuned
 from pallas_kernels.compress import kernel
 from pallas_kernels.compress.arguments import Shape as Shape
 from pallas_kernels.compress.arguments import Side as Side
@@ -39,7 +39,8 @@ def compress(
       start: int32 [B, M].
       rotation: float32 [2, B, M, D/2], cosines and sines by which compressed keys are rotated (halves of D paired),
         after rounding; None: they are not.
-      config: the tuning parameters; None: chosen from the sizes.
+      config: the tuning parameters; None: those measured on this kind of device (``pallas_kernels.tuned``), or else
+        chosen from the sizes.
       interpret: interpret the kernels, on any device.
 
     Returns:
@@ -55,6 +56,8 @@ def compress(
     if shape.rows == 0:
         empty = jnp.zeros((*slot.shape, shape.num_kv_heads, shape.head_dim), key.ring.dtype)
         return empty, None if value is None else empty
+    if config is None and not interpret:
+        config = tuned.lookup_compress(_dispatch.device_kind(), shape)
     return kernel.compress(
         key, value, slot, back, start, rotation,
         shape=shape, config=config or CompressConfig.heuristic(shape), interpret=interpret,

@@ -61,13 +61,17 @@ class CompressConfig:
         lanes = pl.next_power_of_2(shape.head_dim)
         columns = max(16, min(64, pl.next_power_of_2(shape.width)))
         offsets = max(1, min(2, shape.block, 128 // lanes))
-        splits = 4
-        while splits > 1 and splits * 4 * shape.sides * shape.num_kv_heads * shape.rows * shape.width > SUMS_BYTES:
-            splits //= 2
+        splits = min(4, cls._most_splits(shape))
         rows = 16 if shape.rows <= 64 else 32
         stages = (4, 3, 2) if offsets == 1 else (3, 2)
         fitting = [count for count in stages if cls(rows, columns, splits, offsets, 4, count).fits(shape)]
         return cls(rows, columns, splits, offsets, 4, (fitting or [1])[0])
+
+    @staticmethod
+    def _most_splits(shape: Shape) -> int:
+        """Splits whose sums take no more than SUMS_BYTES, or 1; a power of two."""
+        sums = 4 * shape.sides * shape.num_kv_heads * max(1, shape.rows) * shape.width
+        return 1 << max(0, (SUMS_BYTES // sums).bit_length() - 1)
 
     def fits(self, shape: Shape) -> bool:
         """Whether a multiprocessor of an A100 or newer holds a program."""
@@ -76,11 +80,12 @@ class CompressConfig:
     @classmethod
     def search_space(cls, shape: Shape) -> list[CompressConfig]:
         """The configs worth measuring for that shape."""
+        most = min(16, cls._most_splits(shape))
         space = [
             cls(rows, columns, splits, offsets, warps, stages)
             for rows in (16, 32)
             for columns in (16, 32, 64, 128)
-            for splits in (4, 8, 16)
+            for splits in dict.fromkeys(max(1, most // part) for part in (4, 2, 1))
             for offsets in (1, 2, 4)
             for warps in (4, 8)
             for stages in (3, 4, 6)

@@ -1,8 +1,9 @@
 """Measured configs, a JSON file per device (``python -m pallas_kernels.tune`` writes them), and how calls find theirs.
 
-A file holds ``schema``, ``device``, ``jax``, and two lists of entries, ``attention`` and ``selection``: what was
-measured (``shape`` and ``sparsity``, or ``rows`` and ``num_blocks``), its best ``config``, ``microseconds``, and
-``heuristic_microseconds``, those of the config that is used without an entry.
+A file holds ``schema``, ``device``, ``jax``, and lists of entries, ``attention``, ``selection``, ``commit`` and
+``compress`` (older files lack the last two): what was measured (``shape``, and ``sparsity`` of attention; of selection
+``rows`` and ``num_blocks``), its best ``config``, ``microseconds``, and ``heuristic_microseconds``, those of the config
+that is used without an entry.
 """
 
 from __future__ import annotations
@@ -11,20 +12,30 @@ import functools
 import json
 import math
 import re
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from typing import Any
 
 from pallas_kernels.attention.arguments import Shape, Sparsity
 from pallas_kernels.attention.config import AttentionConfig, Branch
+from pallas_kernels.commit.arguments import Shape as CommitShape
+from pallas_kernels.commit.config import CommitConfig
+from pallas_kernels.compress.arguments import Shape as CompressShape
+from pallas_kernels.compress.config import CompressConfig
 from pallas_kernels.selection.config import SelectionConfig
 
 SCHEMA = 1
+KINDS = ("attention", "selection", "commit", "compress")
 # A call takes an entry of its own heads, queries and block sizes, and of the nearest sizes not above its own.
 EXACT = ("num_heads", "num_kv_heads", "head_dim", "width")
 NEAREST = ("table", "batch")
 # But none that is further off than a doubling of one of them: splits follow the sizes.
 _FARTHEST = 1.0
 BLOCKS = ("compress_block", "compress_stride", "select_block", "num_selected", "compressed_output")
+# Slots do not matter to a commit, which finds one of them by a single load.
+COMMIT_EXACT, COMMIT_NEAREST = ("num_kv_heads", "head_dim"), ("batch", "steps")
+COMPRESS_EXACT = ("num_kv_heads", "head_dim", "block", "width", "sides", "is_mlp", "itemsize")
+COMPRESS_NEAREST = ("batch", "slots")
 
 
 class TuningError(ValueError):
@@ -43,20 +54,14 @@ def lookup(device_kind: str, sparsity: Sparsity, shape: Shape, group: int | None
     Raises TuningError for a file that is broken.
     """
     found: dict[tuple[Any, ...], dict[int, tuple[float, Any]]] = {}  # by distance and sizes, and group
-    for entry in _load(device_kind)["attention"]:
-        of, blocks = entry["shape"], entry["sparsity"]
-        if (
-            all(of[name] == getattr(shape, name) for name in EXACT)
-            and all(blocks[name] == getattr(sparsity, name) for name in BLOCKS)
-            and all(of[name] <= getattr(shape, name) for name in NEAREST)
-        ):
-            distance = sum(math.log2(getattr(shape, name) / of[name]) for name in NEAREST)
-            measured = entry["microseconds"], entry["config"]
-            where = distance, *(of[name] for name in NEAREST)
-            found.setdefault(where, {})[entry["config"]["group"]] = measured
+    same = (entry for entry in _load(device_kind)["attention"]
+            if all(entry["sparsity"][name] == getattr(sparsity, name) for name in BLOCKS))  # fmt: skip
+    for distance, entry in _nearest(same, vars(shape), EXACT, NEAREST, _FARTHEST):
+        where = distance, *(entry["shape"][name] for name in NEAREST)
+        found.setdefault(where, {})[entry["config"]["group"]] = entry["microseconds"], entry["config"]
     default = AttentionConfig.heuristic(sparsity, shape, group).group
-    for (distance, *_), groups in sorted(found.items()):
-        if distance <= _FARTHEST and default in groups:
+    for _, groups in sorted(found.items()):
+        if default in groups:
             chosen = groups[default] if group is not None else min(groups.values(), key=lambda one: one[0])
             return attention_config(chosen[1])
     return None
@@ -64,12 +69,38 @@ def lookup(device_kind: str, sparsity: Sparsity, shape: Shape, group: int | None
 
 def lookup_selection(device_kind: str, rows: int, num_blocks: int) -> SelectionConfig | None:
     """The config measured for the nearest ``select_blocks`` of no more rows and blocks; None where there is none."""
-    candidates = [
-        (math.log2(max(rows, 1) / entry["rows"]) + math.log2(num_blocks / entry["num_blocks"]), number, entry["config"])
-        for number, entry in enumerate(_load(device_kind)["selection"])
-        if entry["rows"] <= rows and entry["num_blocks"] <= num_blocks
-    ]
-    return SelectionConfig(**min(candidates)[-1]) if candidates else None
+    call = {"rows": rows, "num_blocks": num_blocks}
+    found = _nearest(_load(device_kind)["selection"], call, (), tuple(call))
+    return SelectionConfig(**found[0][1]["config"]) if found else None
+
+
+def lookup_commit(device_kind: str, shape: CommitShape) -> CommitConfig | None:
+    """The config measured for the nearest commit of these heads; None where no entry is near enough."""
+    found = _nearest(_load(device_kind)["commit"], vars(shape), COMMIT_EXACT, COMMIT_NEAREST, _FARTHEST)
+    return CommitConfig(**found[0][1]["config"]) if found else None
+
+
+def lookup_compress(device_kind: str, shape: CompressShape) -> CompressConfig | None:
+    """The config measured for the nearest call with a φ of these sizes; None where no entry is near enough."""
+    found = _nearest(_load(device_kind)["compress"], vars(shape), COMPRESS_EXACT, COMPRESS_NEAREST, _FARTHEST)
+    return CompressConfig(**found[0][1]["config"]) if found else None
+
+
+def _nearest(
+    entries: Iterable[dict[str, Any]],
+    call: Mapping[str, Any],
+    exact: tuple[str, ...],
+    nearest: tuple[str, ...],
+    farthest: float = math.inf,
+) -> list[tuple[float, dict[str, Any]]]:
+    """Entries of the call's own ``exact`` sizes and of ``nearest`` ones not above its own, with their distance: the
+    doublings of all of these together, ``farthest`` at most. Nearest first, then in the file's order."""
+    found = []
+    for entry in entries:
+        of = entry.get("shape", entry)
+        if all(of[name] == call[name] for name in exact) and all(of[name] <= call[name] for name in nearest):
+            found.append((sum(math.log2(call[name] / of[name]) for name in nearest), entry))
+    return sorted((one for one in found if one[0] <= farthest), key=lambda one: one[0])
 
 
 def parse(text: str, name: str) -> dict[str, Any]:
@@ -86,6 +117,16 @@ def parse(text: str, name: str) -> dict[str, Any]:
         for entry in data["selection"]:
             SelectionConfig(**entry["config"])
             {key: entry[key] for key in ("rows", "num_blocks", "microseconds")}
+        for kind in ("commit", "compress"):
+            data.setdefault(kind, [])
+        for entry in data["commit"]:
+            CommitConfig(**entry["config"])
+            CommitShape(**entry["shape"])
+            float(entry["microseconds"])
+        for entry in data["compress"]:
+            if not CompressConfig(**entry["config"]).fits(CompressShape(**entry["shape"])):
+                raise ValueError(f"config {entry['config']} takes more shared memory than there is")
+            float(entry["microseconds"])
     except KeyError as error:
         raise TuningError(f"{name}: lacks {error}; delete it, or tune again") from error
     except (ValueError, TypeError, AttributeError) as error:
@@ -104,5 +145,5 @@ def _load(device_kind: str) -> dict[str, Any]:
     name = f"{slug(device_kind)}.json"
     file = resources.files(__name__).joinpath(name)
     if not file.is_file():
-        return {"attention": [], "selection": []}
+        return {kind: [] for kind in KINDS}
     return parse(file.read_text(encoding="utf-8"), f"pallas_kernels/tuned/{name}")
