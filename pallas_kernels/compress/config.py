@@ -84,11 +84,11 @@ class CompressConfig:
         space = [
             cls(rows, columns, splits, offsets, warps, stages)
             for rows in (16, 32)
-            for columns in (16, 32, 64, 128)
+            for columns in (32, 64, 128)
             for splits in dict.fromkeys(max(1, most // part) for part in (4, 2, 1))
-            for offsets in (1, 2, 4)
+            for offsets in (1, 2)
             for warps in (4, 8)
-            for stages in (3, 4, 6)
-            if rows <= max(16, pl.next_power_of_2(shape.rows)) and columns <= max(16, shape.width)
+            for stages in (3, 4)
+            if rows <= max(16, pl.next_power_of_2(shape.rows)) and columns <= max(32, shape.width)
         ]
         return [config for config in space if config.fits(shape)]
