@@ -72,6 +72,7 @@ def verify_layer(result: Result) -> Lines:
         if (row["heads"], row["context"], row["overlap"]) != ("32x8", 64, "70") or not row["default"]:
             continue
         peer = "" if row["peer"] is None else f", peer {row['peer']} µs"
+        peer += f", XLA {row['xla']:.0f} µs" if isinstance(row.get("xla"), float) else ""
         yield (
             f"one layer, {thousands(1024 * row['context'])}, {row['heads'].replace('x', '/')} heads, batch "
             f"{row['batch']}, T = {row['width']}, C = {row['group']}",
