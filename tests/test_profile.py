@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ from specsa_jax.cli import main
 from specsa_jax.config import PRESETS
 from specsa_jax.drafting import parse_tree
 from specsa_jax.planning import measure, show
+from specsa_jax.planning import steps as steps_module
 from specsa_jax.planning.costs import Costs, interpolation_error
 from specsa_jax.planning.overlap import overlaps
 from specsa_jax.planning.profile import (
@@ -380,6 +382,20 @@ def test_a_timed_step_verifies_as_many_tokens_as_it_says(engine, text):
     assert int(bench._filled(2, 128, Strategy(None))[0].known[0]) == 64 and bench.held is not None
     bench._filled(2, 64, Strategy(None))
     assert bench.held is None  # of other shapes
+
+
+def test_what_a_call_takes_by_itself_is_no_part_of_a_step(monkeypatch):
+    now = 0.0
+
+    def steps(state, count):
+        nonlocal now
+        now += 3e-3 + 4e-4 * count
+        return state + 1
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    seconds, calls = steps_module.timed(steps, 0, most=250)
+    assert seconds == pytest.approx((4e-4,) * 3)
+    assert calls > 5
 
 
 def test_an_edit_is_a_copy_with_another_name(engine):

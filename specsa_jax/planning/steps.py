@@ -18,8 +18,9 @@ from specsa_jax.drafting import Context, Draft, Drafter, Seen, TreeTemplate
 from specsa_jax.sampling import Sampling
 from specsa_jax.strategy import Strategy
 
-# A call of the loop has at least so many steps: the host's part in it is paid once.
-STEPS, REPEATS, SECONDS = 8, 5, 1.0
+# A call of the loop has at least so many steps, and takes so long if there is room for the tokens; so many calls, or so
+# long, for one figure.
+STEPS, CALL_SECONDS, REPEATS, SECONDS = 8, 0.1, 5, 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,10 @@ def with_values(state: Any, lengths: np.ndarray) -> Any:
 
 
 def timed(steps: Callable[[Any, int], Any], state: Any, most: int) -> tuple[tuple[float, float, float], Any]:
-    """Seconds of a step: median, fastest and slowest call of ``steps(state, count)``, which gives the next state; and
-    the last state.
+    """Seconds that a step adds to a call of ``steps(state, count)``, which gives the next state: median, least and most
+    of several calls; and the last state.
+
+    A call itself is left out: on a GPU it takes some milliseconds, as many small steps do, and decoding makes few calls.
 
     ``most``: steps of a call, at least STEPS all the same.
     """
@@ -69,15 +72,21 @@ def timed(steps: Callable[[Any, int], Any], state: Any, most: int) -> tuple[tupl
         nonlocal state
         begun = time.perf_counter()
         state = jax.block_until_ready(steps(state, count))
-        return (time.perf_counter() - begun) / count
+        return time.perf_counter() - begun
 
     call(1)
-    count = max(STEPS, min(most, int(0.05 / call(1))))
+    one = min(call(1) for _ in range(3))
+    rough = max((call(STEPS) - one) / (STEPS - 1), 1e-6)
+    count = max(STEPS, min(most, int(CALL_SECONDS / rough)))
     times: list[float] = []
+
+    def again() -> None:
+        times.append(max((call(count) - one) / (count - 1), 1e-9))
+
     while len(times) < 3 or (len(times) < REPEATS and sum(times) * count < SECONDS):
-        times.append(call(count))
+        again()
     while max(times) > 1.5 * min(times) and len(times) < 3 * REPEATS and sum(times) * count < 2 * SECONDS:
-        times.append(call(count))  # the machine does something else, too
+        again()  # the machine does something else, too
     return (statistics.median(times), min(times), max(times)), state
 
 
