@@ -63,7 +63,7 @@ def timed(steps: Callable[[Any, int], Any], state: Any, most: int) -> tuple[tupl
     """Seconds that a step adds to a call of ``steps(state, count)``, which gives the next state: median, least and most
     of several calls; and the last state.
 
-    A call itself is left out: on a GPU it takes some milliseconds, as many small steps do, and decoding makes few calls.
+    A call itself is left out: on a GPU it takes some milliseconds, as several small steps do, and decoding makes few.
 
     ``most``: steps of a call, at least STEPS all the same.
     """
