@@ -124,12 +124,14 @@ def main() -> None:
     if args.rows:
         Path(args.rows).write_text(json.dumps(engine_rows(args) + preset_rows(args)), encoding="utf-8")
         return
-    rows = [row for buffers in args.buffers for row in in_a_process(buffers)]
+    rows: list[dict[str, Any]] = []
+    for buffers in args.buffers:
+        rows += in_a_process(buffers)
+        if path := harness.out_path(args):
+            harness.save(path, rows, backend_kind=jax.default_backend())
     harness.print_table([{name: row.get(name, "-") for name in
                           ("command_buffers", "model", "case", "step_us", "kernel_us", "overhead", "launches")}
                          for row in rows])  # fmt: skip
-    if path := harness.out_path(args):
-        harness.save(path, rows, backend_kind=jax.default_backend())
 
 
 if __name__ == "__main__":
