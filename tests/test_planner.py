@@ -19,6 +19,7 @@ from specsa_jax.decoding import Counts
 from specsa_jax.drafting import Context, DraftModel, parse_tree
 from specsa_jax.drafting.watching import Watching
 from specsa_jax.planning import planner, replay, space
+from specsa_jax.planning.pace import Pace
 from specsa_jax.planning.planner import Candidate, Plan, Planner, cheapest
 from specsa_jax.planning.predict import Acceptance
 from specsa_jax.planning.profile import Point, Prior, Profile, StepTime
@@ -44,11 +45,11 @@ class Costs:
 
 
 def make(
-    slope, *, compiled=lambda strategy: True, acceptance=None, new_tokens=1000, replayed=(), lengths=None,
+    slope, *, compiled=lambda strategy: True, acceptance=None, new_tokens=1000, replayed=(), lengths=None, batch=1,
     shortest=planner.SHORTEST["cpu"], **options
 ):  # fmt: skip
     return Plan(
-        Planner(**options), CANDIDATES, Costs(slope), acceptance or Acceptance(), batch=1, context=64, layers=2,
+        Planner(**options), CANDIDATES, Costs(slope), acceptance or Acceptance(), batch=batch, context=64, layers=2,
         compiled=compiled, compile_seconds=100.0, new_tokens=new_tokens, replayed=replayed, lengths=lengths,
         shortest=shortest,
     )  # fmt: skip
@@ -77,6 +78,47 @@ def test_it_drafts_as_far_as_drafts_stand():
     assert run(make(0.1), lambda step: 16, 0.1)[-1] == "chain:16"
     assert run(make(0.1), lambda step: 0, 0.1, segments=24)[-100:].count("none") > 80  # it tries again, briefly
     assert run(make(0.1), lambda step: 2, 0.1)[-1] == "chain:2"
+
+
+def test_a_batch_is_as_fast_as_its_slowest_sequence():
+    """Of two sequences one takes every draft whole and the other none: the other one's steps are all that counts."""
+    lengths, seconds = np.array([10, 10]), {}
+    for told in (True, False):
+        plan = make(0.2, batch=2, new_tokens=2000, lengths=lengths if told else None)
+        known, seconds[told] = lengths.copy(), 0.0
+        while (known < lengths + 1000).any():
+            done, depth, count = known >= lengths + 1000, plan.strategy.reach - 1, min(plan.steps_left, 4)
+            running = int((~done).sum())
+            drafted, accepted = np.zeros(depth + 1, int), np.zeros(depth + 1, int)
+            drafted[depth] = accepted[0] = count * running
+            if not done[0] and depth:
+                accepted[depth] += count
+                accepted[0] -= count
+            before = known
+            known = np.minimum(known + count * np.array([1 + depth, 1]) * ~done, lengths + 1000)
+            taken = count * (1.0 + 0.2 * depth)
+            seconds[told] += taken
+            done = known >= lengths + 1000
+            plan.look((), known, done)
+            plan.observe(Counts(np.array(count), drafted, accepted, np.array(depth * count)), taken,
+                         int((known - before).sum()), int((~done).sum()), int((lengths + 1000 - known).sum()))  # fmt: skip
+    assert seconds[True] < 0.95 * seconds[False]
+    assert seconds[True] < 1080  # 1000 without drafts
+
+
+@given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 16)), min_size=2, max_size=8), st.floats(1.0, 17.0))
+def test_pace_counts_what_is_left_by_the_last_sequence(sequences, length):
+    left, gained = (np.array(column) for column in zip(*sequences, strict=True))
+    known, steps, size = np.full(len(left), 200), 10, len(left)
+    pace = Pace(known + left)
+    assert pace.tokens_per_step(length, size) == size * length  # nothing is known
+    pace.observe(known - steps * (1 + gained), known, np.zeros(size, bool), steps)
+    tokens = pace.tokens_per_step(length, size)
+    slowest = left.max()
+    assert left.sum() / slowest - 1e-6 <= tokens <= size * length + 1e-6  # no draft stands; all alike
+    if len(set(gained)) == 1:
+        assert tokens == pytest.approx(left.sum() / slowest * length)
+    assert pace.tokens_per_step(length, size + 1) == (size + 1) * length  # of others than it knows, the mean
 
 
 def test_it_follows_a_text_that_changes():

@@ -25,6 +25,7 @@ from specsa_jax.drafting import Drafter
 from specsa_jax.drafting.watching import Watching, watcher
 from specsa_jax.planning import replay
 from specsa_jax.planning.costs import Costs
+from specsa_jax.planning.pace import Pace
 from specsa_jax.planning.predict import Acceptance
 from specsa_jax.planning.profile import Point
 from specsa_jax.schedule import Sharing
@@ -118,7 +119,8 @@ class Candidate:
 @dataclasses.dataclass(frozen=True)
 class Option:
     """What a plan predicts of a candidate: tokens that a running sequence gains in a step, the target's own included;
-    seconds of a step; tokens of the batch per second; whether its program is there already."""
+    seconds of a step; tokens of the batch per second, until its last sequence is done; whether its program is there
+    already."""
 
     strategy: str
     acceptance_length: float
@@ -223,6 +225,7 @@ class Plan:
         self._named = {self.words[candidate.strategy]: candidate for candidate in self.candidates}
         self.strategy, self._steps, self._length = self._first[0].strategy, 0, planner.segment
         self._replayed, self._looked = replayed, lengths
+        self._pace = Pace(None if lengths is None or batch == 1 else lengths + new_tokens // batch)
         self._text: tuple[Any, np.ndarray, np.ndarray] = ((), np.zeros(0, int), np.zeros(0, bool))
         self._choosing = 0.0  # seconds that the last choice took
         self._seen: tuple[Counts | None, float, int] = (None, 0.0, 0)
@@ -289,7 +292,8 @@ class Plan:
             some = 1.0 - (1.0 - rate) ** running
             seconds = some * self._step_seconds(candidate, strategy.width) + (1.0 - some) * seconds
         seconds *= self._factors.get(strategy, self._factor)
-        return Option(self.words[strategy], length, seconds, running * length / seconds, self._compiled(strategy))
+        tokens = self._pace.tokens_per_step(length, running)
+        return Option(self.words[strategy], length, seconds, tokens / seconds, self._compiled(strategy))
 
     def _step_seconds(self, candidate: Candidate, width: int) -> float:
         """Of drafting and verifying ``width`` tokens; 1: of a step without a draft, the search for one included."""
@@ -391,6 +395,9 @@ class Plan:
         self._seen = seen
         if self.steps_left <= 0 or not running:
             self._learn(*seen)
+            _, known, done = self._text
+            if self._looked is not None and len(known):
+                self._pace.observe(self._looked, known, done, int(seen[0].steps))
             self._try_others()
             self._seen = (None, 0.0, 0)
             if running:
