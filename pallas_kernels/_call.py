@@ -10,6 +10,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 
+def padded(head_dim: int) -> int:
+    """D in a kernel: Triton's tensors are powers of two long, and its products of bfloat16 along fewer than 16 come out
+    doubled on a GPU (jax 0.11.2), without a word."""
+    return max(16, pl.next_power_of_2(head_dim))
+
+
 def triton_call(
     kernel: Callable[..., None],
     *operands: jax.Array,

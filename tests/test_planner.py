@@ -100,8 +100,9 @@ def test_a_batch_is_as_fast_as_its_slowest_sequence():
             seconds[told] += taken
             done = known >= lengths + 1000
             plan.look((), known, done)
-            plan.observe(Counts(np.array(count), drafted, accepted, np.array(depth * count)), taken,
-                         int((known - before).sum()), int((~done).sum()), int((lengths + 1000 - known).sum()))  # fmt: skip
+            counts = Counts(np.array(count), drafted, accepted, np.array(depth * count))
+            left = int((lengths + 1000 - known).sum())
+            plan.observe(counts, taken, int((known - before).sum()), int((~done).sum()), left)
     assert seconds[True] < 0.95 * seconds[False]
     assert seconds[True] < 1080  # 1000 without drafts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from pallas_kernels._call import padded
 from pallas_kernels.attention.arguments import Shape, Sparsity
 from pallas_kernels.attention.config import AttentionConfig, Branch
 
@@ -105,7 +106,7 @@ class Launch:
         if self.scored or self.deterministic:
             return stages
         rows = max(self.branch(index).rows for index in self.branches)
-        row = (1 << (self.shape.head_dim - 1).bit_length()) * itemsize
+        row = padded(self.shape.head_dim) * itemsize
         room = (_SHARED_BYTES - rows * row) // (2 * self.config.tile * row)
         return max(2, min((stages + 1) // 2 + (rows >= 64 and self.config.tile >= 64), room))
 

@@ -227,6 +227,7 @@ TESTS = [
     _chain("G16", 3, 200, heads=(32, 2)),
     _chain("G3", 5, 200, heads=(6, 2)),
     _chain("D24", 4, 200, dim=24),
+    _chain("D8-bf16", 4, 200, dim=8, dtype="bfloat16"),
     _chain("D64-bf16", 8, 200, 61, dim=64, dtype="bfloat16"),
     _chain("D128-bf16", 6, 700, dim=128, sparsity=_DEFAULT, dtype="bfloat16"),
     *[

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels._call import padded
 from pallas_kernels.attention.arguments import Sparsity
 from pallas_kernels.attention.launch import Launch
 
@@ -57,7 +58,7 @@ def load_rows(ref: Any, at: tuple[Any, ...], live: Any) -> Any:
     ``live`` None: all are. Masks are dear in a tile, so the loops have none but for what the last split does.
     """
     dim = ref.shape[-1]
-    lanes = pl.next_power_of_2(dim)
+    lanes = padded(dim)
     shape = (max(index.shape[0] for index in at if jnp.ndim(index)), lanes)
     # Indices as whole matrices: interpret mode takes no masked mixture of vectors and slices.
     column = lax.broadcasted_iota(jnp.int32, shape, 1)

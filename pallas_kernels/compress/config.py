@@ -6,6 +6,7 @@ import dataclasses
 
 from jax.experimental import pallas as pl
 
+from pallas_kernels._call import padded
 from pallas_kernels.compress.arguments import Shape
 
 # Where the sums that programs leave to the second kernel are more, there are fewer splits: most are of unused slots.
@@ -52,13 +53,13 @@ class CompressConfig:
 
     def shared_bytes(self, shape: Shape) -> int:
         """Shared memory of the first product: weights, and rows of ring, tail and positions, of all stages."""
-        lanes = pl.next_power_of_2(shape.head_dim)
+        lanes = padded(shape.head_dim)
         return self.num_stages * self.offsets * lanes * (self.columns + 3 * self.rows) * shape.itemsize
 
     @classmethod
     def heuristic(cls, shape: Shape) -> CompressConfig:
         """The config for a call of this shape: at 8 KV heads and 256 hidden units, two programs a multiprocessor."""
-        lanes = pl.next_power_of_2(shape.head_dim)
+        lanes = padded(shape.head_dim)
         columns = max(16, min(64, pl.next_power_of_2(shape.width)))
         offsets = max(1, min(2, shape.block, 128 // lanes))
         splits = min(4, cls._most_splits(shape))

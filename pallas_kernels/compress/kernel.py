@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels._call import triton_call
+from pallas_kernels._call import padded, triton_call
 from pallas_kernels.attention.tiles import dot, load_rows
 from pallas_kernels.compress.arguments import Shape, Side
 from pallas_kernels.compress.config import CompressConfig
@@ -115,7 +115,7 @@ def _project(
     shape: Shape, config: CompressConfig, refs: dict[str, Any], part: Any, head: Any, side: int, count: Any
 ) -> None:
     """Stores float32 sums over a share of a block, of a tile of columns: [splits, sides, Hkv, B·M, W], packed rows."""
-    dtype, lanes = refs["ring"].dtype, pl.next_power_of_2(shape.head_dim)
+    dtype, lanes = refs["ring"].dtype, padded(shape.head_dim)
     tiles, share = pl.cdiv(shape.width, config.columns), config.share(shape)
     tile, split = part % tiles, part // tiles
     dim = lax.broadcasted_iota(jnp.int32, (lanes, config.columns), 0)

@@ -126,6 +126,7 @@ TESTS = [
     CompressSpec("keys-only", (1, 2), slots=2, values=False),
     CompressSpec("odd-sizes", (2, 1), slots=3, heads=3, dim=24, hidden=10, block=7, ring=6),
     CompressSpec("bfloat16", (2, 1), slots=2, dtype="bfloat16", dim=32),
+    CompressSpec("head-dim-8", (2, 1), slots=2, dtype="bfloat16", dim=8, hidden=0),
     CompressSpec("bfloat16-of-float32-weights", (2, 1), slots=2, dtype="bfloat16", weights="float32"),
     CompressSpec("paper-sizes", (1, 0), dim=128, block=32, ring=32, hidden=256, dtype="bfloat16", heads=1),
 ]  # fmt: skip

@@ -212,6 +212,7 @@ class Plan:
         self._compiled, self._compile_seconds, self._shortest = compiled, compile_seconds, shortest
         self._counted = {} if counted is None else counted
         self.words = {candidate.strategy: candidate.describe() for candidate in candidates}
+        self._pace = Pace(None if lengths is None or batch == 1 else lengths + new_tokens // batch)
         self._factors: dict[Strategy, float] = {}
         self._factor = 1.0
         self.decisions: list[Decision] = []
@@ -225,7 +226,6 @@ class Plan:
         self._named = {self.words[candidate.strategy]: candidate for candidate in self.candidates}
         self.strategy, self._steps, self._length = self._first[0].strategy, 0, planner.segment
         self._replayed, self._looked = replayed, lengths
-        self._pace = Pace(None if lengths is None or batch == 1 else lengths + new_tokens // batch)
         self._text: tuple[Any, np.ndarray, np.ndarray] = ((), np.zeros(0, int), np.zeros(0, bool))
         self._choosing = 0.0  # seconds that the last choice took
         self._seen: tuple[Counts | None, float, int] = (None, 0.0, 0)
