@@ -117,7 +117,8 @@ bench-kernels:
 	$(BENCH)/compress.py --seconds 0.05 --out
 
 bench-model:
-	$(LARGE)/refresh_reuse.py --preset 1b --context 65536 --batch 8 --refresh 16 6 1 --out
+	$(LARGE)/refresh_reuse.py --preset 1b --context 65536 --batch 8 --refresh 16 6 5 1 --out
+	$(LARGE)/refresh_reuse.py --preset 1b --context 65536 --batch 8 --width 64 --refresh 16 6 5 1 --out
 	$(LARGE)/prefill.py --preset 8b --tokens 65536 --dense --out
 
 bench-report:

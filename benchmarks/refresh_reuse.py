@@ -131,7 +131,8 @@ def main() -> None:
         with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
             return harness.measure(step, (cache, tokens), [params], iterations=args.iterations, seconds=2.0, unroll=1)
 
-    rows, path = [], harness.out_path(args, f"_{args.preset}" if args.preset else "")
+    suffix = (f"_{args.preset}" if args.preset else "") + (f"_t{args.width}" if args.width != 6 else "")
+    rows, path = [], harness.out_path(args, suffix)
     for kind, sharing in sharings:
         rows.append(row_of(kind, sharing, config.layers, time_of(sharing), time_of(Sharing()), measured.get(sharing)))
         print(rows[-1], flush=True)

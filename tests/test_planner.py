@@ -189,10 +189,13 @@ def test_a_segment_is_long_enough_to_be_worth_a_call(monkeypatch):
     assert make(0.0, segment=4).steps_left == 30 and make(0.0, segment=40).steps_left == 40
     plan = make(0.0, segment=4, shortest=planner.SHORTEST["gpu"])
     assert plan.steps_left == 30  # a guess
-    depth = plan.strategy.reach - 1
-    stood = np.eye(depth + 1, dtype=int)[depth] * 30
-    plan.observe(Counts(np.array(30), stood, stood, np.array(30 * depth)), 0.03, 30 * (depth + 1), 1, 10**6)
-    assert plan.steps_left == 100
+    depth, lengths = plan.strategy.reach - 1, []
+    for _ in range(4):
+        count = plan.steps_left
+        stood = np.eye(depth + 1, dtype=int)[depth] * count
+        plan.observe(Counts(np.array(count), stood, stood, np.array(count * depth)), 1e-3 * count, count, 1, 10**6)
+        lengths.append(plan.steps_left)
+    assert lengths == pytest.approx([100, 200, 400, 400], abs=1)  # as long as the strategy stays
 
 
 def plan_depth(words):

@@ -22,7 +22,7 @@ class Pace:
         self._left, self._pace = np.zeros(0), np.zeros(0)  # of those that run
 
     def observe(self, since: np.ndarray, known: np.ndarray, done: np.ndarray, steps: int) -> None:
-        """``steps`` took the sequences from ``since`` int [B] to ``known`` int [B] tokens; ``done`` bool [B] are over."""
+        """``steps`` took the sequences from ``since`` int [B] tokens to ``known`` int [B]; ``done`` [B] are over."""
         if self._ends is None or done.all():
             return
         running = ~done

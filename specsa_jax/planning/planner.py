@@ -41,8 +41,9 @@ _NEWEST = 0.5
 _SHARED_MEASURED, _SHARED_COUNTED = 0.8, 1.0
 # Of a segment's time, what choosing may take.
 _SHARE = 0.01
-# As long as the strategy stays, a segment is so many times the one before, up to so many times the first.
-_GROWTH, _LONGEST = 2, 16
+# As long as the strategy stays, a segment is so many times the one before, up to so many times the first in steps, and
+# to so many times the shortest in seconds.
+_GROWTH, _LONGEST, _LONGEST_SECONDS = 2, 16, 4
 # Seconds that a segment takes at least, by backend: calling a compiled loop again costs some of them, on a GPU, whose
 # graphs are updated, two or three milliseconds.
 SHORTEST = {"cpu": 0.03, "gpu": 0.1}
@@ -58,8 +59,9 @@ class Planner:
         of the profile, or :data:`specsa_jax.planning.space.DRAFTERS`. Not to speculate is always considered.
       hysteresis: a switch has to promise so much more throughput, as a fraction.
       segment: steps of the first segment; as long as the strategy stays, each is twice the one before, up to 16 times
-        the first. One that would take less than 30 ms (behind the first 100 ms on a GPU), or less than a hundred times
-        what choosing took, is longer; where nothing could change the choice any more, it goes to the end.
+        the first. One that would take less than 30 ms (behind the first 100 ms on a GPU, and, as long as the strategy
+        stays, twice as much each time up to fourfold), or less than a hundred times what choosing took, is longer;
+        where nothing could change the choice any more, it goes to the end.
       switch: False: chosen once, before the first token.
 
     Raises ValueError for values outside their ranges.
@@ -228,6 +230,7 @@ class Plan:
         self._replayed, self._looked = replayed, lengths
         self._text: tuple[Any, np.ndarray, np.ndarray] = ((), np.zeros(0, int), np.zeros(0, bool))
         self._choosing = 0.0  # seconds that the last choice took
+        self._least = 0.0  # that this segment takes at least, but the first
         self._seen: tuple[Counts | None, float, int] = (None, 0.0, 0)
         self.choose(batch, new_tokens)
         self.seconds = time.perf_counter() - begun
@@ -343,7 +346,10 @@ class Plan:
             stays = best == self.strategy and bool(self.decisions)
             length = min(_GROWTH * self._length, _LONGEST * self.planner.segment) if stays else self.planner.segment
             # Nothing has been observed before the first one: if its strategy was a bad guess, that shall show soon.
-            least = max(self._shortest, self._choosing / _SHARE) if self.decisions else min(SHORTEST.values())
+            if self.decisions:
+                longer = min(_GROWTH * self._least, _LONGEST_SECONDS * self._shortest) if stays else 0.0
+                self._least = max(self._shortest, longer)
+            least = max(self._least, self._choosing / _SHARE) if self.decisions else min(SHORTEST.values())
             self._length = max(length, math.ceil(least / options[best].step_seconds))
         self._take(best)
         ranked = tuple(sorted(options.values(), key=lambda option: -option.tokens_per_second))
