@@ -59,6 +59,22 @@ def test_a_kernel_is_compared_with_xlas_code(script, monkeypatch, capsys):
     assert re.search(r"tiny +pallas .*\n(.*\n)*tiny +xla ", capsys.readouterr().out)
 
 
+DOCUMENTS = [ROOT / "README.md", FOLDER / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_that_documents_name_are_there(document):
+    """Figures lead to files; and links to whatever they name."""
+    text = document.read_text(encoding="utf-8")
+    users = {"conversion.json", "profile.json"}  # what commands leave with a user
+    have = users | {file.name for part in ("benchmarks", "specsa_jax", "pallas_kernels", "docs")
+                    for file in (ROOT / part).rglob("*.*")}  # fmt: skip
+    named = set(re.findall(r"(?<![\w.*{-])[a-z\d_-]+\.(?:jsonl?|png)\b", text))
+    assert named <= have, f"{named - have}"
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
 def test_make_runs_options_that_the_scripts_have(monkeypatch, capsys):
     """A part that ends at its command line would cost a GPU's time."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
