@@ -112,7 +112,7 @@ class Loop:
     def on(self, state: Any, buffers: Sequence[Any]) -> Loop:
         """The same program on other arrays of these shapes; ``state`` is left alone."""
         other = copy.copy(self)
-        other._state, other._buffers = jax.tree.map(jnp.copy, state), buffers
+        other._state, other._buffers, other._warm = jax.tree.map(jnp.copy, state), buffers, False
         return other
 
     def seconds(self) -> float:

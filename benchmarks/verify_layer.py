@@ -37,8 +37,7 @@ import numpy as np
 import real_selections
 from jax.stages import Compiled
 
-from pallas_kernels import tuned
-from pallas_kernels.attention import AttentionConfig, Sparsity, attend, specs
+from pallas_kernels.attention import AttentionConfig, Sparsity, attend, configure, specs
 
 STAGES = ("compressed+window", "selection", "selected", "merge")
 L2_BYTES = 60e6
@@ -148,8 +147,7 @@ def xla_path(spec: specs.AttentionSpec):
 
 def chosen(spec: specs.AttentionSpec, group: int | None, untuned: bool) -> AttentionConfig:
     """The config of a call with groups of so many queries, or as the kernels choose: measured, or the heuristic's."""
-    found = None if untuned else tuned.lookup(jax.devices()[0].device_kind, spec.sparsity, spec.shape, group)
-    return found or AttentionConfig.heuristic(spec.sparsity, spec.shape, group)
+    return configure(spec.sparsity, spec.shape, group, interpret=untuned)
 
 
 def compare(name: str, out, expected, dtype: str) -> None:

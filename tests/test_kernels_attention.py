@@ -106,7 +106,7 @@ def test_refresh_and_reuse_equal_reference(spec, interpret):
 
 @pytest.mark.parametrize("interpret", PLACES)
 def test_a_reuse_layer_whose_selected_branch_is_launched_apart_gives_the_same(interpret, monkeypatch):
-    monkeypatch.setattr(attention, "_apart", lambda config, shape: True)
+    monkeypatch.setattr(attention, "_apart", lambda config, shape, shown: True)
     arguments, config = arguments_of(CHAIN_8), config_of(CHAIN_8, splits=(2, 3, 1))
     for reuse_compressed, shown in ((True, (0, 1, 2)), (False, (1, 2))):
         call = functools.partial(attend, CHAIN_8.sparsity, config=config, interpret=interpret)

@@ -15,6 +15,7 @@ from pallas_kernels.attention.arguments import Tail as Tail
 from pallas_kernels.attention.arguments import check
 from pallas_kernels.attention.config import AttentionConfig as AttentionConfig
 from pallas_kernels.attention.config import Branch as Branch
+from pallas_kernels.attention.config import GroupMode as GroupMode
 from pallas_kernels.attention.deterministic import config_for
 from pallas_kernels.attention.launch import Launch as Launch
 from pallas_kernels.selection import kernel as selection_kernel
@@ -41,6 +42,24 @@ def limit(sparsity: Sparsity, shape: Shape, group: int | None = None) -> str | N
     if group is not None and group > MAX_GROUP:
         return f"group: got {group}, expected at most {MAX_GROUP}"
     return selection_kernel.limit(blocks, sparsity.num_selected)
+
+
+def configure(
+    sparsity: Sparsity, shape: Shape, group: int | None = None, mode: GroupMode = "merged", interpret: bool = False
+) -> AttentionConfig:
+    """The tuning parameters of a call of :func:`attend`: measured on this kind of device, or else the heuristic's.
+
+    Args:
+      group: C; None: chosen too.
+      mode: of groups; shared ones are not measured.
+      interpret: the heuristic's.
+
+    Raises TuningError for a data file that is broken.
+    """
+    found = None
+    if mode == "merged" and not interpret:
+        found = tuned.lookup(_dispatch.device_kind(), sparsity, shape, group)
+    return found or AttentionConfig.heuristic(sparsity, shape, group, mode)
 
 
 def attend(
@@ -91,9 +110,7 @@ def attend(
         if config is not None:
             raise ValueError("config: given with deterministic = True, which has a config of its own")
         config = config_for(sparsity, shape)
-    if config is None and not interpret:
-        config = tuned.lookup(_dispatch.device_kind(), sparsity, shape)
-    config = config or AttentionConfig.heuristic(sparsity, shape)
+    config = config or configure(sparsity, shape, interpret=interpret)
     reason = limit(sparsity, shape, config.group) or (None if interpret else _dispatch.device_limit())
     if reason:
         raise _dispatch.UnsupportedError(f"attend: implementation 'pallas': {reason}")
@@ -102,7 +119,7 @@ def attend(
     arguments = (query, layer, page_table, lengths, tail)
     if selected is not None:
         shown = shown if reuse_compressed else [1, 2]
-        apart = not deterministic and _apart(config, shape)
+        apart = not deterministic and _apart(config, shape, shown)
         launches = [
             Launch(sparsity, shape, config, together, interpret=interpret, deterministic=deterministic)
             for together in ([tuple(index for index in shown if index != 1), (1,)] if apart else [tuple(shown)])
@@ -117,13 +134,14 @@ def attend(
     return merge.run(parts, gates, shown, jnp.dtype(query.dtype)), selected
 
 
-def _apart(config: AttentionConfig, shape: Shape) -> bool:
+def _apart(config: AttentionConfig, shape: Shape, shown: list[int]) -> bool:
     """Whether a reuse layer's selected branch gets a launch of its own.
 
     A launch has a warp for every 16 rows of its largest tile. On fewer rows some of them do what others do, which
-    costs more than another launch as soon as the device is busy.
+    costs more than another launch: measured at 8 sequences of 8 KV heads and more; at one sequence it does not.
     """
-    return config.selected.rows < config.compressed.rows and shape.batch * shape.num_kv_heads >= 64
+    largest = max((config.compressed, config.selected, config.window)[index].rows for index in shown)
+    return config.selected.rows < largest and shape.batch * shape.num_kv_heads >= 64
 
 
 def _check_selection(sparsity: Sparsity, shape: Shape, config: AttentionConfig, selected: Selection | None) -> None:

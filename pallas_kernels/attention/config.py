@@ -74,9 +74,11 @@ class AttentionConfig:
         every = shape.batch * shape.num_kv_heads
         if group is None:
             # As many rows as one product takes, but for small batches and long drafts fewer queries: a larger union has
-            # more blocks of one query alone. Where all programs fit the device at once, it costs more than it saves.
+            # more blocks of one query alone. Where queries alone keep the device busy, or fill a product's 16 rows by
+            # themselves, it costs more than it saves.
             most = min(16 if shape.width <= 16 and every >= 128 else 8, max(1, 64 // shape.lanes))
-            group = 1 if every * shape.width <= 64 else most
+            few = every * shape.width <= (32 * shape.lanes if shape.width <= 16 else 64)
+            group = 1 if few else most
         group = min(group, shape.width)
         rows = _power(shape.rows, 16, 64)
         tiles = -(-shape.rows // rows)

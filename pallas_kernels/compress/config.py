@@ -63,7 +63,7 @@ class CompressConfig:
         columns = max(16, min(64, pl.next_power_of_2(shape.width)))
         offsets = max(1, min(2, shape.block, 128 // lanes))
         splits = min(4, cls._most_splits(shape))
-        rows = 16 if shape.batch <= 16 else 32  # of most sequences one slot is used, however many there are
+        rows = 16 if shape.batch <= 16 else 32  # of a draft one slot is used, or few, however many there are
         stages = (4, 3, 2) if offsets == 1 else (3, 2)
         fitting = [count for count in stages if cls(rows, columns, splits, offsets, 4, count).fits(shape)]
         return cls(rows, columns, splits, offsets, 4, (fitting or [1])[0])

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from pallas_kernels import Implementation, attention, compress
-from pallas_kernels.attention import AttentionConfig, Selection, Sparsity
+from pallas_kernels.attention import GroupMode, Selection, Sparsity
 from pallas_kernels.attention.arguments import check
-from pallas_kernels.attention.config import GroupMode
 from specsa_jax.cache import Cache, LayerCache, LayerTail, Tail, chain_slots
 from specsa_jax.config import NSAConfig, RopeConfig
 from specsa_jax.nsa.compression import Compress
@@ -83,7 +82,7 @@ def attend(
     arguments = _arguments(config, projected, cache, layer, tail, new, is_chain)
     kernel_config = None
     if group or group_mode == "shared":
-        kernel_config = AttentionConfig.heuristic(arguments[0], check(*arguments), group or None, group_mode)
+        kernel_config = attention.configure(arguments[0], check(*arguments), group or None, group_mode, interpret)
     return attention.attend(
         *arguments, selected=selected, reuse_compressed=keep_compressed, config=kernel_config, interpret=interpret
     )

@@ -560,5 +560,5 @@ def _columns(engine: Engine, context: int, strategy: Strategy) -> int:
 
 
 def _room(context: int) -> int:
-    """Tokens of ``context`` that are left free for timed steps: an eighth of long ones."""
+    """Tokens of ``context`` that are left free for timed steps: an eighth of long ones, 512 at most."""
     return max(min(192, context // 2), min(512, context // 8))

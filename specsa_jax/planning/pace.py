@@ -2,42 +2,60 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import numpy as np
 
-# Steps after which evidence counts half, and those that it is worth that all fare alike.
-_HALF_LIFE, _ALIKE = 128.0, 32.0
+_HALF_LIFE = 128.0  # steps after which evidence counts half
+_LATE = 0.9  # sequences that need so much of what the slowest needs may be the last by bad luck
 
 
 class Pace:
-    """Which part of the batch's accepted tokens each sequence gets, and how many it may still give.
+    """What each sequence accepts beside the mean of those that run, and how many tokens it may still give.
 
     Args:
-      ends: int [B], tokens of each sequence at the most, its prompt included; None: nothing is known of single ones.
+      ends: int [B], tokens of each sequence at the most, its prompt included (that an end token comes before is not
+        foreseen); None: nothing is known of single sequences.
     """
 
     def __init__(self, ends: np.ndarray | None):
         self._ends = ends
         size = 0 if ends is None else len(ends)
-        self._shares, self._steps = np.zeros(size), 0.0
+        self._accepted, self._steps, self._spread = np.zeros(size), 0.0, 0.0
         self._left, self._pace = np.zeros(0), np.zeros(0)  # of those that run
 
-    def observe(self, since: np.ndarray, known: np.ndarray, done: np.ndarray, steps: int) -> None:
-        """``steps`` took the sequences from ``since`` int [B] tokens to ``known`` int [B]; ``done`` [B] are over."""
+    def observe(self, since: np.ndarray, known: np.ndarray, done: np.ndarray, steps: int, spread: float) -> None:
+        """``steps`` took sequences from ``since`` int [B] tokens to ``known`` int [B]; ``done`` bool [B] are over.
+
+        ``spread``: variance of the tokens that a sequence accepts in a step, over the square of their mean. Sequences
+        that are alike differ by it too: only what goes beyond that counts as their own.
+        """
         if self._ends is None or done.all():
             return
         running = ~done
         accepted = np.maximum(0.0, (known - since) / max(1, steps) - 1.0)  # a step
-        if mean := float(accepted[running].mean()):
-            fade = 0.5 ** (steps / _HALF_LIFE)
-            self._shares = fade * self._shares + steps * accepted / mean
-            self._steps = fade * self._steps + steps
-        pace = ((self._shares + _ALIKE) / (self._steps + _ALIKE))[running]
-        self._left, self._pace = np.maximum(1.0, (self._ends - known)[running]), pace / pace.mean()
+        fade = 0.5 ** (steps / _HALF_LIFE)
+        self._accepted, self._steps = fade * self._accepted, fade * self._steps
+        if mean := float(accepted[running].mean()):  # else nothing was drafted, or nothing stood
+            self._accepted, self._steps = self._accepted + steps * accepted / mean, self._steps + steps
+            self._spread = spread
+        pace = np.ones(int(running.sum()))
+        if self._steps:
+            seen = self._accepted[running] / self._steps
+            chance, variance = self._spread / self._steps, float(seen.var())
+            own = max(0.0, 1.0 - chance / variance) if variance else 0.0
+            pace += own * (seen / seen.mean() - 1.0)
+        self._left, self._pace = np.maximum(1.0, (self._ends - known)[running]), pace
 
     def tokens_per_step(self, length: float, running: int) -> float:
-        """Tokens that ``running`` sequences gain in a step, on average until the last of them is done, if together they
-        begin with ``length`` each."""
+        """Tokens that ``running`` sequences gain in a step, on average until the last of them is done; ``length``: what
+        one of them gains on average now. Before anything was observed of so many: ``running`` · ``length``."""
         if len(self._left) != running:
             return running * length
-        steps = self._left / (1.0 + (length - 1.0) * self._pace)
-        return float(self._left.sum() / steps.max())
+        gain = (length - 1.0) * self._pace
+        steps = self._left / (1.0 + gain)
+        # Drafts stand in bursts: their number makes the variance, so it grows as the gain does.
+        luck = np.sqrt(self._left * self._spread * (length - 1.0) * gain / (1.0 + gain) ** 3)
+        late = int((steps >= _LATE * steps.max()).sum())
+        worst = NormalDist().inv_cdf((late - 0.375) / (late + 0.25))  # Blom's mean of the largest of so many; 0 of one
+        return float(self._left.sum() / (steps + worst * luck).max())

@@ -402,8 +402,8 @@ class Plan:
         if self.steps_left <= 0 or not running:
             self._learn(*seen)
             _, known, done = self._text
-            if self._looked is not None and len(known):
-                self._pace.observe(self._looked, known, done, int(seen[0].steps))
+            if self._looked is not None and len(known) > 1:
+                self._pace.observe(self._looked, known, done, int(seen[0].steps), _spread(seen[0].accepted))
             self._try_others()
             self._seen = (None, 0.0, 0)
             if running:
@@ -439,6 +439,13 @@ class Plan:
             self.decisions[-1], observed_steps=steps, observed_acceptance_length=1.0 + accepted / sequence_steps,
             observed_tokens_per_second=new_tokens / seconds,
         )  # fmt: skip
+
+
+def _spread(histogram: np.ndarray | Any) -> float:
+    """Variance over squared mean, of a histogram over 0, 1, …; 0 where all are 0."""
+    counts = np.asarray(histogram, float)
+    mean, square = (counts @ np.arange(len(counts)) ** power / max(1.0, counts.sum()) for power in (1, 2))
+    return float(square / mean**2 - 1.0) if mean else 0.0
 
 
 def _timed_as(strategy: Strategy) -> Literal["exact", "strict"]:

@@ -15,7 +15,7 @@ from specsa_jax.checkpoints.records import Measurement, Text
 from specsa_jax.checkpoints.store import write_text
 from specsa_jax.schedule import Sharing
 
-SCHEMA = 1
+SCHEMA = 2  # 1: a step's seconds had a share of a call's
 
 
 class ProfileError(ValueError):
@@ -55,7 +55,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, of drafting none: median, fastest and slowest repeat."""
+    """Seconds that a step adds to a call, drafting left out: median, least and most of several calls."""
 
     point: Point
     seconds: float

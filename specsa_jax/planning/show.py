@@ -139,7 +139,7 @@ def draw_steps(profile: Profile, costs: Costs) -> Figure:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     axes[0, 0].set_ylabel("milliseconds a step")
-    figure.suptitle("dots: chains, triangles: trees, bars: fastest and slowest; lines: interpolated", fontsize=8)
+    figure.suptitle("dots: chains, triangles: trees, bars: least and most; lines: interpolated", fontsize=8)
     return figure
 
 

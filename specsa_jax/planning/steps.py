@@ -81,7 +81,8 @@ def timed(steps: Callable[[Any, int], Any], state: Any, most: int) -> tuple[tupl
     times: list[float] = []
 
     def again() -> None:
-        times.append(max((call(count) - one) / (count - 1), 1e-9))
+        total = call(count)
+        times.append((total - one) / (count - 1) if total > one else total / count)  # a disturbed call says little
 
     while len(times) < 3 or (len(times) < REPEATS and sum(times) * count < SECONDS):
         again()
