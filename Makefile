@@ -109,9 +109,9 @@ bench-loop:
 	$(BENCH)/overhead.py --checkpoint $(CHECKPOINT) --strategies none lookup@chain:16 --presets 8b --widths 1 --out
 
 bench-kernels:
-	$(BENCH)/verify_layer.py --heads 32x8 --context 64 --width 8,16,64 --group auto --overlap 70,real --stages --resume \
+	$(BENCH)/verify_layer.py --heads 32x8 --context 64 --width 8,16,64 --group auto --overlap 70,real --stages --xla --resume \
 		--budget $(VERIFY_SECONDS) --out
-	$(BENCH)/verify_layer.py --overlap 70,real,50,90 --stages --resume --budget 30 --out
+	$(BENCH)/verify_layer.py --overlap 70,real,50,90 --stages --xla --resume --budget 30 --out
 	$(BENCH)/selection.py --seconds 0.05 --out
 	$(BENCH)/commit.py --seconds 0.05 --out
 	$(BENCH)/compress.py --seconds 0.05 --out

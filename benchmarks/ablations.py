@@ -38,7 +38,7 @@ def cases(name: str, checkpoint: str) -> list[tuple[str, Strategy | Planner]]:
     """(case, strategy) of a set."""
 
     def make(drafter: str, **options: Any) -> Strategy | Planner:
-        return named(drafter, checkpoint, default_space(), **options)
+        return named(drafter, checkpoint, default_space(checkpoint), **options)
 
     if name == "grouping":
         return [(f"C = {c}", make(LONG, group=c)) for c in (1, 2, 4, 8, 16)]

@@ -58,7 +58,8 @@ def xla(spec: specs.CompressSpec, slot, back, start):
 
 
 def link(entries, out):
-    """Entries that depend on all of ``out`` and are what they were: no result is infinite, which XLA does not know."""
+    """Entries that depend on all of ``out`` and are what they were, if none of its first values is infinite, which XLA
+    does not know. (Where no slot is used they may be anything; values do not change what a call takes.)"""
     firsts = jnp.stack([array.reshape(-1)[0] for array in jax.lax.optimization_barrier(out)])
     infinite = jnp.isinf(firsts).any()
     return jax.lax.optimization_barrier(jax.tree.map(lambda array: array + infinite.astype(array.dtype), entries))

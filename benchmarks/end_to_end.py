@@ -44,11 +44,20 @@ AXES = ("precision", "workload", "context", "batch", "temperature", "strategy")
 SHOWN = (*AXES, "tokens_per_second", "speedup", "mean_acceptance_length", "identical", "not_run")
 
 
-def default_space() -> list[str]:
-    """What a planner chooses from, beside not speculating; on a GPU programs take longer to compile than to measure."""
-    few = ["lookup@chain:4", "lookup@chain:16", "lookup@chain:32", "head@chain:4", "lookup+head@chain:8",
-           "lookup+head@best:16:6"]  # fmt: skip
-    return few if jax.default_backend() == "gpu" else []
+# What a planner chooses from on a GPU, beside not speculating: programs take longer to compile than to measure there.
+SPACE = ["lookup@chain:4", "lookup@chain:16", "lookup@chain:32", "head@chain:4", "lookup+head@chain:8",
+         "lookup+head@best:16:6"]  # fmt: skip
+
+
+def default_space(checkpoint: str) -> list[str]:
+    """SPACE, without a head where the checkpoint has none; all of the usual space where there is no GPU."""
+
+    def there(name: str) -> bool:
+        with contextlib.suppress(ValueError):  # CheckpointError is one
+            return drafter_from_name(name.partition("@")[0], checkpoint) is not None
+        return False
+
+    return [name for name in SPACE if there(name)] if jax.default_backend() == "gpu" else []
 
 
 def choosing(names: Sequence[str], precision: Precision | None = None) -> Planner:
@@ -185,12 +194,13 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32] if gpu else [1])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7])
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, help="DRAFTER@TREE, or auto; none comes first")
-    parser.add_argument("--space", nargs="*", default=default_space(), help="DRAFTER@TREE: of auto; none: all")
+    parser.add_argument("--space", nargs="*", help="DRAFTER@TREE: what auto chooses from; none: all that there is")
     parser.add_argument("--new-tokens", type=int, default=512 if gpu else 96)
     parser.add_argument("--prompts", type=int, default=2, help="one after the other, where the batch is 1")
     parser.add_argument("--repeats", type=int, default=2, help="timed runs of each")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as the device has it")
     args = parser.parse_args()
+    args.space = default_space(args.checkpoint) if args.space is None else args.space
 
     engine = Engine.from_pretrained(args.checkpoint, dtype=args.dtype)
     suffix = f"_{args.dtype}" if args.dtype else ""

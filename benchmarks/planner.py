@@ -116,14 +116,14 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--cells", nargs="+", default=["1:4096", "1:32768", "8:4096", "8:32768"] if gpu
                         else ["1:256", "1:1024", "8:256"], help="BATCH:CONTEXT")  # fmt: skip
-    parser.add_argument("--space", nargs="*", default=default_space(),
-                        help="DRAFTER@TREE: of the planner; none: all that it knows")  # fmt: skip
+    parser.add_argument("--space", nargs="*", help="DRAFTER@TREE: of the planner; none: all that there is")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0])
     # What planning takes is a matter of the call: a GPU gives a small model's 4096 tokens in a tenth of a second.
     parser.add_argument("--new-tokens", type=int, default=12288 if gpu else 128)
     parser.add_argument("--prompts", type=int, default=4, help="batches of prompts in cells of batch 1; else one")
     parser.add_argument("--repeats", type=int, default=3 if gpu else 2)
     args = parser.parse_args()
+    args.space = default_space(args.checkpoint) if args.space is None else args.space
 
     engine = Engine.from_pretrained(args.checkpoint, profile=args.profile)
     planner = choosing(args.space)

@@ -111,6 +111,8 @@ def refresh_reuse(result: Result) -> Lines:
     for refresh in sorted({min(counts, key=lambda count: abs(count - layers / 3)), min(counts)}, reverse=True):
         found = {row["compressed"]: row["speed-up"] for row in result["rows"]
                  if row["refresh"] == refresh and row["schedules"] == "uniform"}  # fmt: skip
+        if not found:
+            continue
         speeds = ", ".join(f"{speed:.2f}x with compressed output {kind}" for kind, speed in found.items())
         yield (
             f"{refresh} of {layers} layers refreshing, {result['model']}, {thousands(result['context'])}, batch "

@@ -77,7 +77,7 @@ class AttentionConfig:
             # more blocks of one query alone. Where queries alone keep the device busy, or fill a product's 16 rows by
             # themselves, it costs more than it saves.
             most = min(16 if shape.width <= 16 and every >= 128 else 8, max(1, 64 // shape.lanes))
-            few = every * shape.width <= (32 * shape.lanes if shape.width <= 16 else 64)
+            few = every * shape.width <= (max(128, 16 * shape.lanes) if shape.width <= 16 else 64)
             group = 1 if few else most
         group = min(group, shape.width)
         rows = _power(shape.rows, 16, 64)
