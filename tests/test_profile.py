@@ -112,7 +112,7 @@ def test_a_damaged_file_is_refused_with_the_place_of_the_damage(tmp_path, full):
     for broken, reason in (
         (text[: len(text) // 2], "truncated or damaged"),
         ("[]", "schema: got None, expected 2"),
-        (json.dumps({**values, "schema": 2}), "schema: got 2, expected 1"),
+        (json.dumps({**values, "schema": 1}), "schema: got 1, expected 2"),
         (json.dumps({**values, "more": 1}), "expected the fields fingerprint"),
         (json.dumps({n: v for n, v in values.items() if n != "drafts"}), "expected the fields"),
         (json.dumps({**values, "bandwidth": float("nan")}), "Profile.bandwidth: got nan, expected float"),
