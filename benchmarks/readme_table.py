@@ -1,7 +1,8 @@
-"""Writes the table of results in README.md, between its two marker comments, from the files in benchmarks/results.
+"""Writes the tables of results in README.md, and of end to end in docs/performance.md, between their marker comments,
+from the files in benchmarks/results.
 
-python benchmarks/readme_table.py            # writes it
-python benchmarks/readme_table.py --check    # exit code 1 if README.md has another one
+python benchmarks/readme_table.py            # writes them
+python benchmarks/readme_table.py --check    # exit code 1 if a document has another one
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 from plots import script_of
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+POINTS = "<!-- end to end: python benchmarks/readme_table.py -->"
 BEGIN, END = "<!-- results: python benchmarks/readme_table.py -->", "<!-- end of results -->"
 Result = dict[str, Any]
 # What was measured and the result; a third, where a row was measured at another commit than its file's.
@@ -233,7 +236,7 @@ TABLES: dict[str, Callable[[Result], Lines]] = {
 }  # fmt: skip
 
 
-def table(results: Path = ROOT / "benchmarks" / "results") -> str:
+def table(results: Path = RESULTS) -> str:
     """Markdown: a row a figure, with device, commit and file. Searches for a kernel's config (--tune) have none."""
     lines = ["| measured | result | device, commit | file |", "| --- | --- | --- | --- |"]
     files = {file: json.loads(file.read_text(encoding="utf-8")) for file in sorted(results.rglob("*.json"))}
@@ -249,28 +252,63 @@ def table(results: Path = ROOT / "benchmarks" / "results") -> str:
     return "\n".join(lines)
 
 
-def replaced(text: str, new: str) -> str:
-    """README's ``text`` with the ``new`` table. SystemExit where it lacks a marker."""
-    before, begin, rest = text.partition(BEGIN)
+def end_to_end_table(results: Path = RESULTS) -> str:
+    """Markdown: every point of the GPUs' ``end_to_end.json``, a column a workload; speed-ups over decoding one token at
+    a time in class exact, of the best fixed strategy and of the planner."""
+    lines = [
+        "| class | sampling | batch | context | edit | code | prose |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for file in sorted(results.glob("nvidia-*/end_to_end.json")):
+        rows = [row for row in json.loads(file.read_text(encoding="utf-8"))["rows"] if "speedup" in row]
+        axes = ("precision", "temperature", "batch", "context")
+        for point in sorted({tuple(row[axis] for axis in axes) for row in rows}):
+            here = [row for row in rows if tuple(row[axis] for axis in axes) == point]
+            cells = [
+                _cell([row for row in here if row["workload"] == workload]) for workload in ("edit", "code", "prose")
+            ]
+            precision, temperature, batch, context = point
+            sampling = "greedy" if temperature == 0 else f"temperature {temperature}"
+            lines.append(f"| {precision} | {sampling} | {batch} | {thousands(context)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(rows: list[dict[str, Any]]) -> str:
+    """A point's and workload's figures; without drafts its own class may have another speed than class exact."""
+    plain, planned = ([row["speedup"] for row in rows if row["strategy"] == name] for name in ("none", "auto"))
+    fixed = [row for row in rows if row["strategy"] not in ("none", "auto")]
+    words = [f"{plain[0]:.2f} without drafts"] if plain and rows[0]["precision"] != "exact" else []
+    if fixed:
+        best = max(fixed, key=lambda row: row["speedup"])
+        words.append(f"{best['speedup']:.2f} ({best['strategy'].replace('@', ' ')})")
+    return ", ".join(words + [f"planner {speed:.2f}" for speed in planned])
+
+
+def replaced(text: str, new: str, begin: str = BEGIN) -> str:
+    """A document's ``text`` with the ``new`` table behind the marker ``begin``. SystemExit where it lacks a marker."""
+    before, first, rest = text.partition(begin)
     _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"README.md: got no pair of markers, expected {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{new}\n{END}{after}"
+    if not first or not end:
+        raise SystemExit(f"got no pair of markers, expected {begin} and {END}")
+    return f"{before}{begin}\n{new}\n{END}{after}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if the table is another one")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a table is another one")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = replaced(old, table())
-    if args.check and new != old:
-        raise SystemExit("README.md: its table is not that of the result files; run python benchmarks/readme_table.py")
-    if new != old:
-        part = readme.with_suffix(".part")
-        part.write_text(new, encoding="utf-8")
-        os.replace(part, readme)
+    for name, new_table, begin in (("README.md", table(), BEGIN), ("docs/performance.md", end_to_end_table(), POINTS)):
+        document = ROOT / name
+        old = document.read_text(encoding="utf-8")
+        new = replaced(old, new_table, begin)
+        if args.check and new != old:
+            raise SystemExit(
+                f"{name}: its table is not that of the result files; run python benchmarks/readme_table.py"
+            )
+        if new != old:
+            part = document.with_suffix(".part")
+            part.write_text(new, encoding="utf-8")
+            os.replace(part, document)
 
 
 if __name__ == "__main__":

@@ -88,9 +88,11 @@ def test_make_runs_options_that_the_scripts_have(monkeypatch, capsys):
         assert set(re.findall(r"--[\w-]+", options)) <= known, (script, options)
 
 
-def test_the_readmes_table_is_that_of_the_result_files():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_documents_tables_are_those_of_the_result_files():
+    readme, performance = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/performance.md"))
     assert readme_table.replaced(readme, readme_table.table()) == readme
+    points = readme_table.end_to_end_table()
+    assert readme_table.replaced(performance, points, readme_table.POINTS) == performance
 
 
 def test_the_readmes_table_has_what_the_files_say(tmp_path):
@@ -106,6 +108,9 @@ def test_the_readmes_table_has_what_the_files_say(tmp_path):
     assert "64K, batch 1, greedy" in line and "2.00x" in line and "head@chain:4" in line and "identical 2 of 2" in line
     assert "the planner 3.00x" in line
     assert "benchmarks/results/nvidia-h100/end_to_end.json" in line
+    shorter, longer = readme_table.end_to_end_table(file.parents[1]).splitlines()[-2:]
+    assert shorter.startswith("| exact | greedy | 1 | 4K |")
+    assert longer == "| exact | greedy | 1 | 64K |  | 2.00 (head chain:4), planner 3.00 |  |"
 
 
 def test_the_readmes_table_has_phi_at_one_shape(tmp_path):
