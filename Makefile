@@ -90,8 +90,11 @@ bench-end-to-end:
 		--temperatures 0 --strategies lookup@chain:16 --resume --budget 40 --out
 	$(BENCH)/dense_decode.py --checkpoint $(CHECKPOINT) --resume --budget 40 --out
 
-# The engine finds the profile in the checkpoint's directory: what comes after is planned by it.
+# The engine finds both in the checkpoint's directory: what comes after is planned by the profile, in class approx among
+# the schedules whose divergence is measured. (The embedded model has its own.)
 bench-profile:
+	$(if $(wildcard $(TRAINED)),$(subst benchmarks,-m specsa_jax,$(BENCH)) precision $(CHECKPOINT) --schedule every:3 \
+		--windows 8 $(PROFILE_AT))
 	$(subst benchmarks,-m specsa_jax,$(BENCH)) profile $(CHECKPOINT) $(PROFILE_AT) --budget $(PROFILE_SECONDS)
 
 bench-planner:
