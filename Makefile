@@ -5,7 +5,7 @@ PYTHON312 ?= $(shell for p in python3.12 "$$(pyenv root 2>/dev/null)"/versions/3
 	"$$p" -c '' 2>/dev/null && echo "$$p" && break; done)
 TESTS312 = $(wildcard tests/test_kernels*.py tests/test_engine*.py)
 # Workers start with adjacent tests, which share compiled programs, and steal from each other at the end.
-PYTEST = pytest -n 2 --dist worksteal
+PYTEST = pytest -n 2 --dist worksteal --durations 20 --durations-min 5
 BENCHES = bench-target bench-profile bench-end-to-end bench-shapes bench-loop bench-kernels bench-model \
 	bench-ablations bench-planner bench-report
 

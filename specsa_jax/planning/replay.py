@@ -10,6 +10,7 @@ import numpy as np
 from specsa_jax.drafting import Drafter
 
 PLACES, SPAN = 32, 256  # drafts of all prompts together; spread over so many last tokens of each
+RECENT = 16384  # tokens of a long prompt that drafts are looked up in: the time that this takes grows with them
 # Steps of decoding that a replay counts for: few, since what a model makes of a text repeats itself more than the text.
 WORTH = 2.0
 
@@ -22,8 +23,10 @@ def places(lengths: np.ndarray, depth: int) -> np.ndarray:
 
 
 def replay(rows: Sequence[np.ndarray], drafter: Drafter, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Histograms float [depth + 1] of the drafts of chains on prompts int32 [T]: by depth, and by tokens that stood."""
+    """Histograms float [depth + 1] of the drafts of chains on prompts int32 [T], the last RECENT tokens of each: by
+    depth, and by tokens that stood."""
     drafted, accepted = np.zeros(depth + 1), np.zeros(depth + 1)
+    rows = [row[-RECENT:] for row in rows]
     for row, known in zip(rows, places(np.array([len(row) for row in rows]), depth).T, strict=True):
         more = fates(row, known, *drafter.replay(row, known, depth))
         drafted, accepted = drafted + more[0], accepted + more[1]
