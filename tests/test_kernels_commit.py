@@ -46,8 +46,8 @@ def assert_same_bits(actual, expected):
 
 @pytest.mark.parametrize("interpret", PLACES)
 @pytest.mark.parametrize("spec", specs.TESTS, ids=lambda spec: spec.name)
-def test_equals_reference(spec, interpret):
-    arguments = spec.arguments()
+def test_equals_reference(spec, interpret, kernel_seed):
+    arguments = spec.arguments(kernel_seed)
     expected = reference.commit(*arguments, compress_block=spec.block)
     assert_same_bits(run(spec, arguments, interpret), expected)
 

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("implementation", ["pallas", "xla"])
 @pytest.mark.parametrize("spec", specs.TESTS, ids=lambda spec: spec.name)
-def test_selection_equals_reference(spec, implementation):
-    arguments = spec.arguments()
+def test_selection_equals_reference(spec, implementation, kernel_seed):
+    arguments = spec.arguments(kernel_seed)
     expected = reference.select_blocks(*arguments, **spec.counts)
     select = jax.jit(lambda *arguments: select_blocks(*arguments, **spec.counts, implementation=implementation))
     select = select.lower(*arguments).compile()
@@ -26,17 +26,17 @@ def test_selection_equals_reference(spec, implementation):
 
 
 @pytest.mark.parametrize("spec", specs.BENCHMARKS[::4], ids=lambda spec: spec.name)
-def test_selection_of_every_config(spec):
-    arguments = spec.arguments()
+def test_selection_of_every_config(spec, kernel_seed):
+    arguments = spec.arguments(kernel_seed)
     expected = reference.select_blocks(*arguments, **spec.counts)
     for config in SelectionConfig.search_space(spec.rows, spec.shape[-1]):
         result = jax.jit(lambda *arguments, config=config: select_blocks(*arguments, **spec.counts, config=config))
         np.testing.assert_array_equal(result(*arguments), expected, err_msg=str(config))
 
 
-def test_attention_in_a_cache_of_more_than_2_31_elements():
+def test_attention_in_a_cache_of_more_than_2_31_elements(kernel_seed):
     spec = next(spec for spec in attention_specs.TESTS if spec.name == "D128-bf16")
-    query, gates, layer, table, lengths, tail = spec.arguments()
+    query, gates, layer, table, lengths, tail = spec.arguments(kernel_seed)
     function = jax.jit(lambda *arguments: attend(spec.sparsity, *arguments))
     expected, selection = function(query, gates, layer, table, lengths, tail)
     # The same pages at the end of a pool that 32-bit element offsets do not reach.

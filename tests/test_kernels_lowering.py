@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import report, tuned
+from pallas_kernels.attention import attend
 from pallas_kernels.attention import specs as attention_specs
 from pallas_kernels.selection import SelectionConfig, select_blocks, specs
 from specsa_jax import model
@@ -69,6 +70,26 @@ def test_attention_lowers(spec, deterministic):
     assert [kernel.name for kernel in kernels] == expected
     # Shorter ones of bfloat16 come out doubled.
     assert min(int(length) for kernel in kernels for length in PRODUCT_LENGTHS.findall(kernel.module)) >= 16
+
+
+def each_at_one_context(benchmarks):
+    """Every choice of heads, width and batch, at one of the contexts in turn: another changes sizes, no code."""
+    found = {}
+    for spec in benchmarks:
+        found.setdefault((spec.heads, spec.width, len(spec.lengths)), []).append(spec)
+    return [contexts[i % len(contexts)] for i, contexts in enumerate(found.values())]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", each_at_one_context(attention_specs.BENCHMARKS), ids=lambda spec: spec.name)
+def test_attention_of_the_benchmarks_lowers_with_the_config_of_an_h200(spec):
+    def layers(*arguments):
+        out, selected = attend(spec.sparsity, *arguments)
+        return out, attend(spec.sparsity, *arguments, selected=selected)[0]
+
+    names = [kernel.name for kernel in report.kernels(report.lower(layers, *spec.abstract()))]
+    assert names[:4] == LAUNCHES[:4]
+    assert names[4:] in (LAUNCHES[4:], ["nsa_compressed_window", "nsa_selected", "nsa_merge"])
 
 
 def test_a_large_batch_launches_small_groups_of_a_reuse_layer_apart():

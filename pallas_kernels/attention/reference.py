@@ -21,9 +21,10 @@ def attend(
     tail: Tail,
     selected: Array | None = None,
     shown: tuple[int, ...] = (0, 1, 2),
-) -> tuple[Array, Array]:
-    """Output float64 [B, T, Hq, D] and ids int32 [B, T, Hkv, n]; arguments as those of the kernels, as NumPy arrays.
+) -> tuple[Array, Array, Array]:
+    """Output float64 [B, T, Hq, D], ids int32 [B, T, Hkv, n], and the blocks' importance float64 [B, T, Hkv, J].
 
+    Arguments as those of the kernels, as NumPy arrays; importance is −inf where a block has not begun.
     ``selected`` int32 [B, T, Hkv, n] takes the place of the queries' own selection; ``shown`` names the branches whose
     outputs add up (0 compressed, 1 selected, 2 window).
     """
@@ -32,6 +33,7 @@ def attend(
     group = heads // kv_heads
     out = np.zeros(query.shape, np.float64)
     ids = np.full((batch, width, kv_heads, sparsity.num_selected), -1, np.int32)
+    scores = np.full((batch, width, kv_heads, tail.positions.max() // sparsity.select_block + 1), -np.inf)
     for b, t, h in np.ndindex(batch, width, kv_heads):
         if lengths[b] < 0:
             continue
@@ -41,8 +43,10 @@ def attend(
         g = np.ones((group, 3)) if gates is None else gates[b, t, own]
         entries, keys, values = seen.compressed()
         p = softmax(q @ keys.T)
+        own_scores = importance(sparsity, p.sum(axis=0), entries, seen.position)
+        scores[b, t, h, : len(own_scores)] = own_scores
         if selected is None:
-            blocks = choose(sparsity, importance(sparsity, p.sum(axis=0), entries, seen.position), seen.position)
+            blocks = choose(sparsity, own_scores, seen.position)
         else:
             blocks = [int(block) for block in selected[b, t, h] if block >= 0]
         ids[b, t, h, : len(blocks)] = blocks
@@ -55,7 +59,7 @@ def attend(
         ):
             if branch in shown:
                 out[b, t, own] += g[:, branch : branch + 1] * (softmax(q @ keys[visible].T) @ values[visible])
-    return out, ids
+    return out, ids, scores
 
 
 class _Seen:

@@ -171,7 +171,8 @@ class AttentionSpec:
 
     def abstract(self) -> tuple[Any, ...]:
         """The arguments' shapes and dtypes."""
-        return jax.eval_shape(lambda: self.arguments())
+        # Which blocks queries select is a matter of values, and choosing them takes seconds.
+        return jax.eval_shape(dataclasses.replace(self, overlap=None, recorded=None).arguments)
 
 
 def _tree(parents: list[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -213,6 +214,7 @@ TESTS = [
     _chain("past-capacity", 9, 16 * 6, pages=6),
     _chain("chain-40", 40, 300, 5),
     _chain("chain-70-beyond-local", 70, 260),
+    _chain("chain-128", 128, 150, heads=(2, 1)),
     AttentionSpec("tree", 8, (200, 0, 7), tree=_TREE),
     AttentionSpec("tree-28-wide", 28, (123, 64), tree=_WIDE),
     AttentionSpec("tree-shared-kv", 8, (200, 37), tree=_TREE, shared_kv=True),
@@ -226,6 +228,7 @@ TESTS = [
     _chain("G1", 8, 200, heads=(2, 2)),
     _chain("G16", 3, 200, heads=(32, 2)),
     _chain("G3", 5, 200, heads=(6, 2)),
+    _chain("G4", 5, 200, heads=(8, 2)),
     _chain("D24", 4, 200, dim=24),
     _chain("D8-bf16", 4, 200, dim=8, dtype="bfloat16"),
     _chain("D64-bf16", 8, 200, 61, dim=64, dtype="bfloat16"),
