@@ -3,7 +3,10 @@
 import dataclasses
 import io
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
 import time
 
@@ -143,6 +146,43 @@ def test_a_writer_that_is_killed_leaves_the_file_that_was_there(tmp_path, full, 
         save(path, profile())
     assert read(path) == full
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+# Begins, for each line that it is given, a process that writes profiles over one until it is killed.
+WRITERS = """
+import dataclasses, itertools, os, sys
+from pathlib import Path
+from specsa_jax.planning.profile import read, save
+
+path = Path(sys.argv[1])
+first = read(path)
+for _ in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        for digit in itertools.cycle("123456789"):
+            save(path, dataclasses.replace(first, device=digit, versions={"long": digit * 10**6}))
+    print(pid, flush=True)
+    os.waitpid(pid, 0)
+    print("ended", flush=True)
+"""
+
+
+def test_whenever_a_writer_is_killed_the_file_is_a_whole_one(tmp_path):
+    """By SIGKILL at random moments, until 3 of them were in the middle of a write, which leaves its part beside."""
+    path, random = save(tmp_path / "profile.json", profile()), np.random.default_rng(0)
+    with subprocess.Popen([sys.executable, "-c", WRITERS, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True, bufsize=1) as writers:  # fmt: skip
+        for _ in range(100):
+            print(file=writers.stdin)
+            pid = int(writers.stdout.readline())
+            time.sleep(random.uniform(0.0, 0.03))
+            os.kill(pid, signal.SIGKILL)
+            assert writers.stdout.readline() == "ended\n"
+            found = read(path)
+            assert found in (profile(), profile(device=found.device, versions={"long": found.device * 10**6}))
+            if len(list(tmp_path.iterdir())) > 3:
+                break
+    assert len(list(tmp_path.iterdir())) > 3 and writers.returncode == 0 and found != profile()
 
 
 # --- costs -----------------------------------------------------------------------------------------------------------
