@@ -297,6 +297,7 @@ class Engine(Runtime):
         asked = planner, precision, self.costs, tuple(map(id, admitted))
         if asked not in self._spaces:
             sharings = [Sharing()]
+            # Counted costs cannot tell groups apart: docs/planning.md.
             if self.implementation == "pallas" and precision != "strict" and profile is not None:
                 sharings += [s for s in dict.fromkeys(t.point.sharing for t in profile.steps) if not s.approximates]
             self._spaces[asked] = Space(planner, self._candidates[key], sharings, admitted)

@@ -12,6 +12,7 @@ os.environ.setdefault("KERNEL_SEED", str(secrets.randbelow(2**31)))  # and the i
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import pytest
 
 # Compilation makes the first example slow, and a failure must come back in the next run.
@@ -36,3 +37,28 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """Lets nothing cross between host and device while a segment's program runs; the strategies that have run so."""
+    from specsa_jax.runtime import Runtime
+
+    compiled, ran = Runtime.decode_program, set()
+
+    def decode_program(runtime, strategy, *arguments, **options):
+        program, seconds = compiled(runtime, strategy, *arguments, **options)
+        text = program.func.as_text()
+        assert "callback" not in text and "outfeed" not in text
+
+        def run(params, state, sampling, steps):
+            steps = jnp.asarray(steps)
+            with jax.transfer_guard("disallow"):
+                found = jax.block_until_ready(program(params, state, sampling, steps))
+            ran.add(strategy)
+            return found
+
+        return run, seconds
+
+    monkeypatch.setattr(Runtime, "decode_program", decode_program)
+    return ran

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import end_to_end
 import harness
+import held_out_bounds
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,10 @@ import workloads
 
 from pallas_kernels.attention import specs
 from specsa_jax import checkpoints, model
+from specsa_jax.calibration import Calibration, CalibrationError
+from specsa_jax.checkpoints.records import AtContext, Measurement, Records, Searched
 from specsa_jax.config import PRESETS
+from specsa_jax.schedule import Sharing
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
@@ -302,3 +306,26 @@ def test_the_strict_benchmark_goes_on_only_with_a_run_like_its_own(tmp_path):
         out.write_text(text)
         with pytest.raises(ValueError, match="holds no results of this benchmark"):
             strict.resumed(str(out), settings)
+
+
+def test_bounds_are_tried_on_tokens_that_nothing_has_scored():
+    text = Calibration(np.arange(4000, dtype=np.int32), "numbers")
+    at = AtContext(100, 8, 80, 2.0, 0.01, 0.001, 0.02, 0.1, 0.95, 0.01, 0.9, 0.0, 0.0)
+    shared = Measurement(Sharing(group=2, group_mode="shared"), 5, 0.95, "float32", text.text, (at,))
+    dropped = dataclasses.replace(shared, sharing=Sharing("FSS", False), width=0)
+    records = Records("", (shared, dropped), (Searched("FSS", False, 0.1, 0.01, text.text),))
+    tried = held_out_bounds.elsewhere(text, records).windows(100, 10, 24)
+    assert len(tried) == 24 and (np.diff(tried, axis=1) == 1).all()
+    for part, count in (("measure", 8), ("search", 1000)):  # what was measured, and all that may have been searched on
+        assert not np.isin(tried[:, 100:-1], text.windows(100, 10, count, part)[:, 100:-1]).any()
+    with pytest.raises(CalibrationError, match="windows: got 3 of 10 unseen tokens .*, expected at least 8"):
+        held_out_bounds.Elsewhere(text.stream[:140], "numbers", np.zeros(140, bool)).windows(100, 10, 24)
+    # Another text has no place that was seen.
+    assert not held_out_bounds.elsewhere(dataclasses.replace(text, stream=text.stream[1:]), records).seen.any()
+    for measured in (shared, dropped):
+        strategy = held_out_bounds.strategy_of(measured)
+        assert (strategy.sharing(3), strategy.width if measured.width else 0) == measured.key
+        row = held_out_bounds.row_of(measured, measured)
+        assert row["inside"] and (row["mean_kl"], row["stored_mean_kl"], row["stored_top1"]) == (0.01, 0.02, 0.9)
+    worse = dataclasses.replace(shared, contexts=(dataclasses.replace(at, top1=0.89),))
+    assert not held_out_bounds.row_of(shared, worse)["inside"]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,9 @@ from specsa_jax.acceptance import accept_coupled
 from specsa_jax.cache import create_cache, pages_for
 from specsa_jax.decoding import Decoder, State
 from specsa_jax.drafting import Combined, DraftModel, PromptLookup, SelfDraft
+from specsa_jax.planning.planner import Fixed
 from specsa_jax.sampling import SamplingParams, batch_sampling
+from specsa_jax.segments import STREAM_STEPS, Segments
 from specsa_jax.strategy import AUTOREGRESSIVE, Strategy
 
 # Seeds are fixed, so a test passes or fails for good; this is how likely a right implementation was to fail at all.
@@ -195,22 +198,6 @@ def test_one_trace_per_strategy_however_often_it_is_called_and_when_it_comes_bac
     assert loops.traces == {AUTOREGRESSIVE: 1, SPECULATIVE: 1, other: 1, 8: 1}
 
 
-def test_nothing_crosses_between_host_and_device_inside_a_call():
-    loops, params = decoder(CONFIG), weights(CONFIG)[1]
-    sampling = batch_sampling([SamplingParams(temperature=0.5, top_p=0.9)] * 6)
-    state = start(loops, PROMPTS, NEW)
-    lowered = loops.decode.lower(params, state, sampling, MANY, strategy=SPECULATIVE)
-    assert "callback" not in lowered.as_text() and "outfeed" not in lowered.as_text()
-    loops.decode(params, state, sampling, MANY, strategy=SPECULATIVE)  # compiles; constants go to the device here
-    state = start(loops, PROMPTS, NEW)
-    with jax.transfer_guard("disallow"):
-        state, _ = loops.decode(params, state, sampling, MANY, strategy=SPECULATIVE)
-        jax.block_until_ready(state)
-        with pytest.raises(Exception, match="[Dd]isallowed host-to-device"):
-            loops.decode(params, state, sampling, np.int32(1), strategy=SPECULATIVE)  # the guard does guard
-    assert state.done.all()
-
-
 def test_the_state_is_donated():
     loops = decoder(CONFIG)
     state = start(loops, PROMPTS, NEW)
@@ -256,14 +243,13 @@ SAMPLED = [
 OTHER = DraftModel("another", config=CONFIG)
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        Strategy(PromptLookup(min_ngram=1), "3-2-1", "depth"),
-        Strategy(Combined(PromptLookup(min_ngram=4), OTHER), "best:12:4"),
-    ],
-    ids=["lookup", "lookup, else another model"],
-)
+TREES = [
+    Strategy(PromptLookup(min_ngram=1), "3-2-1", "depth"),
+    Strategy(Combined(PromptLookup(min_ngram=4), OTHER), "best:12:4"),
+]
+
+
+@pytest.mark.parametrize("strategy", TREES, ids=["lookup", "lookup, else another model"])
 def test_trees_give_the_tokens_of_decoding_one_at_a_time(strategy):
     """Greedy, and sampled with every parameter there is; in a ragged batch, in which branches stand and fall."""
     draft_params = weights(CONFIG, 5)[1]
@@ -274,6 +260,36 @@ def test_trees_give_the_tokens_of_decoding_one_at_a_time(strategy):
     plain, one_by_one, _ = run(decoder(CONFIG), PROMPTS, AUTOREGRESSIVE, sampling=SAMPLED)
     assert tokens == plain
     np.testing.assert_allclose(state.logprobs, one_by_one.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", [SPECULATIVE, *TREES], ids=["a chain", "a tree", "a grown tree, a model watching"])
+def test_nothing_crosses_between_host_and_device_inside_a_segment(strategy):
+    """What runs is guarded, not what the host gives it, and reads of it afterwards. Watchers of a plan and schedules
+    are guarded in an engine: test_planner.py, test_precision.py."""
+    loops, ran = decoder(CONFIG), []
+    draft_params = weights(CONFIG, 5)[1] if strategy in TREES else ()
+    options = {"strategy": strategy, "draft_params": draft_params}
+
+    def program(*arguments):
+        *rest, steps = arguments
+        arguments = *rest, jnp.asarray(steps)
+        if not ran:
+            text = loops.decode.lower(*arguments, **options).as_text()
+            assert "callback" not in text and "outfeed" not in text
+        # The first call compiles; constants go to the device then.
+        with jax.transfer_guard("disallow" if ran else "allow"):
+            ran.append(jax.block_until_ready(loops.decode(*arguments, **options)))
+        return ran[-1]
+
+    runtime = types.SimpleNamespace(params=weights(CONFIG)[1], decode_program=lambda *_: (program, 0.0))
+    state = start(loops, PROMPTS, NEW, strategy, draft_params)
+    sampling = batch_sampling([SamplingParams(temperature=0.5, top_p=0.9)] * 6)
+    segments = Segments(runtime, state, sampling, Fixed(strategy), streamed=True)
+    while not (read := segments.run(NEW)).done.all():
+        assert read.counts.steps == STREAM_STEPS
+    assert len(ran) > 1
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match="[Dd]isallowed host-to-device"):
+        loops.decode(runtime.params, ran[-1][0], sampling, np.int32(1), **options)  # the guard does guard
 
 
 def test_the_model_as_its_own_draft_model_is_always_accepted():

@@ -499,8 +499,9 @@ def drafting_for_itself(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_drafter_that_watches_takes_over_in_the_middle(restless, drafting_for_itself):
-    """A draft model whose state is kept while lookup drafts, or nobody: it drafts as if it had drafted all along."""
+def test_a_drafter_that_watches_takes_over_in_the_middle(restless, drafting_for_itself, guarded):
+    """A draft model whose state is kept while lookup drafts, or nobody: it drafts as if it had drafted all along.
+    Nothing crosses between host and device inside a segment."""
     engine = drafting_for_itself
     alone = engine.generate(prompts(1), 50, strategy=STATEFUL[-1].strategy)
     planned = engine.generate(prompts(1), 50, strategy="auto")
@@ -509,6 +510,8 @@ def test_a_drafter_that_watches_takes_over_in_the_middle(restless, drafting_for_
     assert len(modelled) > 2
     # The target drafts for itself: every draft stands, if its state is that of the text.
     assert all(decision.observed_acceptance_length == 3 for decision in modelled[:-1])
+    drafting = {one.drafter.drafter for one in guarded if isinstance(one.drafter, Watching)}
+    assert drafting == {one.strategy.drafter for one in STATEFUL}
 
 
 @pytest.mark.slow

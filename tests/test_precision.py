@@ -352,6 +352,12 @@ def test_the_engine_admits_what_was_measured_and_nothing_else(stored, measured):
     assert len(stored.generate(prompt, 2, strategy=approx(schedule="all"), max_kl=0.0)[0].tokens) == 2
 
 
+def test_by_a_schedule_nothing_crosses_between_host_and_device_inside_a_segment(engine, guarded):
+    prompt = [[int(x) for x in np.random.default_rng(1).integers(50, size=30)]]
+    engine.generate(prompt, 8, strategy=approx(schedule="FSS"), max_kl=float("inf"))
+    assert guarded == {approx(schedule="FSS")}
+
+
 def test_records_of_another_model_are_refused(directory, stored):
     other = Engine(stored.config, random_params(stored.config, seed=9), stored.tokenizer, checkpoint=directory)
     with pytest.raises(CheckpointError, match="precision.json: was measured on another model"):

@@ -3,7 +3,10 @@
 import dataclasses
 import io
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
 import time
 
@@ -143,6 +146,43 @@ def test_a_writer_that_is_killed_leaves_the_file_that_was_there(tmp_path, full, 
         save(path, profile())
     assert read(path) == full
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+# Begins, for each line that it is given, a process that writes profiles over one until it is killed.
+WRITERS = """
+import dataclasses, itertools, os, sys
+from pathlib import Path
+from specsa_jax.planning.profile import read, save
+
+path = Path(sys.argv[1])
+first = read(path)
+for _ in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        for digit in itertools.cycle("123456789"):
+            save(path, dataclasses.replace(first, device=digit, versions={"long": digit * 10**6}))
+    print(pid, flush=True)
+    os.waitpid(pid, 0)
+    print("ended", flush=True)
+"""
+
+
+def test_whenever_a_writer_is_killed_the_file_is_a_whole_one(tmp_path):
+    """By SIGKILL at random moments, until 3 of them were in the middle of a write, which leaves its part beside."""
+    path, random = save(tmp_path / "profile.json", profile()), np.random.default_rng(0)
+    with subprocess.Popen([sys.executable, "-c", WRITERS, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True, bufsize=1) as writers:  # fmt: skip
+        for _ in range(100):
+            print(file=writers.stdin)
+            pid = int(writers.stdout.readline())
+            time.sleep(random.uniform(0.0, 0.03))
+            os.kill(pid, signal.SIGKILL)
+            assert writers.stdout.readline() == "ended\n"
+            found = read(path)
+            assert found in (profile(), profile(device=found.device, versions={"long": found.device * 10**6}))
+            if len(list(tmp_path.iterdir())) > 3:
+                break
+    assert len(list(tmp_path.iterdir())) > 3 and writers.returncode == 0 and found != profile()
 
 
 # --- costs -----------------------------------------------------------------------------------------------------------
@@ -438,16 +478,58 @@ def test_drafts_win_where_enough_of_them_stands():
     assert best[2, 0] == 1
 
 
+class PerToken:
+    """A step takes 1 and 0.1 for each drafted token; drafts of the head 0.4."""
+
+    def step(self, point):
+        return 1.0 + 0.1 * (point.width - 1)
+
+    def draft(self, drafter, *_):
+        return 0.4 * (drafter == "head")
+
+
+def test_of_all_drafters_the_one_wins_whose_drafts_are_worth_their_time():
+    """Lookup, which costs nothing, has a draft in 9 of 10 steps, whose tokens stand with chance 0.3; the head always,
+    with 0.7. Their log-odds are opposite, so a mean chance of 0.5 is that of the priors."""
+    drafts = [("lookup", "chain:4"), ("head", "chain:2"), ("head", "chain:4")]
+    rates, stood = {"lookup": 0.9, "head": 1.0}, {"lookup": 0.3, "head": 0.7}
+
+    class Acceptance:
+        def rate(self, drafter):
+            return rates[drafter]
+
+        def chances(self, drafter, tree, depth):
+            return np.full(depth, stood[drafter])
+
+    def best(mean, batch=1, among=drafts):
+        return show.best_drafts(PerToken(), Acceptance(), among, batch, (512, 2048), mean).tolist()
+
+    def expected(mean):
+        odds = {name: mean / (1 - mean) * chance / (1 - chance) for name, chance in stood.items()}
+        lookup, head = (odds[name] / (1 + odds[name]) for name in ("lookup", "head"))
+        tokens = [1 + 0.9 * sum(lookup**n for n in range(1, 5)), *(sum(head**n for n in range(k)) for k in (3, 5)), 1]
+        return int(np.argmax(np.array(tokens) / [0.9 * 1.4 + 0.1, 1.2 + 0.4, 1.4 + 0.4, 1.0]))
+
+    means = (0.05, 0.3, 0.6, 0.8, 0.97)
+    assert best(means) == [[expected(mean)] * 2 for mean in means]
+    assert {expected(mean) for mean in means} == {0, 1, 2, 3}
+    # In a batch of many somebody always has a draft, so that each step takes its whole time.
+    rates["lookup"] = 0.5
+    assert [best((0.4,), batch, drafts[:1])[0][0] for batch in (1, 99)] == [0, 1]
+
+
 def test_the_page_is_whole_by_itself(tmp_path, full):
     page, *pictures = show.write(full, CONFIG, tmp_path / "profile.html")
     text = page.read_text()
-    assert {path.name for path in pictures} == {f"profile-{name}.png" for name in ("steps", "regions", "overlap")}
+    names = ("steps", "regions", "winners", "overlap")
+    assert {path.name for path in pictures} == {f"profile-{name}.png" for name in names}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
-    assert text.count("data:image/png;base64,") == 3
+    assert text.count("data:image/png;base64,") == 4
     assert not re.search(r"<script|<link|(src|href)\s*=\s*[\"'](?!data:)|@import|url\(", text)
     assert "FSFSFS" in text and "relative error 1.0% median" in text
     show.write(dataclasses.replace(full, overlaps=(), drafts=(), priors=()), CONFIG, tmp_path / "few.html")
-    assert not (tmp_path / "few-overlap.png").exists() and "Not measured." in (tmp_path / "few.html").read_text()
+    assert {path.name for path in tmp_path.glob("few-*")} == {"few-steps.png", "few-regions.png"}
+    assert "Not measured." in (tmp_path / "few.html").read_text()
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ class Acceptance:
         """float [depth]: the chance that a drafted token stands, given that those before it on its path do."""
         key = drafter, family(tree)
         _, odds, worth = self._expected(key)
-        expected = _sigmoid(odds + self._shift(drafter))
+        expected = sigmoid(odds + self._shift(drafter))
         if key in self._live:
             live = self._live[key]
             expected = (expected * worth + live.stood) / (worth + live.tried)
@@ -145,7 +145,7 @@ class Acceptance:
                 last = int(np.flatnonzero(prior.tried >= 4)[-1]) if (prior.tried >= 4).any() else 0
                 chances[last + 1 :] = chances[last]
                 worth = min(_PRIOR_STEPS, float(prior.tried[0]))
-            self._known[key] = chances, _logit(chances), worth
+            self._known[key] = chances, logit(chances), worth
         return self._known[key]
 
     def _shift(self, drafter: str) -> float:
@@ -163,7 +163,7 @@ class Acceptance:
             if tried:
                 mean = expected / tried
                 shifted = (stood + _PRIOR_STEPS * mean) / (tried + _PRIOR_STEPS)
-                shift = float(_logit(np.array(shifted)) - _logit(np.array(mean)))
+                shift = float(logit(np.array(shifted)) - logit(np.array(mean)))
             self._shifts[drafter] = shift
         return self._shifts[drafter]
 
@@ -174,10 +174,12 @@ def _pooled(table: dict[tuple[str, str], _Counts], drafter: str) -> tuple[float,
     return sum(c.steps for c in found), sum(c.drafted for c in found)
 
 
-def _logit(x: np.ndarray) -> np.ndarray:
+def logit(x: np.ndarray) -> np.ndarray:
+    """Log-odds of chances, which count as 0.005 to 0.995."""
     x = np.clip(x, 0.005, 0.995)
     return np.log(x) - np.log1p(-x)
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """The chances whose log-odds these are."""
     return 1.0 / (1.0 + np.exp(-x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import heapq
 import html
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,9 @@ from specsa_jax.checkpoints.store import write_text
 from specsa_jax.config import ModelConfig
 from specsa_jax.drafting import parse_tree
 from specsa_jax.planning.costs import Costs
+from specsa_jax.planning.predict import Acceptance, logit, sigmoid
 from specsa_jax.planning.profile import Point, Profile, StepTime
+from specsa_jax.planning.space import profiled
 from specsa_jax.schedule import Sharing
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 # Of what the children drafted before it leave, a sibling catches this much of what the first one would.
 SIBLING = 0.5
+ACCEPTANCES = tuple(np.linspace(0.0, 0.975, 40).tolist())
 CHAINS = ("chain:1", "chain:2", "chain:4", "chain:8", "chain:16", "chain:32")
 
 
@@ -94,6 +98,38 @@ def best_trees(
         for row, acceptance in enumerate(acceptances):
             tokens = [*(expected_tokens(tree, acceptance) for tree in trees), 1.0]
             best[row, column] = int(np.argmax(np.array(tokens) / seconds))
+    return best
+
+
+def best_drafts(
+    costs: Costs, acceptance: Acceptance, drafts: Sequence[tuple[str, str]], batch: int, contexts: Sequence[int],
+    chances: Sequence[float],
+) -> np.ndarray:  # fmt: skip
+    """What gives a batch most tokens a second, int [chances, contexts]: a place in ``drafts`` (drafter, tree), or their
+    number for one token at a time.
+
+    Args:
+      acceptance: of priors. A drafter has a draft as often as these say, and its tokens' log-odds to stand differ from
+        other drafters' and positions' as these say.
+      chances: that a chain's first token stands: the mean of the drafters, in log-odds.
+    """
+    templates = [parse_tree(tree) for _, tree in drafts]
+    odds = [logit(acceptance.chances(*draft, t.depth)) for draft, t in zip(drafts, templates, strict=True)]
+    firsts = [logit(acceptance.chances(drafter, "chain:1", 1)) for drafter in dict(drafts)]
+    moved = logit(np.asarray(chances)) - np.mean(firsts)
+    gains = np.stack([sigmoid(one + moved[:, None]).cumprod(axis=1).sum(axis=1) for one in odds], axis=1)
+    rates = np.array([acceptance.rate(drafter) for drafter, _ in drafts])
+    some = 1.0 - (1.0 - rates) ** batch  # where nobody in the batch has a draft, a step decodes one token
+    best = np.empty((len(chances), len(contexts)), int)
+    for column, context in enumerate(contexts):
+        one = costs.step(Point(batch, context, 1))
+        whole, draft = np.array([
+            (costs.step(Point(batch, context, t.nodes + 1, t.is_chain)),
+             costs.draft(*names, t.nodes + 1, batch, context))
+            for names, t in zip(drafts, templates, strict=True)
+        ]).T  # fmt: skip
+        speeds = (1.0 + rates * gains) / (some * whole + (1.0 - some) * one + draft)
+        best[:, column] = np.pad(speeds, ((0, 0), (0, 1)), constant_values=1.0 / one).argmax(axis=1)
     return best
 
 
@@ -176,9 +212,7 @@ def draw_regions(profile: Profile, costs: Costs) -> Figure:
     drafters = list(dict.fromkeys(d.drafter for d in profile.drafts)) or ["lookup"]
     measured = {d.tree for d in profile.drafts if not parse_tree(d.tree).is_chain}
     trees = [*CHAINS, *sorted(measured)]
-    known = sorted({s.point.context for s in profile.steps})
-    contexts = [int(c) for c in np.geomspace(known[0], max(known[-1], known[0] + 1), 25)]
-    acceptances = np.linspace(0.0, 0.975, 40)
+    known, contexts = _contexts(profile)
     colors = ["#e8e8e8", "#fde725", "#a0da39", "#4ac16d", "#1fa187", "#277f8e", "#365c8d", "#c04d7b", "#e58042",
               "#7d4ea1", "#a52c2c", "#5a5a5a"]  # fmt: skip
     order = [len(trees), *range(len(trees))]
@@ -189,9 +223,9 @@ def draw_regions(profile: Profile, costs: Costs) -> Figure:
     seen: set[int] = set()
     for row, batch in zip(axes, batches, strict=True):
         for axis, drafter in zip(row, drafters, strict=True):
-            best = best_trees(costs, drafter, trees, batch, contexts, list(acceptances))
+            best = best_trees(costs, drafter, trees, batch, contexts, ACCEPTANCES)
             seen |= set(np.unique(best).tolist())
-            axis.pcolormesh(contexts, acceptances, best, cmap=cmap, norm=norm, shading="nearest")
+            axis.pcolormesh(contexts, ACCEPTANCES, best, cmap=cmap, norm=norm, shading="nearest")
             axis.set(title=f"{drafter}, batch {batch}", xscale="log", xlabel="context, tokens")
             axis.set_xticks(known, [f"{c:,}" for c in known], fontsize=8)
             axis.minorticks_off()
@@ -208,6 +242,48 @@ def draw_regions(profile: Profile, costs: Costs) -> Figure:
     return figure
 
 
+def draw_winners(profile: Profile, costs: Costs, config: ModelConfig) -> Figure:
+    """Which drafter and tree give most tokens a second, by context and acceptance; a row a batch, a column a kind of
+    text."""
+    from matplotlib import colormaps
+    from matplotlib.patches import Patch
+
+    drafts = [(drafter, tree) for drafter, trees in profiled(profile, config) for tree in trees]
+    # A hue a drafter, darker for larger drafts.
+    hues = dict(zip(dict(drafts), itertools.cycle(("Blues", "Oranges", "Greens", "Purples", "Reds")), strict=False))
+    colors = []
+    for drafter, tree in drafts:
+        sizes = sorted((parse_tree(other).nodes, other) for name, other in drafts if name == drafter)
+        place = sizes.index((parse_tree(tree).nodes, tree))
+        colors.append(colormaps[hues[drafter]](0.35 + 0.6 * place / max(1, len(sizes) - 1)))
+    colors.append((1.0, 1.0, 1.0, 1.0))
+    names = [*map(" ".join, drafts), "one token at a time"]
+    batches = sorted({s.point.batch for s in profile.steps})
+    texts = list(dict.fromkeys(prior.text for prior in profile.priors))
+    known, contexts = _contexts(profile)
+    figure, axes = _figure(len(batches), len(texts), 5.2, 3.4)
+    seen: set[int] = set()
+    for row, batch in zip(axes, batches, strict=True):
+        for axis, text in zip(row, texts, strict=True):
+            acceptance = Acceptance(prior for prior in profile.priors if prior.text == text)
+            best = best_drafts(costs, acceptance, drafts, batch, contexts, ACCEPTANCES)
+            seen |= set(np.unique(best).tolist())
+            axis.pcolormesh(contexts, ACCEPTANCES, np.array(colors)[best], shading="nearest")
+            axis.set(title=f"{text}, batch {batch}", xscale="log", xlabel="context, tokens")
+            axis.set_xticks(known, [f"{c:,}" for c in known], fontsize=8)
+            axis.minorticks_off()
+        row[0].set_ylabel("chance of a first token")
+    patches = [Patch(facecolor=colors[kind], label=names[kind], edgecolor="#888") for kind in sorted(seen)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return figure
+
+
+def _contexts(profile: Profile) -> tuple[list[int], list[int]]:
+    """The measured contexts, and 25 from the shortest to the longest."""
+    known = sorted({s.point.context for s in profile.steps})
+    return known, [int(c) for c in np.geomspace(known[0], max(known[-1], known[0] + 1), 25)]
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +294,8 @@ def write(profile: Profile, config: ModelConfig, page: Path) -> list[Path]:
     """
     costs = Costs.from_profile(profile, config)
     figures = {"steps": draw_steps(profile, costs), "regions": draw_regions(profile, costs)}
+    if profile.priors:
+        figures["winners"] = draw_winners(profile, costs, config)
     if profile.overlaps:
         figures["overlap"] = draw_overlap(profile)
     written, pictures = [], {}
@@ -258,6 +336,12 @@ def _page(profile: Profile, pictures: dict[str, str]) -> str:
         ("", _rows((), facts)),
         ("Step time", picture("steps", "step time against T") + f"<p>{html.escape(describe_error(profile))}.</p>"),
         ("Which draft wins",
+         picture("winners", "regions in which each drafter and tree wins") +
+         "<p>Of all that the planner considers, most tokens a second in class exact. Drafters have a draft as often as "
+         "on the calibration text, and differ from each other, tree by tree and position by position, as they did "
+         "there; on a text on which all fare better or worse, all chances are moved alike in log-odds. The axis has "
+         "the chance that a chain's first token stands, the mean of the drafters.</p>"),
+        ("Which tree wins, of each drafter",
          picture("regions", "regions in which each tree wins") +
          "<p>Most tokens a second in class exact, if a drafted token is accepted with the given probability wherever "
          f"its parent is; in trees a sibling catches {SIBLING:g} times what the one before it would, of what is left. "
