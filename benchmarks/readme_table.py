@@ -239,7 +239,8 @@ def memory(result: Result) -> Lines:
 # By the script that wrote the file, in the table's order.
 TABLES: dict[str, Callable[[Result], Lines]] = {
     "train_target": train_target, "end_to_end": end_to_end, "dense_decode": dense_decode, "held_out": held_out,
-    "planner": planner, "strict": strict, "held_out_bounds": held_out_bounds, "acceptance": acceptance, "shapes": shapes, "overhead": overhead,
+    "planner": planner, "strict": strict, "held_out_bounds": held_out_bounds,
+    "acceptance": acceptance, "shapes": shapes, "overhead": overhead,
     "memory": memory, "refresh_reuse": refresh_reuse, "verify_layer": verify_layer, "selection": selection,
     "compress": compress, "prefill": prefill,
 }  # fmt: skip
