@@ -140,13 +140,17 @@ def test_pace_foresees_when_the_last_sequence_of_a_batch_is_done(chances, tolera
 
 @given(
     st.lists(st.tuples(st.integers(1, 500), st.integers(0, 16), st.booleans()), min_size=2, max_size=8),
-    st.floats(1.0, 17.0), st.floats(0.0, 10.0),
+    st.floats(1.0, 17.0), st.floats(0.0, 10.0), st.lists(st.integers(0, 2**16), max_size=3),
 )  # fmt: skip
-def test_pace_never_promises_more_than_the_sequences_that_run_can_use(sequences, length, spread):
+def test_pace_never_promises_more_than_the_sequences_that_run_can_use(sequences, length, spread, earlier):
     left, gained, done = (np.array(column) for column in zip(*sequences, strict=True))
     known, steps, running = np.full(len(left), 200), 10, int((~done).sum())
     pace = Pace(known + left)
     assert pace.tokens_per_step(length, len(left)) == len(left) * length  # nothing is known
+    for seed in earlier:  # of sequences some accept nothing, and others end
+        rng = np.random.default_rng(seed)
+        before = known - steps * (1 + rng.integers(0, 2, len(left)) * rng.integers(0, 17))
+        pace.observe(before, known, rng.random(len(left)) < 0.3, steps, spread)
     pace.observe(known - steps * (1 + gained), known, done, steps, spread)
     if running:
         tokens = pace.tokens_per_step(length, running)
@@ -163,6 +167,13 @@ def test_what_one_sequence_accepts_is_forgotten_while_nothing_is_drafted():
     for step in range(40):
         pace.observe(lengths + 100 * step, lengths + 100 * (step + 1), np.zeros(2, bool), 100, 0.0)
     assert pace.tokens_per_step(3.0, 2) > 2 * 2.5  # drafting is worth another try
+
+
+def test_those_that_are_left_may_be_those_that_accepted_nothing():
+    pace, lengths = Pace(np.array([500, 5000, 5000])), np.array([100, 100, 100])
+    pace.observe(lengths, lengths + [64 * 5, 64, 64], np.zeros(3, bool), 64, 0.1)
+    pace.observe(lengths + 64, lengths + 128, np.array([True, False, False]), 64, 0.0)
+    assert 0 < pace.tokens_per_step(3.0, 2) <= 2 * 3.0
 
 
 def test_it_follows_a_text_that_changes():

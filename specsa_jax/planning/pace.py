@@ -40,7 +40,7 @@ class Pace:
             self._accepted, self._steps = self._accepted + steps * accepted / mean, self._steps + steps
             self._spread = spread
         pace = np.ones(int(running.sum()))
-        if self._steps:
+        if self._accepted[running].any():  # those that are left may be those that never accepted anything
             seen = self._accepted[running] / self._steps
             chance, variance = self._spread / self._steps, float(seen.var())
             own = max(0.0, 1.0 - chance / variance) if variance else 0.0
