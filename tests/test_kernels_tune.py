@@ -110,6 +110,7 @@ def test_lookup_takes_the_nearest_entry_not_above_nor_far_below(tmp_path, instal
     assert found(sparsity=dataclasses.replace(SPEC.sparsity, scale=1.0)) == found()
 
 
+@pytest.mark.slow
 def test_commits_and_compressions_take_their_measured_configs(tmp_path, installed):
     """Whatever the benchmarks call; calls without a config lower with it."""
     path = tmp_path / "device.json"

@@ -381,6 +381,7 @@ def test_a_tiny_model_is_profiled_and_the_engine_finds_the_times_plausible(engin
     monkeypatch.setattr(measure, "CORNERS", (5,))
     monkeypatch.setattr(measure, "SCHEDULES", ("every:2",))
     monkeypatch.setattr(measure, "PRIOR_TOKENS", 32)
+    monkeypatch.setattr(steps_module, "CALL_SECONDS", 0.01)
     axes = {"batches": (2,), "contexts": (128,), "drafters": (("self", ("chain:4",)),)}
     names = []
     found, missing = measure.measure(engine, text, measure.new_profile(engine, (128,)), **axes,
