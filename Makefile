@@ -9,11 +9,12 @@ PYTEST = pytest -n 2 --dist worksteal --durations 20 --durations-min 5
 BENCHES = bench-target bench-profile bench-end-to-end bench-shapes bench-loop bench-kernels bench-model \
 	bench-ablations bench-planner bench-report
 
-.PHONY: help demo test test312 embedded draft clean bench bench-cpu $(BENCHES)
+.PHONY: help demo test test-long test312 embedded draft clean bench bench-cpu $(BENCHES)
 
 help:
 	@echo 'make demo     generate with and without speculation from the embedded model, and compare'
 	@echo 'make test     lint, type-check and run the test suite'
+	@echo 'make test-long  the few tests that take about a minute each'
 	@echo 'make test312  kernel and engine tests, but the slow ones, on Python 3.12 with the newest jax'
 	@echo 'make embedded train the embedded model again (two runs; a GPU and Python 3.12 to get the shipped one)'
 	@echo 'make draft    train the embedded model'"'"'s draft head again (a GPU and Python 3.12 to get the shipped one)'
@@ -28,12 +29,15 @@ test: .venv/.stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
-	.venv/bin/$(PYTEST)
+	.venv/bin/$(PYTEST) -m 'not long'
+
+test-long: .venv/.stamp
+	.venv/bin/$(PYTEST) -m long
 
 # Without paths pytest would run everything.
 test312: .venv312/.stamp
 	$(if $(TESTS312),,$(error test312: no test file matches))
-	.venv312/bin/$(PYTEST) -m 'not slow' $(TESTS312)
+	.venv312/bin/$(PYTEST) -m 'not slow and not long' $(TESTS312)
 
 # Not PYTHON itself: `make PYTHON=...` would override this too.
 .venv312/.stamp: BASE = $(or $(PYTHON312),$(error test312 needs Python 3.12; set PYTHON312=/path/to/python3.12))

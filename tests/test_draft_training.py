@@ -67,6 +67,8 @@ def losses_of(config):
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_run_learns_to_draft_and_leaves_what_it_documents(config, target):
     records = []
     config = dataclasses.replace(config, steps=60, save_every=0, eval_every=20)

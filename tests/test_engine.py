@@ -74,6 +74,7 @@ def test_greedy_speculation_gives_the_tokens_of_decoding_one_by_one(engine, held
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_default_prompt_is_long_held_out_and_continued_with_good_drafts(engine):
     """``make demo``: the same tokens, two a step at least, and text that is no single line for ever."""
     ((_, prompt),) = cli._prompts([])
@@ -210,6 +211,7 @@ def test_an_engine_of_another_dtype_is_refused(dtype):
         Engine.from_pretrained("embedded", dtype=dtype)
 
 
+@pytest.mark.slow
 def test_statistics_are_consistent(engine, held_out):
     prompts = cut(held_out, 2, (1, 2), seed=8)
     result = engine.generate(prompts, max_new_tokens=24)
