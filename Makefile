@@ -14,7 +14,7 @@ BENCHES = bench-target bench-profile bench-end-to-end bench-shapes bench-loop be
 help:
 	@echo 'make demo     generate with and without speculation from the embedded model, and compare'
 	@echo 'make test     lint, type-check and run the test suite'
-	@echo 'make test-long  the few tests that take about a minute each'
+	@echo 'make test-long  a few tests that take about a minute each'
 	@echo 'make test312  kernel and engine tests, but the slow ones, on Python 3.12 with the newest jax'
 	@echo 'make embedded train the embedded model again (two runs; a GPU and Python 3.12 to get the shipped one)'
 	@echo 'make draft    train the embedded model'"'"'s draft head again (a GPU and Python 3.12 to get the shipped one)'

@@ -510,6 +510,7 @@ def drafting_for_itself(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_drafter_that_watches_takes_over_in_the_middle(restless, drafting_for_itself, guarded):
     """A draft model whose state is kept while lookup drafts, or nobody: it drafts as if it had drafted all along.
     Nothing crosses between host and device inside a segment."""
