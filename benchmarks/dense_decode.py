@@ -20,7 +20,9 @@ import jax.numpy as jnp
 from steps import USABLE, device_memory, model_dtype
 
 from specsa_jax import checkpoints
+from specsa_jax.compiling import compiler_options
 from specsa_jax.config import PRESETS, ModelConfig
+from specsa_jax.nsa.rows import in_company
 
 
 def shapes(config: ModelConfig) -> dict:
@@ -60,21 +62,24 @@ def make_step(config: ModelConfig, context: int, implementation: str | None):
     """(caches, tokens int32 [B, 1]), weights → the same: the token that ends ``context`` tokens."""
     nsa = config.nsa
 
-    def heads(x, weight):
-        return (x @ weight).reshape(*x.shape[:2], -1, nsa.head_dim)
+    def project(x, layer):
+        h = norm(x)
+        return [(h @ layer[name]).reshape(*h.shape[:2], -1, nsa.head_dim) for name in "qkv"]
+
+    def finish(x, out, layer):
+        x = x + out.reshape(*x.shape[:2], -1) @ layer["o"]
+        h = norm(x)
+        return x + (jax.nn.silu(h @ layer["gate"]) * (h @ layer["up"])) @ layer["down"]
 
     def step(state, weights):
         caches, tokens = state
         x, after = weights["embed"][tokens], []
         for layer, (key, value) in zip(weights["layers"], caches, strict=True):
-            h = norm(x)
+            query, *new = in_company(functools.partial(project, layer=layer), x)
             at = (0, context - 1, 0, 0)
-            key = jax.lax.dynamic_update_slice(key, heads(h, layer["k"]), at)
-            value = jax.lax.dynamic_update_slice(value, heads(h, layer["v"]), at)
-            out = jax.nn.dot_product_attention(heads(h, layer["q"]), key, value, implementation=implementation)
-            x = x + out.reshape(*x.shape[:2], -1) @ layer["o"]
-            h = norm(x)
-            x = x + (jax.nn.silu(h @ layer["gate"]) * (h @ layer["up"])) @ layer["down"]
+            key, value = (jax.lax.dynamic_update_slice(*pair, at) for pair in zip((key, value), new, strict=True))
+            out = jax.nn.dot_product_attention(query, key, value, implementation=implementation)
+            x = in_company(functools.partial(finish, layer=layer), x, out)
             after.append((key, value))
         logits = norm(x) @ (weights["embed"].T if config.tied else weights["head"])
         return after, logits.argmax(axis=-1).astype(jnp.int32)
@@ -98,7 +103,8 @@ def row_of(config: ModelConfig, context: int, batch: int, implementation: str, i
     state = (random_arrays([(cache, cache)] * config.layers, dtype), jnp.zeros((batch, 1), jnp.int32))
     step = make_step(config, context, implementation)
     try:
-        loop = harness.Loop(step, state, [weights], iterations, unroll=1, keep=False)
+        options = compiler_options()
+        loop = harness.Loop(step, state, [weights], iterations, unroll=1, keep=False, options=options)
         timing = loop.timing(seconds=seconds)
     except (ValueError, RuntimeError, *harness.FAILURES) as error:  # cuDNN has many ways to say no
         return harness.not_run(error)

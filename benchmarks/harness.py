@@ -76,7 +76,8 @@ class Loop:
 
     The loop's state is donated, so that a step can update it in place; repeats go on from it. ``state`` is left alone,
     unless ``keep`` is False: then it is given up, and no second one is in memory. Where ``state`` and ``buffers`` are
-    shapes (``jax.ShapeDtypeStruct``) there is nothing to run before :meth:`on` gives arrays.
+    shapes (``jax.ShapeDtypeStruct``) there is nothing to run before :meth:`on` gives arrays. ``options``: of the
+    compiler.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Loop:
         iterations: int,
         unroll: int = 8,
         keep: bool = True,
+        options: dict[str, Any] | None = None,
     ):
         rounds = -(-unroll // len(buffers)) if iterations > 1 else 1
         iterations = -(-iterations // rounds)
@@ -103,7 +105,7 @@ class Loop:
             return jax.lax.fori_loop(0, iterations, body, state)
 
         begun = time.perf_counter()
-        self._compiled, self._buffers = loop.lower(state, buffers).compile(), buffers
+        self._compiled, self._buffers = loop.lower(state, buffers).compile(options), buffers
         self.compile_seconds = time.perf_counter() - begun
         abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state))
         self._state = jax.tree.map(jnp.copy, state) if keep and not abstract else state

@@ -13,6 +13,7 @@ import numpy as np
 
 from specsa_jax import model
 from specsa_jax.cache import cache_bytes, chain, chain_slots, commit, create_cache, make_tail, pages_for
+from specsa_jax.compiling import compiler_options
 from specsa_jax.config import PRESETS, ModelConfig
 from specsa_jax.nsa import kernels
 from specsa_jax.nsa.cached import Backend
@@ -81,14 +82,17 @@ def step_loop(
     iterations: int,
     sharing: Sharing = Sharing(),
 ) -> harness.Loop:
-    """The step's loop behind a random cache of ``context`` tokens, the step's own included, less :func:`short`."""
+    """The step's loop behind a random cache of ``context`` tokens, the step's own included, less :func:`short`.
+
+    The host starts each step, so that the profiler sees its kernels."""
     dtype = model_dtype()
     implementation = kernels.choose(config.nsa, context, None)
     cache = random_cache(config, context - short(config) - width, width + short(config), batch, dtype)
     state = (cache, jnp.zeros((batch, width), jnp.int32))
     step = make_step(config, sharing, implementation, dtype, width)
     with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
-        return harness.Loop(step, state, [params], iterations, unroll=1, keep=False)
+        options = compiler_options(loops=False)
+        return harness.Loop(step, state, [params], iterations, unroll=1, keep=False, options=options)
 
 
 def steps_of(floor: float) -> int:

@@ -19,7 +19,7 @@ from specsa_jax.cache import Cache, LayerCache, LayerTail, Tail
 from specsa_jax.config import ModelConfig
 from specsa_jax.nsa.cached import Backend, Reuse, attend_cached
 from specsa_jax.nsa.compression import Compress
-from specsa_jax.nsa.rows import Rows, together
+from specsa_jax.nsa.rows import Rows, in_company, together
 from specsa_jax.nsa.sequence import Projected, attend_sequence
 from specsa_jax.rope import rotate_query
 
@@ -142,6 +142,7 @@ class Layer(nnx.Module):
         """[B, T, H] → [B, T, H] for the tail's tokens against the cache, what a commit of them needs, and the
         selection."""
         rows = backend.rows(cache)
+        rows = in_company if rows is together else rows
         projected = rows(lambda x, at: self.attn.project(self.attn_norm(x), at), x, tail.positions)
         out, layer_tail, selected = self.attn.attend(projected, cache, layer, tail, backend, reuse)
 

@@ -16,12 +16,12 @@ from tokenizers import Tokenizer
 
 from pallas_kernels import Implementation
 from specsa_jax.cache import CacheBytes, CapacityError, cache_bytes, create_cache, pages_for
+from specsa_jax.compiling import compiler_options
 from specsa_jax.config import ModelConfig
 from specsa_jax.decoding import Decoder, State
 from specsa_jax.drafting import Drafter, Target
 from specsa_jax.drafting.watching import Watching
 from specsa_jax.nsa import kernels
-from specsa_jax.nsa.rows import STRICT_OPTIONS
 from specsa_jax.prompts import whole_number
 from specsa_jax.sampling import Sampling
 from specsa_jax.strategy import Precision, Strategy
@@ -83,11 +83,10 @@ class Runtime:
             if key in self._compiled:
                 return self._compiled[key], 0.0
             strict = "strict" in (static.get("precision"), getattr(static.get("strategy"), "precision", None))
-            options = STRICT_OPTIONS if strict and jax.default_backend() == "gpu" else None
             # float32 means float32: a GPU's default would round the factors to TF32.
             with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
                 jitted = getattr(self.decoder, kind) if isinstance(kind, str) else kind
-                self._compiled[key] = jitted.lower(*args, **kwargs, **static).compile(options)
+                self._compiled[key] = jitted.lower(*args, **kwargs, **static).compile(compiler_options(strict))
             return self._compiled[key], time.perf_counter() - begun
 
     def prefill_program(

@@ -213,8 +213,20 @@ def test_overhead_is_step_time_over_kernels():
     found = overhead.figures(EVENTS, 10, 99.0)
     assert found["kernel_us"] == 90.0 and found["launches"] == 3.0 and found["overhead"] == pytest.approx(0.1)
     assert overhead.figures([], 10, 99.0) == {}
+    assert overhead.figures(EVENTS, 10, 901.0) == {}  # what the profiler sees is not what runs
     starts = [float(line.split("\t")[0]) for line in found["timeline"]]
     assert starts[0] == 0.0 and max(starts) < 120.0
+
+
+def test_a_step_without_kernels_to_see_stands_beside_those_of_the_same_step():
+    step = {"model": "m", "case": "none"}
+    rows = [step | {"command_buffers": "on", "step_us": 90.0}, {**step, "case": "other", "command_buffers": "on"},
+            step | {"command_buffers": "kernels", "step_us": 120.0, "kernel_us": 100.0, "overhead": 0.2,
+                    "launches": 3.0}]  # fmt: skip
+    overhead.beside_kernels(rows)
+    assert rows[0]["kernel_us"] == 100.0 and rows[0]["launches"] == 3.0
+    assert rows[0]["overhead"] == pytest.approx(-0.1) and rows[2]["overhead"] == 0.2
+    assert "kernel_us" not in rows[1]
 
 
 def test_recorded_selections_are_shared_as_they_were():

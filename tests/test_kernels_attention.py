@@ -10,8 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import UnsupportedError, attention
-from pallas_kernels.attention import AttentionConfig, Branch, Selection, Sparsity, attend, reference, specs
+from pallas_kernels import UnsupportedError, _dispatch, attention
+from pallas_kernels.attention import (
+    AttentionConfig,
+    Branch,
+    Launch,
+    Selection,
+    Sparsity,
+    attend,
+    configure,
+    reference,
+    specs,
+)
+from pallas_kernels.attention import launch as launches
 from pallas_kernels.attention import selection as selection_module
 
 CHAIN_8 = next(spec for spec in specs.TESTS if spec.name == "chain-8")
@@ -232,6 +243,34 @@ def test_a_reuse_layer_whose_selected_branch_is_launched_apart_gives_the_same(in
         selection = call(*arguments)[1]
         out = call(*arguments, selected=selection, reuse_compressed=reuse_compressed)[0]
         check(CHAIN_8, arguments, out, None, np.asarray(selection.ids), shown)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interpret", PLACES)
+def test_a_reuse_layer_in_one_wave_gives_the_same(interpret, kernel_seed, monkeypatch):
+    config = config_of(CHAIN_8, splits=(2, 3, 1))
+    launch = Launch(CHAIN_8.sparsity, CHAIN_8.shape, config, (0, 1, 2))
+    tiles = {index: launch.row_tiles(index) for index in launch.branches}
+    lead = CHAIN_8.shape.batch * CHAIN_8.shape.num_kv_heads
+    # Room for two splits of the selected branch.
+    monkeypatch.setattr(launches, "_MULTIPROCESSORS", lead * (2 * tiles[0] + 2 * tiles[1] + tiles[2]))
+    monkeypatch.setattr(launches, "_PROGRAMS", 1)
+    assert launch.in_one_wave().config.selected.splits == 2
+    arguments = arguments_of(CHAIN_8, kernel_seed)
+    call = functools.partial(attend, CHAIN_8.sparsity, config=config, interpret=interpret)
+    selection = call(*arguments)[1]
+    out = call(*arguments, selected=selection)[0]
+    check(CHAIN_8, arguments, out, None, np.asarray(selection.ids))
+
+
+@pytest.mark.parametrize("width, splits", [(1, 11), (5, 5), (8, 5), (16, 4), (64, 7)])
+def test_a_reuse_layer_of_one_sequence_leaves_no_few_programs_for_later(width, splits, monkeypatch):
+    monkeypatch.setattr(_dispatch, "device_kind", lambda: "NVIDIA H200")
+    spec = specs.benchmark(1, width, 65536, (32, 8))
+    launch = Launch(spec.sparsity, spec.shape, configure(spec.sparsity, spec.shape), (0, 1, 2))
+    assert launch.in_one_wave().config.selected.splits == splits  # 1: all fit; 16, 64: three waves and more
+    scored = dataclasses.replace(launch, branches=(0, 2), scored=True)
+    assert scored.in_one_wave() == scored
 
 
 def test_reused_specs_exist():

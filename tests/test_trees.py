@@ -13,6 +13,7 @@ from reference_params import tiny_model
 
 from specsa_jax.cache import grown_topology, topology
 from specsa_jax.drafting import Context, Draft, Drafter, PromptLookup, depth_first, drafter_from_name, grow, parse_tree
+from specsa_jax.drafting.base import top
 from specsa_jax.drafting.tree import MAX_NODES
 from specsa_jax.sampling import SamplingParams, batch_sampling
 
@@ -289,6 +290,21 @@ def test_best_first_keeps_the_most_probable_nodes(nodes, traversal):
     every = [path for length in range(1, depth + 1) for path in itertools.product(range(VOCABULARY), repeat=length)]
     best = sorted(every, key=joint, reverse=True)[:nodes]
     assert set(grown(f"best:{nodes}:{depth}", traversal)) == set(best)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 40])
+def test_the_largest_are_the_same_ones_on_a_gpu(count, monkeypatch):
+    """Of values with many equal ones, and of some that are −∞."""
+    values = jnp.asarray(np.random.default_rng(count).integers(-3, 4, (5, 3, 40)).astype(np.float32))
+    values = jnp.where(values == -3, -jnp.inf, values)
+    expected, places = top(values, count)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    text = str(jax.make_jaxpr(lambda values: top(values, count))(values))
+    assert "top_k" not in text  # whose kernel keeps loops out of CUDA graphs
+    found, at = top(values, count)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(np.where(found > -np.inf, at, 0), np.where(expected > -np.inf, places, 0))
+    assert at.dtype == places.dtype == jnp.int32
 
 
 # --- a drafter of one's own ---

@@ -21,6 +21,8 @@ from pallas_kernels.attention.launch import Launch as Launch
 from pallas_kernels.selection import kernel as selection_kernel
 
 MAX_GROUP, MAX_HEAD_DIM = 128, 256
+# (Sequence, KV head) pairs from which on a reuse layer's launches are those of many.
+_MANY = 64
 
 
 def limit(sparsity: Sparsity, shape: Shape, group: int | None = None) -> str | None:
@@ -124,6 +126,8 @@ def attend(
             Launch(sparsity, shape, config, together, interpret=interpret, deterministic=deterministic)
             for together in ([tuple(index for index in shown if index != 1), (1,)] if apart else [tuple(shown)])
         ]
+        if not deterministic and shape.batch * shape.num_kv_heads < _MANY:
+            launches = [launch.in_one_wave() for launch in launches]
         parts = [(launch, branches.run(launch, *arguments, selected)) for launch in launches]
     else:
         scoring = Launch(sparsity, shape, config, (0, 2), scored=True, interpret=interpret, deterministic=deterministic)
@@ -141,7 +145,7 @@ def _apart(config: AttentionConfig, shape: Shape, shown: list[int]) -> bool:
     costs more than another launch: measured at 8 sequences of 8 KV heads and more; at one sequence it does not.
     """
     largest = max((config.compressed, config.selected, config.window)[index].rows for index in shown)
-    return config.selected.rows < largest and shape.batch * shape.num_kv_heads >= 64
+    return config.selected.rows < largest and shape.batch * shape.num_kv_heads >= _MANY
 
 
 def _check_selection(sparsity: Sparsity, shape: Shape, config: AttentionConfig, selected: Selection | None) -> None:

@@ -10,6 +10,9 @@ from pallas_kernels.attention.config import AttentionConfig, Branch
 
 # Of sm_90's 227 KB a program, without what layouts meet in.
 _SHARED_BYTES = 216 * 1024
+# Of an H100 and an H200; and warps of the branches' kernels that one of them holds, of 255 registers a thread, and
+# programs at most.
+_MULTIPROCESSORS, _WARPS, _PROGRAMS = 132, 8, 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,21 @@ class Launch:
     @property
     def groups(self) -> int:
         return -(-self.shape.width // self.config.group)
+
+    def in_one_wave(self) -> Launch:
+        """The launch, with fewer splits of the selected branch where not quite all programs run at the same time: the
+        rest would take as long again (measured at one sequence). Where there are twice as many, it is as it is."""
+        if self.branches == (1,) or 1 not in self.branches:
+            return self
+        wave = _MULTIPROCESSORS * max(1, min(_PROGRAMS, _WARPS // self.num_warps))
+        lead = self.shape.batch * self.shape.num_kv_heads
+        programs = {index: lead * self.row_tiles(index) * self.branch(index).splits for index in self.branches}
+        total = sum(programs.values())
+        splits = (wave - total + programs[1]) // (lead * self.row_tiles(1))
+        if not (wave < total < 2 * wave and splits >= 2):
+            return self
+        selected = dataclasses.replace(self.config.selected, splits=splits)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, selected=selected))
 
     @property
     def segments(self) -> list[tuple[int, int, int]]:

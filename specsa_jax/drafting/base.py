@@ -18,6 +18,9 @@ from specsa_jax.drafting.tree import TreeTemplate
 from specsa_jax.nsa.cached import Backend
 from specsa_jax.sampling import Sampling
 
+# So many largest are found one by one, more by sorting: of so many values at most.
+_REDUCTIONS, _SORTED = 8, 4096
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -229,3 +232,25 @@ def drafter_from_name(name: str, checkpoint: str = "embedded") -> Drafter | None
     if not isinstance(made, Drafter):
         raise ValueError(f"drafter: {name} makes {made!r}, expected a Drafter")
     return made
+
+
+def top(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """The ``count`` largest [..., C] of ``values`` [..., N], and where they are, int32; among equals the first comes
+    first. Where they are −∞, so are those found, anywhere.
+
+    ``jax.lax.top_k``; on a GPU by other means, where they are not too slow: its kernel there keeps a loop that it is in
+    out of CUDA graphs.
+    """
+    if jax.default_backend() != "gpu" or (count > _REDUCTIONS and values.shape[-1] > _SORTED):
+        found, at = jax.lax.top_k(values, count)
+        return found, at.astype(jnp.int32)
+    if count > _REDUCTIONS:
+        at = jnp.argsort(-values, axis=-1, stable=True)[..., :count].astype(jnp.int32)
+        return jnp.take_along_axis(values, at, axis=-1), at
+    place, each = jnp.arange(values.shape[-1], dtype=jnp.int32), []
+    for _ in range(count):
+        at = jnp.argmax(values, axis=-1, keepdims=True).astype(jnp.int32)
+        each.append((jnp.take_along_axis(values, at, axis=-1), at))
+        values = jnp.where(place == at, -jnp.inf, values)
+    found, at = (jnp.concatenate(parts, axis=-1) for parts in zip(*each, strict=True))
+    return found, at

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specsa_jax.drafting.base import Context, Draft
+from specsa_jax.drafting.base import Context, Draft, top
 from specsa_jax.drafting.tree import TreeTemplate
 from specsa_jax.sampling import filtered_logits
 
@@ -66,15 +66,15 @@ def grow(evaluate: Evaluate, carry: Any, context: Context, template: TreeTemplat
         """Tokens int32 and joint log-probabilities [B, W, C] of the children of a level, and its law, if kept."""
         law = jax.nn.log_softmax(filtered_logits(logits, context.sampling), axis=-1)
         ranked = jax.nn.log_softmax(_perturbed(law, context, step), axis=-1)
-        score, tokens = jax.lax.top_k(ranked, count)
-        return tokens.astype(jnp.int32), joint[..., None] + score, law if context.keep_law else None
+        score, tokens = top(ranked, count)
+        return tokens, joint[..., None] + score, law if context.keep_law else None
 
     def pick(step: jax.Array, scores: jax.Array) -> jax.Array:
         """Which candidates int32 [B, W] of [B, W · C] the next level evaluates."""
         if template.is_static:
             table = jnp.asarray(_places(template, count)[0])[jnp.minimum(step, depth - 1)]
             return jnp.broadcast_to(table, (batch, width))
-        return jax.lax.top_k(scores, width)[1].astype(jnp.int32)
+        return top(scores, width)[1]
 
     def expand(loop: Any, step: jax.Array) -> tuple[Any, Any]:
         carry, tokens, scores, ancestor = loop
@@ -133,9 +133,9 @@ def _best(tokens: jax.Array, scores: jax.Array, chosen: jax.Array, nodes: int, p
     above = jnp.repeat(jnp.moveaxis(above, 0, 1), count, axis=2).reshape(batch, -1)
     above = jnp.concatenate([jnp.full((batch, per_level), -1, jnp.int32), above], axis=1)  # candidates' parents
     room = max(0, nodes - size)
-    top, best = jax.lax.top_k(jnp.pad(scores, ((0, 0), (0, room)), constant_values=-jnp.inf), nodes)
+    score, best = top(jnp.pad(scores, ((0, 0), (0, room)), constant_values=-jnp.inf), nodes)
     # Among equals the first counts, and parents come first.
-    best = jnp.sort(jnp.where(top > -jnp.inf, best.astype(jnp.int32), size), axis=1)
+    best = jnp.sort(jnp.where(score > -jnp.inf, best, size), axis=1)
     valid, taken = best < size, jnp.minimum(best, size - 1)
     parent = jnp.where(valid, jnp.take_along_axis(above, taken, axis=1), -1)
     found = jnp.argmax(best[:, None, :] == parent[..., None], axis=-1).astype(jnp.int32)

@@ -22,6 +22,7 @@ from flax import nnx
 from specsa_jax import model as transformer
 from specsa_jax.cache import ring_positions
 from specsa_jax.config import ModelConfig, _Config, _require
+from specsa_jax.nsa.rows import in_company
 from specsa_jax.nsa.softmax import Keys, attend
 from specsa_jax.rope import rotate
 
@@ -283,12 +284,12 @@ def _run(
     near = (at >= 1) & (at > positions[:, :, None] - config.window)
     keys, values = [], []
     for index, layer in enumerate(head.layers):
-        query, key, value = layer.project(token, state, positions)
+        query, key, value = in_company(layer.project, token, state, positions)
         keys.append(jax.lax.dynamic_update_slice_in_dim(drafted.keys[index], key, first, axis=1))
         values.append(jax.lax.dynamic_update_slice_in_dim(drafted.values[index], value, first, axis=1))
         ring = _keys(query, cache.keys[index], cache.values[index], near, scale, "bhcd")
         own = _keys(query, keys[-1], values[-1], visible, scale, "bchd")
-        state = layer.finish(state, attend([ring, own]))
+        state = in_company(layer.finish, state, attend([ring, own]))
     return state, Drafted(keys, values)
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specsa_jax.drafting.base import Context, Draft, Drafter
+from specsa_jax.drafting.base import Context, Draft, Drafter, top
 from specsa_jax.drafting.tree import TreeTemplate
 
 # Of a token's weight, this much stays per step down: a continuation is less sure the longer it goes on.
@@ -135,8 +135,8 @@ def _merge(tokens: jax.Array, weight: jax.Array, template: TreeTemplate) -> Draf
     mass = jnp.where(new, mass, 0.0).reshape(batch, -1)  # by depth, then continuation: parents first
     room = max(0, template.nodes - mass.shape[1])
     mass = jnp.pad(mass, ((0, 0), (0, room)))
-    top, chosen = jax.lax.top_k(mass, template.nodes)
-    chosen = jnp.sort(jnp.where(top > 0, chosen.astype(jnp.int32), mass.shape[1]), axis=1)
+    heaviest, chosen = top(mass, template.nodes)
+    chosen = jnp.sort(jnp.where(heaviest > 0, chosen, mass.shape[1]), axis=1)
     valid = chosen < mass.shape[1]
     taken = jnp.minimum(chosen, depth * count - 1)
     flat = jnp.moveaxis(tokens, 2, 1).reshape(batch, -1)

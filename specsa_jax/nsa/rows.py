@@ -40,6 +40,17 @@ def together(function: Callable[..., Any], *arrays: jax.Array) -> Any:
     return function(*arrays)
 
 
+def in_company(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """As :func:`together`, for functions with matrix products; on a GPU, a row that is alone is given one of zeros.
+
+    Of a single row XLA makes an elementwise product with the whole matrix, which it writes and reads again, and sums.
+    """
+    if arrays[0].shape[:2] != (1, 1) or jax.default_backend() != "gpu":
+        return function(*arrays)
+    outs = function(*(jnp.pad(a, [(0, 0), (0, 1)] + [(0, 0)] * (a.ndim - 2)) for a in arrays))
+    return jax.tree.map(lambda out: out[:, :1], outs)
+
+
 def in_blocks(lengths: jax.Array, size: int = BLOCK) -> Rows:
     """Rows in blocks [1, size, …], the last one padded with zeros; ``lengths`` int32, never negative, hides the count.
 
