@@ -247,7 +247,7 @@ def overhead(result: Result, path: Path) -> None:
         axis.axvline(row["step_us"], color="black", linewidth=0.8)
         axis.set_yticks(range(len(streams)), streams, fontsize=6)
         axis.set_title(f"{row['model']}, {row['case']}, context {row['context']}, "
-                       f"command buffers {row['command_buffers']}: "
+                       f"CUDA graphs {row['command_buffers']}: "
                        f"step {row['step_us']:.0f} µs (line), kernels {row['kernel_us']:.0f} µs in "
                        f"{row['launches']:.0f} launches", fontsize=8)  # fmt: skip
         axis.legend(fontsize=6, loc="upper right")

@@ -216,13 +216,17 @@ def dense_decode(result: Result) -> Lines:
         )
 
 
+GRAPHS = {"on": "in CUDA graphs", "kernels": "kernels alone in CUDA graphs", "off": "without CUDA graphs"}
+
+
 def overhead(result: Result) -> Lines:
     for row in result["rows"]:
         if "overhead" in row:
             yield (
-                f"loop of {called(row['model'])}, {row['case']}, command buffers {row['command_buffers']}",
-                f"step {row['step_us']:.0f} µs, {100 * row['overhead']:.1f} % over its kernels, "
+                f"loop of {called(row['model'])}, {row['case']}, {GRAPHS[row['command_buffers']]}",
+                f"step {row['step_us']:.0f} µs, {1 + row['overhead']:.2f} of the sum of its kernels, "
                 f"{row['launches']:.0f} launches",
+                row.get("commit", ""),
             )  # fmt: skip
 
 

@@ -372,7 +372,8 @@ class Engine(Runtime):
         acceptance = self._priors.fresh()
         for name, drafter, depth in found.replayed if replays else ():
             drafted, accepted = replay.replay(rows, drafter, depth)
-            acceptance.add(name, f"chain:{depth}", drafted, accepted, worth=len(rows) * replay.WORTH)
+            worth = min(len(rows), replay.PROMPTS) * replay.WORTH
+            acceptance.add(name, f"chain:{depth}", drafted, accepted, worth=worth)
         plan = Plan(
             found.planner, candidates, self.costs, acceptance, batch=batch, context=context, layers=self.config.layers,
             compiled=self.ready.setdefault(signature(state), set()).__contains__,

@@ -339,6 +339,15 @@ def test_a_walk_is_the_steps_that_lookup_would_have_taken():
     assert accepted.tolist() == [2, 0, 2, 1, 1] and drafted.tolist() == [2, 0, 1, 0, 3]
 
 
+def test_of_a_large_batch_some_texts_are_walked_far_enough_for_whole_drafts():
+    row = np.array([1, 2, 3, 4, 5] * 4000, np.int32)  # longer than what is looked up in
+    texts, since, known = np.stack([row] * 32), np.full(32, 19000), np.full(32, 19500)
+    drafted, accepted = replay.walk(texts, since, known, PromptLookup(), 16)
+    assert drafted.tolist() == accepted.tolist() == [0] * 15 + [4, 4]  # 17 and 15 tokens of four texts
+    drafted, accepted = replay.replay(list(texts), PromptLookup(), 16)
+    assert drafted[16] == accepted[16] == drafted.sum() == 4 * replay.PROMPTS
+
+
 def test_what_others_decode_shows_how_lookup_would_fare():
     text, lookup = np.array([[1, 2, 3, 4, 5] * 40], np.int32), [("lookup", PromptLookup(), 16)]
     plan = make(0.1, replayed=lookup, lengths=np.array([20]), segment=64)

@@ -241,7 +241,7 @@ TABLE = np.random.default_rng(5).standard_normal((200, VOCABULARY)).astype(np.fl
 LOG_PROBS = TABLE - np.log(np.exp(TABLE).sum(axis=1, keepdims=True))
 
 
-def grown(tree, traversal="breadth"):
+def grown(tree, traversal="breadth", small=False):
     template, batch = parse_tree(tree, traversal), 2
     known = jnp.full(batch, 3, jnp.int32)
 
@@ -259,7 +259,8 @@ def grown(tree, traversal="breadth"):
         noise = jax.random.split(jax.random.key(0), (batch, template.depth))
         context = Context(None, known, known > 0, sampling, noise, None, None, None)
         start = jnp.zeros((batch, template.width), jnp.int32)
-        draft = grow(evaluate, start, context, template, jnp.broadcast_to(jnp.asarray(TABLE)[0], (batch, VOCABULARY)))
+        logits = jnp.broadcast_to(jnp.asarray(TABLE)[0], (batch, VOCABULARY))
+        draft = grow(evaluate, start, context, template, logits, small)
         return depth_first(draft, template.depth) if traversal == "depth" and draft.parents is not None else draft
 
     draft = run()
@@ -292,6 +293,18 @@ def test_best_first_keeps_the_most_probable_nodes(nodes, traversal):
     assert set(grown(f"best:{nodes}:{depth}", traversal)) == set(best)
 
 
+@pytest.mark.parametrize("tree", ["chain:1", "chain:4", "3-2-1", "best:6:3"])
+def test_a_small_model_grows_the_same_tree_on_a_gpu_without_a_loop(tree, monkeypatch):
+    expected = grown(tree)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    loops = []
+    scan = jax.lax.scan
+    monkeypatch.setattr(jax.lax, "scan", lambda *args, **options: loops.append(options) or scan(*args, **options))
+    assert grown(tree, small=True) == expected
+    assert loops[-1] == {"unroll": True if tree != "chain:1" else 1}
+    assert grown(tree) == expected and loops[-1] == {"unroll": 1}
+
+
 @pytest.mark.parametrize("count", [1, 2, 8, 9, 40])
 def test_the_largest_are_the_same_ones_on_a_gpu(count, monkeypatch):
     """Of values with many equal ones, and of some that are −∞."""
@@ -303,7 +316,7 @@ def test_the_largest_are_the_same_ones_on_a_gpu(count, monkeypatch):
     assert "top_k" not in text  # whose kernel keeps loops out of CUDA graphs
     found, at = top(values, count)
     np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(np.where(found > -np.inf, at, 0), np.where(expected > -np.inf, places, 0))
+    np.testing.assert_array_equal(at, places)
     assert at.dtype == places.dtype == jnp.int32
 
 

@@ -236,7 +236,7 @@ def drafter_from_name(name: str, checkpoint: str = "embedded") -> Drafter | None
 
 def top(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The ``count`` largest [..., C] of ``values`` [..., N], and where they are, int32; among equals the first comes
-    first. Where they are −∞, so are those found, anywhere.
+    first.
 
     ``jax.lax.top_k``; on a GPU by other means, where they are not too slow: its kernel there keeps a loop that it is in
     out of CUDA graphs.
@@ -247,10 +247,13 @@ def top(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     if count > _REDUCTIONS:
         at = jnp.argsort(-values, axis=-1, stable=True)[..., :count].astype(jnp.int32)
         return jnp.take_along_axis(values, at, axis=-1), at
-    place, each = jnp.arange(values.shape[-1], dtype=jnp.int32), []
+    place, taken, each = jnp.arange(values.shape[-1], dtype=jnp.int32), jnp.zeros(values.shape, bool), []
     for _ in range(count):
-        at = jnp.argmax(values, axis=-1, keepdims=True).astype(jnp.int32)
-        each.append((jnp.take_along_axis(values, at, axis=-1), at))
-        values = jnp.where(place == at, -jnp.inf, values)
+        left = jnp.where(taken, -jnp.inf, values)
+        at = jnp.argmax(left, axis=-1, keepdims=True)
+        found = jnp.take_along_axis(left, at, axis=-1)
+        at = jnp.where(found == -jnp.inf, jnp.argmin(taken, axis=-1, keepdims=True), at).astype(jnp.int32)
+        each.append((found, at))
+        taken |= place == at
     found, at = (jnp.concatenate(parts, axis=-1) for parts in zip(*each, strict=True))
     return found, at

@@ -22,6 +22,9 @@ from specsa_jax.drafting.base import Context, Draft, top
 from specsa_jax.drafting.tree import TreeTemplate
 from specsa_jax.sampling import filtered_logits
 
+# Depths that are compiled one by one at most, of a small model on a GPU.
+_APART = 8
+
 
 class Level(NamedTuple):
     """Nodes of one depth to be evaluated: W of them; of depth ``step`` + 1, at position known + ``step``.
@@ -51,11 +54,15 @@ def expanded_nodes(template: TreeTemplate) -> int:
     return max(template.depth - 1, 1) * template.width
 
 
-def grow(evaluate: Evaluate, carry: Any, context: Context, template: TreeTemplate, logits: jax.Array) -> Draft:
+def grow(
+    evaluate: Evaluate, carry: Any, context: Context, template: TreeTemplate, logits: jax.Array, small: bool = False
+) -> Draft:
     """The draft of a model that gives the next token's logits for a node, from those float32 [B, V] of the pending one.
 
     ``evaluate(carry, level)`` returns the logits float32 [B, W, V] after the nodes of a level, and the next carry; it
-    is called for one depth after the other, D − 1 times, inside a ``lax.scan``.
+    is called for one depth after the other, D − 1 times, inside a ``lax.scan``; or, on a GPU, one by one if they are
+    few and the model is ``small``, so that compiling it several times takes little: a loop that slices what it goes
+    over keeps itself, and the loop of decoding around it, out of CUDA graphs.
     """
     batch, vocabulary = logits.shape
     width, count, depth = template.width, min(template.children, vocabulary), template.depth
@@ -94,9 +101,10 @@ def grow(evaluate: Evaluate, carry: Any, context: Context, template: TreeTemplat
     tokens, scores, law = candidates(jnp.int32(0), rooted, jnp.broadcast_to(alone, (batch, width)))
     first = tokens.reshape(batch, -1), scores.reshape(batch, -1)
     start = (carry, *first, jnp.zeros((batch, width, nodes), bool))
+    apart = small and 1 < depth <= _APART and jax.default_backend() == "gpu"
     _, (more_tokens, more_scores, chosen, laws) = jax.lax.scan(
-        expand, start, jnp.arange(depth - 1, dtype=jnp.int32)
-    )  # fmt: skip
+        expand, start, jnp.arange(depth - 1, dtype=jnp.int32), unroll=apart or 1
+    )
 
     def pool(first: jax.Array, more: jax.Array) -> jax.Array:
         """[B, D · W · C], by depth."""

@@ -101,4 +101,4 @@ class TrainedHead(Drafter):
 
         pending = jnp.broadcast_to(state.state[:, None], (batch, width, state.state.shape[1]))
         drafted = head_model.create_drafted(self.config, batch, expanded_nodes(template), state.state.dtype)
-        return grow(evaluate, (pending, drafted), context, template, law(state.state))
+        return grow(evaluate, (pending, drafted), context, template, law(state.state), small=True)

@@ -10,7 +10,8 @@ import numpy as np
 from specsa_jax.drafting import Drafter
 
 PLACES, SPAN = 32, 256  # drafts of all prompts together; spread over so many last tokens of each
-RECENT = 16384  # tokens of a long prompt that drafts are looked up in: the time that this takes grows with them
+# What the time of looking up grows with: tokens of a long text, and texts of a batch.
+RECENT, PROMPTS, TEXTS = 16384, 8, 4
 # Steps of decoding that a replay counts for: few, since what a model makes of a text repeats itself more than the text.
 WORTH = 2.0
 
@@ -23,14 +24,19 @@ def places(lengths: np.ndarray, depth: int) -> np.ndarray:
 
 
 def replay(rows: Sequence[np.ndarray], drafter: Drafter, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Histograms float [depth + 1] of the drafts of chains on prompts int32 [T], the last RECENT tokens of each: by
-    depth, and by tokens that stood."""
+    """Histograms float [depth + 1] of the drafts of chains on prompts int32 [T], at most PROMPTS of them, and the last
+    RECENT tokens of each: by depth, and by tokens that stood."""
     drafted, accepted = np.zeros(depth + 1), np.zeros(depth + 1)
-    rows = [row[-RECENT:] for row in rows]
+    rows = [rows[index][-RECENT:] for index in some(len(rows), PROMPTS)]
     for row, known in zip(rows, places(np.array([len(row) for row in rows]), depth).T, strict=True):
         more = fates(row, known, *drafter.replay(row, known, depth))
         drafted, accepted = drafted + more[0], accepted + more[1]
     return drafted, accepted
+
+
+def some(count: int, most: int) -> np.ndarray:
+    """int [min(count, most)]: the first and the last of ``count``, and others evenly between them."""
+    return np.linspace(0, count - 1, min(count, most)).astype(int)
 
 
 def fates(text: np.ndarray, known: np.ndarray, chains: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -48,12 +54,16 @@ def walk(
     texts: np.ndarray, since: np.ndarray, known: np.ndarray, drafter: Drafter, depth: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Histograms float [depth + 1] as :func:`replay`, of the steps that ``drafter`` would have taken to get from
-    ``since`` int32 [B] tokens of ``texts`` int32 [B, T] to ``known``; of long ways, and many texts, the last PLACES
-    tokens of all together. Of a draft that is right up to the end of what is known, only that much was drafted."""
+    ``since`` int32 [B] tokens of ``texts`` int32 [B, T] to ``known``. Of many texts, TEXTS; of long ways, the last
+    PLACES tokens of all together, but two drafts of each. Of a draft that is right up to the end of what is known, only
+    that much was drafted."""
     drafted, accepted = np.zeros(depth + 1), np.zeros(depth + 1)
-    texts, since, known = texts[:PLACES], since[:PLACES], known[:PLACES]
-    for text, first, end in zip(texts, np.maximum(since, known - PLACES // max(1, len(texts))), known, strict=True):
-        places = np.arange(first, end, dtype=np.int32)
+    chosen = some(len(texts), TEXTS)
+    most = max(2 * depth, PLACES // max(1, len(chosen)))
+    for index in chosen:
+        begin = max(0, known[index] - RECENT)
+        text, end = texts[index, begin:], known[index] - begin
+        places = np.arange(max(since[index] - begin, end - most, 0), end, dtype=np.int32)
         chains, valid = drafter.replay(text[:end], places, depth)
         at = places[:, None] + np.arange(depth)
         right = np.cumprod(valid & (at < end) & (chains == text[np.minimum(at, end - 1)]), axis=1).sum(axis=1)
