@@ -144,6 +144,7 @@ def test_pace_foresees_when_the_last_sequence_of_a_batch_is_done(chances, tolera
 )  # fmt: skip
 def test_pace_never_promises_more_than_the_sequences_that_run_can_use(sequences, length, spread, earlier):
     left, gained, done = (np.array(column) for column in zip(*sequences, strict=True))
+    length = np.float64(length)
     known, steps, running = np.full(len(left), 200), 10, int((~done).sum())
     pace = Pace(known + left)
     assert pace.tokens_per_step(length, len(left)) == len(left) * length  # nothing is known
@@ -155,25 +156,36 @@ def test_pace_never_promises_more_than_the_sequences_that_run_can_use(sequences,
     if running:
         tokens = pace.tokens_per_step(length, running)
         assert 0 < tokens <= running * length * (1 + 1e-9)
-        assert pace.tokens_per_step(1.0, running) == pytest.approx(left[~done].sum() / left[~done].max())  # no drafts
+        assert pace.tokens_per_step(np.ones(1), running) == pytest.approx(
+            left[~done].sum() / left[~done].max()
+        )  # no drafts
     assert pace.tokens_per_step(length, running + 1) == (running + 1) * length  # of others than it knows
 
 
 def test_what_one_sequence_accepts_is_forgotten_while_nothing_is_drafted():
     pace, lengths = Pace(np.array([5000, 5000])), np.array([100, 100])
     pace.observe(lengths, lengths + [64 * 5, 64], np.zeros(2, bool), 64, 0.1)
-    before = pace.tokens_per_step(3.0, 2)
+    before = pace.tokens_per_step(np.float64(3.0), 2)
     assert before < 2 * 2.0  # the second one accepts nothing
     for step in range(40):
         pace.observe(lengths + 100 * step, lengths + 100 * (step + 1), np.zeros(2, bool), 100, 0.0)
-    assert pace.tokens_per_step(3.0, 2) > 2 * 2.5  # drafting is worth another try
+    assert pace.tokens_per_step(np.float64(3.0), 2) > 2 * 2.5  # drafting is worth another try
+
+
+def test_pace_answers_for_many_candidates_as_for_each():
+    pace, lengths = Pace(np.array([500, 5000, 700])), np.array([100, 100, 100])
+    pace.observe(lengths, lengths + [64 * 5, 64, 80], np.zeros(3, bool), 64, 0.7)
+    several = np.array([1.0, 2.5, 9.0])
+    for running in (3, 2):
+        each = [float(pace.tokens_per_step(length, running)) for length in several]
+        np.testing.assert_allclose(pace.tokens_per_step(several, running), each, rtol=1e-12)
 
 
 def test_those_that_are_left_may_be_those_that_accepted_nothing():
     pace, lengths = Pace(np.array([500, 5000, 5000])), np.array([100, 100, 100])
     pace.observe(lengths, lengths + [64 * 5, 64, 64], np.zeros(3, bool), 64, 0.1)
     pace.observe(lengths + 64, lengths + 128, np.array([True, False, False]), 64, 0.0)
-    assert 0 < pace.tokens_per_step(3.0, 2) <= 2 * 3.0
+    assert 0 < pace.tokens_per_step(np.float64(3.0), 2) <= 2 * 3.0
 
 
 def test_it_follows_a_text_that_changes():
@@ -192,7 +204,7 @@ def test_a_draftless_step_does_not_make_a_strategy_look_fast():
     plan = make(0.5)
     run(plan, lambda step: None, 0.5)
     chain = CANDIDATES[-1].strategy
-    assert plan.option(CANDIDATES[-1], 1, rate=1.0).step_seconds == pytest.approx(1.0 + 0.5 * 16, rel=0.01)
+    assert plan.options(CANDIDATES[-1:], 1, rate=1.0)[0].step_seconds == pytest.approx(1.0 + 0.5 * 16, rel=0.01)
     assert chain.width == 17
 
 
@@ -249,7 +261,7 @@ def test_a_segment_is_long_enough_to_be_worth_a_call(monkeypatch):
         stood = np.eye(depth + 1, dtype=int)[depth] * count
         plan.observe(Counts(np.array(count), stood, stood, np.array(count * depth)), 1e-3 * count, count, 1, 10**6)
         lengths.append(plan.steps_left)
-    assert lengths == pytest.approx([100, 200, 400, 400], abs=1)  # as long as the strategy stays
+    assert lengths == pytest.approx([100, 400, 400, 400], abs=1)  # as long as the strategy stays
 
 
 def plan_depth(words):
@@ -345,7 +357,7 @@ def test_of_a_large_batch_some_texts_are_walked_far_enough_for_whole_drafts():
     drafted, accepted = replay.walk(texts, since, known, PromptLookup(), 16)
     assert drafted.tolist() == accepted.tolist() == [0] * 15 + [4, 4]  # 17 and 15 tokens of four texts
     drafted, accepted = replay.replay(list(texts), PromptLookup(), 16)
-    assert drafted[16] == accepted[16] == drafted.sum() == 4 * replay.PROMPTS
+    assert drafted[16] == accepted[16] == drafted.sum() == replay.PLACES  # of four of them
 
 
 def test_what_others_decode_shows_how_lookup_would_fare():

@@ -49,14 +49,17 @@ class PromptLookup(Drafter):
 
     def replay(self, text: np.ndarray, known: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
         count = len(known)
-        ends = np.arange(min(self.min_ngram, len(text)), len(text))  # behind n-grams that some match may be: few
         # Of a text that is shorter than the n-gram its first token again: no match ends before so early a place.
         suffix = [text[np.maximum(known - back, 0)] for back in range(1, self.min_ngram + 1)]
-        size = text.max() + 1
+        least, size = min(self.min_ngram, len(text)), text.max() + 1
+        ends = np.zeros(0, int)  # behind n-grams that some match may be: few
         for back, tokens in enumerate(suffix, 1):
             wanted = np.zeros(size, bool)
             wanted[tokens] = True
-            ends = ends[wanted[text[ends - back]]]
+            # The first time over all of the text, so without an index of all its places.
+            ends = (
+                least + np.flatnonzero(wanted[text[least - 1 : -1]]) if back == 1 else ends[wanted[text[ends - back]]]
+            )
         same = np.ones((count, len(ends)), bool)
         for back, tokens in enumerate(suffix, 1):
             same &= text[ends - back] == tokens[:, None]

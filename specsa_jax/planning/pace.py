@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from statistics import NormalDist
 
 import numpy as np
@@ -47,15 +48,23 @@ class Pace:
             pace += own * (seen / seen.mean() - 1.0)
         self._left, self._pace = np.maximum(1.0, (self._ends - known)[running]), pace
 
-    def tokens_per_step(self, length: float, running: int) -> float:
-        """Tokens that ``running`` sequences gain in a step, on average until the last of them is done; ``length``: what
-        one of them gains on average now. Before anything was observed of so many: ``running`` · ``length``."""
+    def tokens_per_step(self, length: np.ndarray, running: int) -> np.ndarray:
+        """Tokens [...] that ``running`` sequences gain in a step, on average until the last of them is done;
+        ``length`` [...]: what one of them gains on average now. Before anything was observed of so many: ``running`` ·
+        ``length``."""
         if len(self._left) != running:
             return running * length
-        gain = (length - 1.0) * self._pace
+        drafted = length[..., None] - 1.0
+        gain = drafted * self._pace
         steps = self._left / (1.0 + gain)
         # Drafts stand in bursts: their number makes the variance, so it grows as the gain does.
-        luck = np.sqrt(self._left * self._spread * (length - 1.0) * gain / (1.0 + gain) ** 3)
-        late = int((steps >= _LATE * steps.max()).sum())
-        worst = NormalDist().inv_cdf((late - 0.375) / (late + 0.25))  # Blom's mean of the largest of so many; 0 of one
-        return float(self._left.sum() / (steps + worst * luck).max())
+        luck = np.sqrt(self._left * self._spread * drafted * gain / (1.0 + gain) ** 3)
+        late = (steps >= _LATE * steps.max(axis=-1, keepdims=True)).sum(axis=-1)
+        worst = np.reshape([_largest(count) for count in late.ravel().tolist()], late.shape)
+        return self._left.sum() / (steps + worst[..., None] * luck).max(axis=-1)
+
+
+@functools.lru_cache
+def _largest(count: int) -> float:
+    """The mean of the largest of so many standard normal numbers, after Blom; 0 of one."""
+    return NormalDist().inv_cdf((count - 0.375) / (count + 0.25))

@@ -41,9 +41,9 @@ _NEWEST = 0.5
 _SHARED_MEASURED, _SHARED_COUNTED = 0.8, 1.0
 # Of a segment's time, what choosing may take.
 _SHARE = 0.01
-# As long as the strategy stays, a segment is so many times the one before, up to so many times the first in steps, and
-# to so many times the shortest in seconds.
-_GROWTH, _LONGEST, _LONGEST_SECONDS = 2, 16, 4
+# As long as the strategy stays, a segment has so many times the steps of the one before, up to so many times those of
+# the first, and takes at least so many times the shortest.
+_GROWTH, _LONGEST, _LONGER = 2, 16, 4
 # Seconds that a segment takes at least, by backend: calling a compiled loop again costs some of them, on a GPU, whose
 # graphs are updated, two or three milliseconds.
 SHORTEST = {"cpu": 0.03, "gpu": 0.1}
@@ -59,9 +59,9 @@ class Planner:
         of the profile, or :data:`specsa_jax.planning.space.DRAFTERS`. Not to speculate is always considered.
       hysteresis: a switch has to promise so much more throughput, as a fraction.
       segment: steps of the first segment; as long as the strategy stays, each is twice the one before, up to 16 times
-        the first. One that would take less than 30 ms (behind the first 100 ms on a GPU, and, as long as the strategy
-        stays, twice as much each time up to fourfold), or less than a hundred times what choosing took, is longer;
-        where nothing could change the choice any more, it goes to the end.
+        the first. One that would take less than 30 ms (behind the first, 100 ms on a GPU; fourfold where the strategy
+        has stayed), or less than a hundred times what choosing took, is longer; where nothing could change the choice
+        any more, it goes to the end.
       switch: False: chosen once, before the first token.
 
     Raises ValueError for values outside their ranges.
@@ -242,13 +242,13 @@ class Plan:
         if not self._names:
             return ()
 
-        def speed(one: Candidate) -> float:
-            option = self.option(one, self.batch)
+        speeds = {}
+        for one, option in zip(candidates, self.options(candidates, self.batch), strict=True):
             beside = () if one.watcher is None else (one.watcher,)  # programs are those in which it watches
             ready = self._compiled(watching(one.strategy, beside))
-            return 1.0 / (1.0 / option.tokens_per_second + (0.0 if ready else self._compile_seconds / new_tokens))
-
-        speeds = {candidate: speed(candidate) for candidate in candidates}
+            speeds[one] = 1.0 / (
+                1.0 / option.tokens_per_second + (0.0 if ready else self._compile_seconds / new_tokens)
+            )  # fmt: skip
         enough = _WORTH_WATCHING * max(speeds.values())
         own = (one.watcher for one in candidates if speeds[one] >= enough)
         return tuple(dict.fromkeys(one for one in own if one is not None))
@@ -270,17 +270,30 @@ class Plan:
             drafters.setdefault((one.drafter, bool(one.watchers)), []).append(one)
         for rate in (0.0, 0.25, 0.5, 0.75, 1.0):
             for shift in np.linspace(-3.0, 4.0, 15):
-                speeds = {c: self.option(c, self.batch, rate, shift).tokens_per_second for c in self.candidates}
+                options = self.options(self.candidates, self.batch, rate, shift)
+                speeds = {c: option.tokens_per_second for c, option in zip(self.candidates, options, strict=True)}
                 found += [max(some, key=lambda c: speeds[c]).strategy for some in (self._first, *drafters.values())]
         return list(dict.fromkeys(found))
 
     # --- choosing -----------------------------------------------------------------------------------------------------
 
-    def option(self, candidate: Candidate, running: int, rate: float | None = None, shift: float = 0.0) -> Option:
-        """What is to be expected of a candidate while ``running`` sequences of the batch are not done.
+    def options(
+        self, candidates: Sequence[Candidate], running: int, rate: float | None = None, shift: float = 0.0
+    ) -> list[Option]:
+        """What is to be expected of each candidate while ``running`` sequences of the batch are not done.
 
         ``rate`` and ``shift`` (log-odds of each position's chance) replace and move what acceptance is expected.
         """
+        expected = [self._expected(candidate, running, rate, shift) for candidate in candidates]
+        # All at once: between two segments the device waits for this.
+        tokens = self._pace.tokens_per_step(np.array([length for length, _ in expected]), running).tolist()
+        return [
+            Option(self.words[one.strategy], length, seconds, many / seconds, self._compiled(one.strategy))
+            for one, (length, seconds), many in zip(candidates, expected, tokens, strict=True)
+        ]
+
+    def _expected(self, candidate: Candidate, running: int, rate: float | None, shift: float) -> tuple[float, float]:
+        """Tokens that a sequence gains in a step, and the step's seconds."""
         strategy, name = candidate.strategy, candidate.drafter
         length, seconds = 1.0, self._step_seconds(candidate, 1)
         if name != "none":
@@ -294,9 +307,7 @@ class Plan:
             # Where nobody in the batch has a draft, a step decodes one token.
             some = 1.0 - (1.0 - rate) ** running
             seconds = some * self._step_seconds(candidate, strategy.width) + (1.0 - some) * seconds
-        seconds *= self._factors.get(strategy, self._factor)
-        tokens = self._pace.tokens_per_step(length, running)
-        return Option(self.words[strategy], length, seconds, tokens / seconds, self._compiled(strategy))
+        return length, seconds * self._factors.get(strategy, self._factor)
 
     def _step_seconds(self, candidate: Candidate, width: int) -> float:
         """Of drafting and verifying ``width`` tokens; 1: of a step without a draft, the search for one included."""
@@ -316,7 +327,8 @@ class Plan:
 
     def choose(self, running: int, remaining: int) -> None:
         """Chooses for the next segment; ``remaining``: tokens that the running sequences may still give."""
-        options = {candidate.strategy: self.option(candidate, running) for candidate in self.candidates}
+        found = self.options(self.candidates, running)
+        options = {candidate.strategy: option for candidate, option in zip(self.candidates, found, strict=True)}
         current = options.get(self.strategy) if self.decisions else None
         best, reason = self.strategy, ""
 
@@ -347,8 +359,7 @@ class Plan:
             length = min(_GROWTH * self._length, _LONGEST * self.planner.segment) if stays else self.planner.segment
             # Nothing has been observed before the first one: if its strategy was a bad guess, that shall show soon.
             if self.decisions:
-                longer = min(_GROWTH * self._least, _LONGEST_SECONDS * self._shortest) if stays else 0.0
-                self._least = max(self._shortest, longer)
+                self._least = max(self._shortest, _LONGER * min(self._least, self._shortest) if stays else 0.0)
             least = max(self._least, self._choosing / _SHARE) if self.decisions else min(SHORTEST.values())
             self._length = max(length, math.ceil(least / options[best].step_seconds))
         self._take(best)
@@ -425,10 +436,10 @@ class Plan:
         candidate = self._named[self.words[self.strategy]]
         # Steps without a draft are cheaper: the time is compared with what such a mixture should have taken.
         rate = float(np.sum(counts.drafted[1:])) / sequence_steps
-        expected = self.option(candidate, max(1, round(sequence_steps / steps)), rate)
+        _, expected = self._expected(candidate, max(1, round(sequence_steps / steps)), rate, 0.0)
         self._count(candidate, counts)
         known = self._factors.get(self.strategy, self._factor)
-        ratio = known * (seconds / steps) / expected.step_seconds
+        ratio = known * (seconds / steps) / expected
         factor = ratio if self.strategy not in self._factors else known * (ratio / known) ** _NEWEST
         self._factors[self.strategy] = factor
         shared = _SHARED_MEASURED if self.costs.measured else _SHARED_COUNTED

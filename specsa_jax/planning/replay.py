@@ -11,7 +11,7 @@ from specsa_jax.drafting import Drafter
 
 PLACES, SPAN = 32, 256  # drafts of all prompts together; spread over so many last tokens of each
 # What the time of looking up grows with: tokens of a long text, and texts of a batch.
-RECENT, PROMPTS, TEXTS = 16384, 8, 4
+RECENT, PROMPTS, TEXTS = 16384, 4, 4
 # Steps of decoding that a replay counts for: few, since what a model makes of a text repeats itself more than the text.
 WORTH = 2.0
 
