@@ -56,10 +56,10 @@ class PromptLookup(Drafter):
         for back, tokens in enumerate(suffix, 1):
             wanted = np.zeros(size, bool)
             wanted[tokens] = True
-            # The first time over all of the text, so without an index of all its places.
-            ends = (
-                least + np.flatnonzero(wanted[text[least - 1 : -1]]) if back == 1 else ends[wanted[text[ends - back]]]
-            )
+            if back == 1:  # over all of the text, so without an index of all its places
+                ends = least + np.flatnonzero(wanted[text[least - 1 : -1]])
+            else:
+                ends = ends[wanted[text[ends - back]]]
         same = np.ones((count, len(ends)), bool)
         for back, tokens in enumerate(suffix, 1):
             same &= text[ends - back] == tokens[:, None]
