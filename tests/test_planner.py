@@ -159,7 +159,7 @@ def test_pace_never_promises_more_than_the_sequences_that_run_can_use(sequences,
         assert pace.tokens_per_step(np.ones(1), running) == pytest.approx(
             left[~done].sum() / left[~done].max()
         )  # no drafts
-    assert pace.tokens_per_step(length, running + 1) == (running + 1) * length  # of others than it knows
+    assert pace.tokens_per_step(length, len(left) + 1) == (len(left) + 1) * length  # of others than it knows
 
 
 def test_what_one_sequence_accepts_is_forgotten_while_nothing_is_drafted():
