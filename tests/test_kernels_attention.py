@@ -263,12 +263,16 @@ def test_a_reuse_layer_in_one_wave_gives_the_same(interpret, kernel_seed, monkey
     check(CHAIN_8, arguments, out, None, np.asarray(selection.ids))
 
 
-@pytest.mark.parametrize("width, splits", [(1, 11), (5, 5), (8, 5), (16, 4), (64, 7)])
-def test_a_reuse_layer_of_one_sequence_leaves_no_few_programs_for_later(width, splits, monkeypatch):
+@pytest.mark.parametrize(
+    "width, branches, splits",
+    # All fit; all but a few; three waves and more; two of them, without the compressed branch.
+    [(1, (0, 1, 2), 11), (5, (0, 1, 2), 5), (8, (0, 1, 2), 5), (16, (0, 1, 2), 4), (64, (0, 1, 2), 7), (9, (1, 2), 7)],
+)
+def test_a_reuse_layer_of_one_sequence_leaves_no_few_programs_for_later(width, branches, splits, monkeypatch):
     monkeypatch.setattr(_dispatch, "device_kind", lambda: "NVIDIA H200")
     spec = specs.benchmark(1, width, 65536, (32, 8))
-    launch = Launch(spec.sparsity, spec.shape, configure(spec.sparsity, spec.shape), (0, 1, 2))
-    assert launch.in_one_wave().config.selected.splits == splits  # 1: all fit; 16, 64: three waves and more
+    launch = Launch(spec.sparsity, spec.shape, configure(spec.sparsity, spec.shape), branches)
+    assert launch.in_one_wave().config.selected.splits == splits
     scored = dataclasses.replace(launch, branches=(0, 2), scored=True)
     assert scored.in_one_wave() == scored
 

@@ -200,6 +200,16 @@ def test_it_goes_by_the_times_that_it_sees():
     assert set(run(plan, lambda step: 1, 1.0, segments=30)[-100:]) <= {"none", "chain:2"}
 
 
+def test_a_strategys_factor_is_what_its_steps_take_against_the_prediction():
+    plan = make(0.1, hysteresis=100.0)  # it stays
+    for _ in range(4):
+        count, depth = plan.steps_left, plan.strategy.reach - 1
+        stood = np.eye(depth + 1, dtype=int)[depth] * count
+        seconds = 2.0 * count * (1.0 + 0.1 * depth)
+        plan.observe(Counts(np.array(count), stood, stood, np.array(0)), seconds, count, 1, 10**6)
+        assert plan._factors[plan.strategy] == pytest.approx(2.0)
+
+
 def test_a_draftless_step_does_not_make_a_strategy_look_fast():
     plan = make(0.5)
     run(plan, lambda step: None, 0.5)
