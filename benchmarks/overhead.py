@@ -92,7 +92,7 @@ def preset_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         params = model.init_params(config, 0, model_dtype())
         for width in args.widths:
             guess = needed_bytes(config, args.preset_context, 1, model_dtype(), width).floor
-            loop = step_loop(config, params, args.preset_context, 1, width, steps_of(guess))
+            loop = step_loop(config, params, args.preset_context, 1, width, steps_of(guess), loops=True)
             timing = loop.timing(seconds=0.5)
             rows.append({"model": name, "case": f"T = {width}", "context": args.preset_context,
                          "step_us": timing.median, "low": timing.low, "high": timing.high, "steps": loop.steps,

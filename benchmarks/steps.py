@@ -81,17 +81,18 @@ def step_loop(
     width: int,
     iterations: int,
     sharing: Sharing = Sharing(),
+    loops: bool = False,
 ) -> harness.Loop:
     """The step's loop behind a random cache of ``context`` tokens, the step's own included, less :func:`short`.
 
-    The host starts each step, so that the profiler sees its kernels."""
+    ``loops`` False: the host starts each step, so that the profiler sees its kernels."""
     dtype = model_dtype()
     implementation = kernels.choose(config.nsa, context, None)
     cache = random_cache(config, context - short(config) - width, width + short(config), batch, dtype)
     state = (cache, jnp.zeros((batch, width), jnp.int32))
     step = make_step(config, sharing, implementation, dtype, width)
     with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
-        options = compiler_options(loops=False)
+        options = compiler_options(loops=loops)
         return harness.Loop(step, state, [params], iterations, unroll=1, keep=False, options=options)
 
 

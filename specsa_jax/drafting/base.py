@@ -238,8 +238,8 @@ def top(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The ``count`` largest [..., C] of ``values`` [..., N], and where they are, int32; among equals the first comes
     first.
 
-    ``jax.lax.top_k``; on a GPU by other means, where they are not too slow: its kernel there keeps a loop that it is in
-    out of CUDA graphs.
+    ``jax.lax.top_k``; on a GPU by other means, where they are not too slow: a loop with its kernel was seen outside of
+    CUDA graphs there.
     """
     if jax.default_backend() != "gpu" or (count > _REDUCTIONS and values.shape[-1] > _SORTED):
         found, at = jax.lax.top_k(values, count)

@@ -61,8 +61,8 @@ def grow(
 
     ``evaluate(carry, level)`` returns the logits float32 [B, W, V] after the nodes of a level, and the next carry; it
     is called for one depth after the other, D − 1 times, inside a ``lax.scan``; or, on a GPU, one by one if they are
-    few and the model is ``small``, so that compiling it several times takes little: a loop that slices what it goes
-    over keeps itself, and the loop of decoding around it, out of CUDA graphs.
+    few and the model is ``small``, so that compiling it several times takes little: with a loop inside, the loop of
+    decoding was seen outside of CUDA graphs.
     """
     batch, vocabulary = logits.shape
     width, count, depth = template.width, min(template.children, vocabulary), template.depth
