@@ -265,7 +265,7 @@ def test_trees_give_the_tokens_of_decoding_one_at_a_time(strategy):
 @pytest.mark.parametrize("strategy", [SPECULATIVE, *TREES], ids=["a chain", "a tree", "a grown tree, a model watching"])
 def test_nothing_crosses_between_host_and_device_inside_a_segment(strategy):
     """What runs is guarded, not what the host gives it, and reads of it afterwards. Watchers of a plan and schedules
-    are guarded in an engine: test_planner.py, test_precision.py."""
+    are guarded in an engine: test_planned_engine.py, test_precision.py."""
     loops, ran = decoder(CONFIG), []
     draft_params = weights(CONFIG, 5)[1] if strategy in TREES else ()
     options = {"strategy": strategy, "draft_params": draft_params}

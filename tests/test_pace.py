@@ -1,0 +1,90 @@
+"""How fast a batch is done: by its last sequence."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specsa_jax.planning import planner
+from specsa_jax.planning.pace import Pace
+
+
+def bursts(rng, steps, chances, size=16):
+    """Tokens that sequences accept in each step, int [steps, B]: all of a chain or none of it."""
+    return size * (rng.random((steps, len(chances))) < chances)
+
+
+@pytest.mark.parametrize(
+    "chances, tolerance",
+    [
+        (np.full(32, 0.12), 0.05),
+        (np.full(8, 0.12), 0.05),
+        (np.linspace(0.02, 0.4, 32), 0.3),  # what is chance and what is the sequences' own cannot be told for sure
+    ],
+    ids=["32 alike", "8 alike", "32 unlike"],
+)
+def test_pace_foresees_when_the_last_sequence_of_a_batch_is_done(chances, tolerance):
+    """On the mean of many calls, which the mean of the sequences misses by more, if they are unlike by far."""
+    rng, size, left, found, true = np.random.default_rng(5), len(chances), 512, [], []
+    for _ in range(60):
+        seen = bursts(rng, 64, chances)
+        known = 100 + 64 + seen.sum(axis=0)
+        pace = Pace(known + left)
+        histogram = np.bincount(seen.ravel(), minlength=17)
+        pace.observe(np.full(size, 100), known, np.zeros(size, bool), 64, planner._spread(histogram))
+        found.append(pace.tokens_per_step(1.0 + seen.mean(), size))
+        gained = np.cumsum(1 + bursts(rng, left, chances), axis=0)
+        true.append(size * left / (1 + int((gained < left).sum(axis=0).max())))
+    by_mean = size * (1.0 + 16 * chances.mean())
+    assert np.mean(found) == pytest.approx(np.mean(true), rel=tolerance)
+    assert abs(np.mean(found) - np.mean(true)) < 0.3 * (by_mean - np.mean(true))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 500), st.integers(0, 16), st.booleans()), min_size=2, max_size=8),
+    st.floats(1.0, 17.0), st.floats(0.0, 10.0), st.lists(st.integers(0, 2**16), max_size=3),
+)  # fmt: skip
+def test_pace_never_promises_more_than_the_sequences_that_run_can_use(sequences, length, spread, earlier):
+    left, gained, done = (np.array(column) for column in zip(*sequences, strict=True))
+    length = np.float64(length)
+    known, steps, running = np.full(len(left), 200), 10, int((~done).sum())
+    pace = Pace(known + left)
+    assert pace.tokens_per_step(length, len(left)) == len(left) * length  # nothing is known
+    for seed in earlier:  # of sequences some accept nothing, and others end
+        rng = np.random.default_rng(seed)
+        before = known - steps * (1 + rng.integers(0, 2, len(left)) * rng.integers(0, 17))
+        pace.observe(before, known, rng.random(len(left)) < 0.3, steps, spread)
+    pace.observe(known - steps * (1 + gained), known, done, steps, spread)
+    if running:
+        tokens = pace.tokens_per_step(length, running)
+        assert 0 < tokens <= running * length * (1 + 1e-9)
+        assert pace.tokens_per_step(np.ones(1), running) == pytest.approx(
+            left[~done].sum() / left[~done].max()
+        )  # no drafts
+    assert pace.tokens_per_step(length, len(left) + 1) == (len(left) + 1) * length  # of others than it knows
+
+
+def test_what_one_sequence_accepts_is_forgotten_while_nothing_is_drafted():
+    pace, lengths = Pace(np.array([5000, 5000])), np.array([100, 100])
+    pace.observe(lengths, lengths + [64 * 5, 64], np.zeros(2, bool), 64, 0.1)
+    before = pace.tokens_per_step(np.float64(3.0), 2)
+    assert before < 2 * 2.0  # the second one accepts nothing
+    for step in range(40):
+        pace.observe(lengths + 100 * step, lengths + 100 * (step + 1), np.zeros(2, bool), 100, 0.0)
+    assert pace.tokens_per_step(np.float64(3.0), 2) > 2 * 2.5  # drafting is worth another try
+
+
+def test_pace_answers_for_many_candidates_as_for_each():
+    pace, lengths = Pace(np.array([500, 5000, 700])), np.array([100, 100, 100])
+    pace.observe(lengths, lengths + [64 * 5, 64, 80], np.zeros(3, bool), 64, 0.7)
+    several = np.array([1.0, 2.5, 9.0])
+    for running in (3, 2):
+        each = [float(pace.tokens_per_step(length, running)) for length in several]
+        np.testing.assert_allclose(pace.tokens_per_step(several, running), each, rtol=1e-12)
+
+
+def test_those_that_are_left_may_be_those_that_accepted_nothing():
+    pace, lengths = Pace(np.array([500, 5000, 5000])), np.array([100, 100, 100])
+    pace.observe(lengths, lengths + [64 * 5, 64, 64], np.zeros(3, bool), 64, 0.1)
+    pace.observe(lengths + 64, lengths + 128, np.array([True, False, False]), 64, 0.0)
+    assert 0 < pace.tokens_per_step(np.float64(3.0), 2) <= 2 * 3.0

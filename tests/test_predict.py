@@ -1,0 +1,96 @@
+"""Acceptance: priors, observations, and replays on texts that are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from profiles import histogram
+
+from specsa_jax import PromptLookup
+from specsa_jax.drafting import Context, parse_tree
+from specsa_jax.planning import replay
+from specsa_jax.planning.predict import Acceptance
+from specsa_jax.planning.profile import Prior
+
+
+def test_prediction_tends_to_what_is_observed():
+    random, chance = np.random.default_rng(0), 0.7
+    lengths = [int(np.argmin([*(random.random(4) < chance), False])) for _ in range(4000)]
+    acceptance = Acceptance()
+    acceptance.add("lookup", "chain:4", *histogram(4, lengths, draftless=1000))
+    assert acceptance.rate("lookup") == pytest.approx(0.8, abs=0.01)
+    np.testing.assert_allclose(acceptance.chances("lookup", "chain:4", 4), chance, atol=0.04)  # 4 errors at the last
+    assert acceptance.length("lookup", "chain:4", 4) == pytest.approx(1 + 0.8 * np.mean(lengths), abs=0.02)
+
+
+def test_chains_of_other_lengths_and_other_trees_learn_too():
+    def prior(tree, depth):
+        drafted, accepted = histogram(depth, [1, 2] * 50)
+        return Prior("lookup", tree, "continuation", 64, 100, tuple(map(int, drafted)), tuple(map(int, accepted)), 0)
+
+    acceptance = Acceptance([prior("chain:4", 4), prior("best:8:4", 4)])
+    before = [acceptance.length("lookup", tree, 4) for tree in ("chain:4", "best:8:4")]
+    acceptance.add("lookup", "chain:2", *histogram(2, [2] * 50))
+    after = [acceptance.length("lookup", tree, 4) for tree in ("chain:4", "best:8:4")]
+    assert after[0] > before[0] + 0.2 and after[1] > before[1] + 0.2
+    assert acceptance.length("head", "chain:4", 4) == Acceptance().length("head", "chain:4", 4)
+
+
+def test_old_evidence_fades():
+    acceptance = Acceptance()
+    acceptance.add("lookup", "chain:4", *histogram(4, [4] * 100))
+    acceptance.decay(200)
+    acceptance.add("lookup", "chain:4", *histogram(4, [0] * 20))
+    assert acceptance.chances("lookup", "chain:4", 1)[0] < 0.2
+
+
+def test_a_replay_is_what_lookup_would_have_drafted_of_the_prompt():
+    """By hand: of a text of period 5, all drafts behind the first period and the shortest match stand."""
+    row = np.array([1, 2, 3, 4, 5] * 12, np.int32)
+    known = replay.places(np.array([len(row)]), 8)[:, 0]
+    assert known[0] >= 1 and known[-1] == len(row) - 8 and len(known) == replay.PLACES
+    drafted, accepted = replay.replay([row], PromptLookup(), 8)
+    late = int((known >= 7).sum())
+    assert drafted[8] == late and accepted[8] == late and drafted[0] == accepted[0] == len(known) - late
+    drafted, accepted = replay.fates(np.roll(row, 1), known, *PromptLookup().replay(row, known, 8))
+    assert accepted[0] == len(known) and drafted[8] == late  # another text: nothing stands
+    assert replay.replay([row[:1], row[:2]], PromptLookup(min_ngram=4), 8)[0].tolist() == [32] + 8 * [0]  # too short
+    drafted, accepted = replay.replay([row, row[:20], row[:1]], PromptLookup(), 8)
+    assert drafted.sum() == accepted.sum() >= replay.PLACES and accepted[8] > 0 and drafted[0] > 0
+
+
+def test_a_walk_is_the_steps_that_lookup_would_have_taken():
+    """By hand: of a text of period 5, a draft of 4 stands at each step; the last is right as far as the text goes."""
+    row = np.array([1, 2, 3, 4, 5] * 8, np.int32)
+    texts, since, known = np.stack([row, row]), np.array([20, 7]), np.array([38, 7])
+    drafted, accepted = replay.walk(texts, since, known, PromptLookup(), 4)
+    # Of 32 tokens for two texts the last 16: steps from 22, 27, 32 and, with one token left, from 37.
+    assert drafted.tolist() == accepted.tolist() == [0, 1, 0, 0, 3]
+    wrong = texts.copy()
+    # The draft of 22 stands for three tokens; of 26 and 27 there is none; that of 28 repeats the 9, and stands for two;
+    # that of 31 stands; of 36's, two are known.
+    wrong[0, 25] = 9
+    drafted, accepted = replay.walk(wrong, since, known, PromptLookup(), 4)
+    assert accepted.tolist() == [2, 0, 2, 1, 1] and drafted.tolist() == [2, 0, 1, 0, 3]
+
+
+def test_of_a_large_batch_some_texts_are_walked_far_enough_for_whole_drafts():
+    row = np.array([1, 2, 3, 4, 5] * 4000, np.int32)  # longer than what is looked up in
+    texts, since, known = np.stack([row] * 32), np.full(32, 19000), np.full(32, 19500)
+    drafted, accepted = replay.walk(texts, since, known, PromptLookup(), 16)
+    assert drafted.tolist() == accepted.tolist() == [0] * 15 + [4, 4]  # 17 and 15 tokens of four texts
+    drafted, accepted = replay.replay(list(texts), PromptLookup(), 16)
+    assert drafted[16] == accepted[16] == drafted.sum() == replay.PLACES  # of four of them
+
+
+@pytest.mark.parametrize("drafter", [PromptLookup(), PromptLookup(max_ngram=3, min_ngram=1), PromptLookup(64, 5)])
+def test_a_replay_on_the_host_drafts_what_the_loop_would(drafter):
+    texts = np.random.default_rng(1).integers(0, 3, (40, 50)).astype(np.int32)
+    texts[:20, 30:], known = texts[:20, :20], np.arange(5, 45).astype(np.int32)
+    context = Context(jnp.asarray(texts), jnp.asarray(known), jnp.ones(40, bool), *[None] * 5)
+    draft = jax.device_get(drafter.propose((), (), context, parse_tree("chain:8")))
+    found = [drafter.replay(text, one[None], 8) for text, one in zip(texts, known, strict=True)]
+    chains, valid = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    np.testing.assert_array_equal(valid, draft.valid)
+    np.testing.assert_array_equal(chains[valid], draft.tokens[valid])
+    assert 0 < valid.sum() < valid.size or drafter.min_ngram == 1
