@@ -83,8 +83,11 @@ def test_what_is_measured_is_not_measured_twice(engine, text, stub):
 
 def test_a_spent_budget_begins_nothing_and_names_what_is_missing(engine, text, stub):
     done, _ = stub
-    found, missing = measure.measure(engine, text, profile(), budget=0.0, **SMALL)
-    assert done == [] and found.steps == ()
+    told = []
+    found, missing = measure.measure(
+        engine, text, profile(), budget=0.0, progress=lambda *state: told.append(state), **SMALL
+    )
+    assert done == [] and found.steps == () and told == [(0, 3, "")]  # of three nothing is done, and nothing goes on
     assert missing[-3:] == ["step 1", "step 2", "step 3"]
     assert missing[0].startswith("drafter head: ")  # this checkpoint has none
 

@@ -96,12 +96,13 @@ def measure(
     longest: dict[str, float] = {}  # seconds, by kind of task
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     together, most, compiled = min(cores, TOGETHER), 0.0, 0  # compiled at a time; seconds at most; tasks so far
-    share = 0.0  # of a task in its group's compilation
+    share, skipped = 0.0, 0  # of a task in its group's compilation; tasks that the budget leaves out
     for done, task in enumerate(wanted):
         kind = task.key[0]
         group = [one for one in wanted[done : done + together] if one.compile] if done >= compiled else []
         if time.perf_counter() - begun + (most if group else 0.0) + longest.get(kind, 0.0) >= budget:
             missing.append(task.name)
+            skipped += 1
             continue
         if done >= compiled:
             compiled, share = done + together, 0.0
@@ -128,7 +129,7 @@ def measure(
         longest[kind] = max(longest.get(kind, 0.0), took)
         profile = dataclasses.replace(profile, seconds=profile.seconds + took)
         keep(profile)
-    progress(len(wanted), len(wanted), "")
+    progress(len(wanted) - skipped, len(wanted), "")
     return profile, missing
 
 
