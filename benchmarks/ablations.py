@@ -71,12 +71,15 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="embedded")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--workloads", nargs="+", default=["edit", "code"], choices=WORKLOADS)
-    parser.add_argument("--context", type=int, default=16384 if gpu else 4096, help="the new tokens included")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--new-tokens", type=int, default=256 if gpu else 96)
-    parser.add_argument("--prompts", type=int, default=2, help="batches of prompts, one after the other")
-    parser.add_argument("--repeats", type=int, default=2, help="timed runs of each")
+    parser.add_argument("--context", type=harness.count, default=16384 if gpu else 4096, help="the new tokens included")
+    parser.add_argument("--batch", type=harness.count, default=1)
+    parser.add_argument("--new-tokens", type=harness.count, default=256 if gpu else 96)
+    parser.add_argument("--prompts", type=harness.count, default=2, help="batches of prompts, one after the other")
+    parser.add_argument("--repeats", type=harness.count, default=2, help="timed runs of each")
     args = parser.parse_args()
+    if args.context <= args.new_tokens:
+        raise ValueError(f"context: got {args.context}, expected more than the {args.new_tokens} of new_tokens, which "
+                         "it includes")  # fmt: skip
 
     engine = Engine.from_pretrained(args.checkpoint)
     rows = harness.Rows(args, AXES, checkpoint=args.checkpoint, fingerprint=engine.fingerprint, dtype=str(engine.dtype),
@@ -109,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

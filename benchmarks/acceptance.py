@@ -29,9 +29,9 @@ def pieces(engine: Engine, count: int, tokens: int) -> list[tuple[str, list[int]
 
 def main() -> None:
     parser = harness.arguments(__doc__)
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=448, help="of each prompt")
-    parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--prompts", type=harness.count, default=8)
+    parser.add_argument("--tokens", type=harness.count, default=448, help="of each prompt")
+    parser.add_argument("--new-tokens", type=harness.count, default=96)
     parser.add_argument("--drafters", nargs="+", default=DRAFTERS)
     parser.add_argument("--trees", nargs="+", default=TREES)
     args = parser.parse_args()
@@ -75,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -75,9 +75,9 @@ def run(spec: specs.CommitSpec, args: argparse.Namespace) -> list[dict]:
 
 def main() -> None:
     parser = harness.kernel_arguments(__doc__)
-    parser.add_argument("--layers", type=int, default=4, help="layers that a step commits")
+    parser.add_argument("--layers", type=harness.count, default=4, help="layers that a step commits")
     harness.run_cases(parser.parse_args(), specs.BENCHMARKS, specs.CommitSpec("tiny", (20, 9), (4, 3), width=4), run)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

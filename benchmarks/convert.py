@@ -96,7 +96,7 @@ def step(code: str, *arguments: object) -> dict[str, object]:
 
 def main() -> None:
     parser = harness.arguments(__doc__)
-    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
+    parser.add_argument("--layers", type=harness.count, default=CONFIG["num_hidden_layers"])
     parser.add_argument("--keep", type=Path, help="work here, and leave the checkpoints")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -127,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -120,9 +120,9 @@ def main() -> None:
     parser = harness.arguments(__doc__, rows=True)
     parser.add_argument("--checkpoint", default="embedded", help="whose shape it is")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="a preset's shape instead")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[65536, 16384, 4096])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--iterations", type=int, default=16, help="steps between two looks at the clock")
+    parser.add_argument("--contexts", type=harness.count, nargs="+", default=[65536, 16384, 4096])
+    parser.add_argument("--batches", type=harness.count, nargs="+", default=[1, 8])
+    parser.add_argument("--iterations", type=harness.count, default=16, help="steps between two looks at the clock")
     parser.add_argument("--seconds", type=float, default=1.0, help="spent on each figure's repeats")
     args = parser.parse_args()
     config = PRESETS[args.preset] if args.preset else checkpoints.load(args.checkpoint).config
@@ -140,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

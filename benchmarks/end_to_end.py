@@ -33,7 +33,7 @@ import harness
 import jax
 from workloads import WORKLOADS, prompts
 
-from specsa_jax import Engine, Strategy
+from specsa_jax import CheckpointError, Engine, Strategy
 from specsa_jax.drafting import drafter_from_name
 from specsa_jax.planning.planner import Planner
 from specsa_jax.strategy import Precision
@@ -76,6 +76,16 @@ def named(name: str, checkpoint: str, space: Sequence[str] = (), **options: Any)
         return choosing(space, options.get("precision"))
     drafter, _, tree = name.partition("@")
     return Strategy(drafter_from_name(drafter, checkpoint), tree or "chain:4", **options)
+
+
+def check_names(names: Sequence[str], checkpoint: str) -> None:
+    """Raises ValueError for one that no checkpoint could run. That this one has no head, its row will say."""
+    for name in names:
+        try:
+            named(name, checkpoint)
+        except CheckpointError:
+            if ":" in name.partition("@")[0]:  # another checkpoint than this one
+                raise
 
 
 def warm(engine: Engine, batches: list[list[list[int]]], new_tokens: int, strategies: list[Strategy | Planner]) -> None:
@@ -190,17 +200,23 @@ def main() -> None:
                         choices=["exact", "approx", "strict"])  # fmt: skip
     parser.add_argument("--schedule", default="every:3", help="of class approx")
     parser.add_argument("--workloads", nargs="+", default=["edit", "code", "prose"], choices=WORKLOADS)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[65536, 16384, 4096, 32768] if gpu else [4096])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32] if gpu else [1])
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7])
+    parser.add_argument(
+        "--contexts", type=harness.count, nargs="+", default=[65536, 16384, 4096, 32768] if gpu else [4096]
+    )
+    parser.add_argument("--batches", type=harness.count, nargs="+", default=[1, 8, 32] if gpu else [1])
+    parser.add_argument("--temperatures", type=harness.number, nargs="+", default=[0.0, 0.7])
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, help="DRAFTER@TREE, or auto; none comes first")
     parser.add_argument("--space", nargs="*", help="DRAFTER@TREE: what auto chooses from; none: all that there is")
-    parser.add_argument("--new-tokens", type=int, default=512 if gpu else 96)
-    parser.add_argument("--prompts", type=int, default=2, help="one after the other, where the batch is 1")
-    parser.add_argument("--repeats", type=int, default=2, help="timed runs of each")
+    parser.add_argument("--new-tokens", type=harness.count, default=512 if gpu else 96)
+    parser.add_argument("--prompts", type=harness.count, default=2, help="one after the other, where the batch is 1")
+    parser.add_argument("--repeats", type=harness.count, default=2, help="timed runs of each")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as the device has it")
     args = parser.parse_args()
     args.space = default_space(args.checkpoint) if args.space is None else args.space
+    check_names([*args.strategies, *args.space], args.checkpoint)
+    if min(args.contexts) <= args.new_tokens:
+        raise ValueError(f"contexts: got {min(args.contexts)}, expected more than the {args.new_tokens} of new_tokens, "
+                         "which it includes")  # fmt: skip
 
     engine = Engine.from_pretrained(args.checkpoint, dtype=args.dtype)
     suffix = f"_{args.dtype}" if args.dtype else ""
@@ -240,4 +256,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

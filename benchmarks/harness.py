@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -25,7 +26,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jaxlib
+import typer
 from jax.extend.backend import get_backend
+from rich.console import Console
+
+from specsa_jax.checkpoints.store import read_json, write_text
+from specsa_jax.terminal import check_writable, clear_errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,13 +241,21 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def save(path: str | Path, rows: Sequence[dict[str, Any]], **summary: Any) -> None:
-    """Writes the rows, and what sums them up, with :func:`environment` as JSON. Whole files only: written beside and
-    renamed."""
+    """Writes the rows, and what sums them up, with :func:`environment` as JSON. Whole files only."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps({**environment(), **summary, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, json.dumps({**environment(), **summary, "rows": rows}, indent=1) + "\n")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file, as :func:`save` writes it. Raises ValueError for any other."""
+    result = read_json(path)
+    rows = result.get("rows")
+    if not {"device", "command"} <= set(result) or not isinstance(rows, list) or not all(
+        isinstance(row, dict) for row in rows
+    ):  # fmt: skip
+        raise ValueError(f"{path}: got other JSON, expected a result file with device, command and rows")
+    return result
 
 
 def device_folder(kind: str | None = None) -> Path:
@@ -252,14 +266,49 @@ def device_folder(kind: str | None = None) -> Path:
     return Path(__file__).parent / "results" / "-".join(words[: last + 1])
 
 
+def run(main: Callable[[], None]) -> None:
+    """A script: bad input ends with one line and exit code 2, as in the commands."""
+    try:
+        with clear_errors(Console(stderr=True, highlight=False)):
+            main()
+    except typer.Exit as ended:
+        sys.exit(ended.exit_code)
+
+
+def count(text: str) -> int:
+    """Of a command line: a whole number of at least 1."""
+    with contextlib.suppress(ValueError):
+        if (value := int(text)) >= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+
+
+def number(text: str) -> float:
+    """Of a command line: a finite number of at least 0."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected a finite number of at least 0")
+
+
+def out_file(text: str) -> str:
+    """Of a command line: where results can be written; "": in their usual place."""
+    try:
+        if text:
+            check_writable("out", Path(text), parents=True)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("out: ")) from error
+    return text
+
+
 def arguments(doc: str | None, *, rows: bool = False) -> argparse.ArgumentParser:
     """A script's parser: its docstring as the help, ``--out``; with ``rows`` the options of :class:`Rows` too."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", nargs="?", const="", help="write JSON to this path; without one, to the script's name "
-                        "in benchmarks/results/DEVICE/")  # fmt: skip
+    parser.add_argument("--out", nargs="?", const="", type=out_file, help="write JSON to this path; without one, to "
+                        "the script's name in benchmarks/results/DEVICE/")  # fmt: skip
     if rows:
-        parser.add_argument("--resume", action="store_true", help="keep the rows that the file holds, of this device, "
-                            "commit and options, and measure the others")  # fmt: skip
+        parser.add_argument("--resume", action="store_true", help="keep the rows that the file holds, of this "
+                            "commit and options, and measure the others; of another device: refused")  # fmt: skip
         parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no other row begins")
     return parser
 
@@ -286,8 +335,9 @@ class Rows:
     """A result file that grows row by row, so that a run may be stopped and gone on with.
 
     ``axes`` name what tells rows apart; ``summary`` is written beside them. With ``--resume`` the rows of a file that
-    was written on the same device, at the same commit and with the same summary are kept, but those that did not run;
-    another file is begun anew.
+    was written on the same device, at the same commit and with the same summary are kept, but those that did not run.
+    One of another commit or summary is replaced as soon as there is a row, and never by a file without any. Raises
+    ValueError for one of another device, and for one that holds no such rows.
     """
 
     def __init__(self, args: argparse.Namespace, axes: Sequence[str], suffix: str = "", **summary: Any):
@@ -295,11 +345,16 @@ class Rows:
         self.rows: list[dict[str, Any]] = []
         self._end, self.complete = time.perf_counter() + args.budget, True
         if args.resume and self.path is not None and self.path.exists():
-            before = json.loads(self.path.read_text(encoding="utf-8"))
-            now = {name: environment()[name] for name in ("device", "commit")} | json.loads(json.dumps(summary))
+            before, here = read(self.path), environment()
+            if before["device"] != here["device"]:
+                raise ValueError(f"resume: got {self.path}, of device {before['device']!r}, expected "
+                                 f"{here['device']!r}, or another --out")  # fmt: skip
+            if not all(axis in row for row in before["rows"] for axis in axes):
+                raise ValueError(f"resume: got {self.path}, expected rows with {', '.join(axes)}")
+            now = {"commit": here["commit"]} | json.loads(json.dumps(summary))
             other = [name for name, value in now.items() if before.get(name) != value]
             if other:
-                print(f"{self.path} has another {', '.join(other)}: begun anew", flush=True)
+                print(f"{self.path} has another {', '.join(other)}: replaced as soon as there is a row", flush=True)
             else:
                 self.rows = [row for row in before["rows"] if "not_run" not in row]
         self._known = {self._key(row) for row in self.rows}
@@ -335,7 +390,7 @@ class Rows:
     def save(self, complete: bool | None = None, **summary: Any) -> None:
         """Writes the file; ``complete``: no row is missing for lack of time."""
         self.summary |= summary
-        if self.path is not None:
+        if self.path is not None and (self.rows or not self.path.exists()):
             save(self.path, self.rows, complete=self.complete if complete is None else complete, **self.summary)
 
 
@@ -358,7 +413,7 @@ def run_cases(
     rows = [row for case in chosen if not args.cases or any(part in case.name for part in args.cases)
             for row in run(case, args)]  # fmt: skip
     if not rows:
-        raise SystemExit(f"cases: got {' '.join(args.cases)}, expected parts of {', '.join(c.name for c in chosen)}")
+        raise ValueError(f"cases: got {' '.join(args.cases)}, expected parts of {', '.join(c.name for c in chosen)}")
     print_table(rows)
     if path := out_path(args):
         save(path, rows)

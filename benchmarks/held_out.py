@@ -39,10 +39,10 @@ def held_out_prompts(engine: Engine, count: int, tokens: int) -> list[tuple[str,
 
 def main() -> None:
     parser = harness.arguments(__doc__)
-    parser.add_argument("--prompts", type=int, default=8, help="at most so many files")
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--new-tokens", type=int, default=192)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--prompts", type=harness.count, default=8, help="at most so many files")
+    parser.add_argument("--tokens", type=harness.count, default=2048)
+    parser.add_argument("--new-tokens", type=harness.count, default=192)
+    parser.add_argument("--repeats", type=harness.count, default=2)
     args = parser.parse_args()
 
     engine, rows = Engine.from_pretrained("embedded"), []
@@ -80,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

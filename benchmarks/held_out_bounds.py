@@ -77,9 +77,9 @@ def row_of(measured: Measurement, found: Measurement) -> dict[str, object]:
 def arguments() -> argparse.ArgumentParser:
     parser = harness.arguments(__doc__, rows=True)
     parser.add_argument("--checkpoint", default="embedded", help="a packaged name or a checkpoint directory")
-    parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--windows", type=int, default=precision.WINDOWS, help="places in the text")
-    parser.add_argument("--tokens", type=int, default=precision.TOKENS, help="scored at each place")
+    parser.add_argument("--context", type=harness.count, default=2048)
+    parser.add_argument("--windows", type=harness.count, default=precision.WINDOWS, help="places in the text")
+    parser.add_argument("--tokens", type=harness.count, default=precision.TOKENS, help="scored at each place")
     parser.add_argument("--data", nargs="+", default=[], help="files or directories of other text")
     return parser
 
@@ -112,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

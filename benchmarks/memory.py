@@ -85,8 +85,8 @@ def longest_rows(name: str, context: int, width: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = harness.arguments(__doc__)
     add_preset(parser, ["embedded", "120m", "1b", "8b"])
-    parser.add_argument("--context", type=int, default=65536)
-    parser.add_argument("--width", type=int, default=16, help="T of the step that must fit too")
+    parser.add_argument("--context", type=harness.count, default=65536)
+    parser.add_argument("--width", type=harness.count, default=16, help="T of the step that must fit too")
     parser.add_argument("--longest", nargs="*", choices=sorted(PRESETS), default=["8b"])
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -116,4 +116,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

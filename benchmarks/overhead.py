@@ -127,12 +127,14 @@ def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--checkpoint", default="embedded")
     add_preset(parser, [])
-    parser.add_argument("--context", type=int, default=8192, help="of the checkpoint, the new tokens included")
-    parser.add_argument("--preset-context", type=int, default=65536)
-    parser.add_argument("--widths", type=int, nargs="+", default=[1, 16], help="T of the presets' steps")
+    parser.add_argument(
+        "--context", type=harness.count, default=8192, help="of the checkpoint, the new tokens included"
+    )
+    parser.add_argument("--preset-context", type=harness.count, default=65536)
+    parser.add_argument("--widths", type=harness.count, nargs="+", default=[1, 16], help="T of the presets' steps")
     parser.add_argument("--strategies", nargs="+", default=["none", "lookup@chain:4", "lookup+head@best:16:6"])
-    parser.add_argument("--new-tokens", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--new-tokens", type=harness.count, default=256)
+    parser.add_argument("--repeats", type=harness.count, default=5)
     parser.add_argument("--buffers", nargs="+", choices=["on", *BUFFERS], default=["on", *BUFFERS])
     parser.add_argument("--rows", help=argparse.SUPPRESS)  # where a process of this script leaves its rows
     args = parser.parse_args()
@@ -151,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -13,6 +13,7 @@ tokens by seconds.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from typing import Any
 
@@ -20,7 +21,7 @@ import harness
 import jax
 import numpy as np
 import plots
-from end_to_end import choosing, default_space
+from end_to_end import check_names, choosing, default_space
 from workloads import WORKLOADS, prompts
 
 from specsa_jax import Engine, Strategy
@@ -108,22 +109,36 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def place(text: str) -> tuple[int, int]:
+    """Of a command line: a cell's batch and context."""
+    batch, _, context = text.partition(":")
+    try:
+        return harness.count(batch), harness.count(context)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected BATCH:CONTEXT, whole numbers of at least 1"
+        ) from error
+
+
 def main() -> None:
     gpu = jax.default_backend() == "gpu"
     parser = harness.arguments(__doc__, rows=True)
     parser.add_argument("--checkpoint", default="embedded")
     parser.add_argument("--profile", help="a file of specsa profile; default: the checkpoint's own, if there is one")
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
-    parser.add_argument("--cells", nargs="+", default=["1:4096", "1:32768", "8:4096", "8:32768"] if gpu
-                        else ["1:256", "1:1024", "8:256"], help="BATCH:CONTEXT")  # fmt: skip
+    parser.add_argument("--cells", nargs="+", type=place, default=[(1, 4096), (1, 32768), (8, 4096), (8, 32768)] if gpu
+                        else [(1, 256), (1, 1024), (8, 256)], help="BATCH:CONTEXT")  # fmt: skip
     parser.add_argument("--space", nargs="*", help="DRAFTER@TREE: of the planner; none: all that there is")
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0])
+    parser.add_argument("--temperatures", type=harness.number, nargs="+", default=[0.0])
     # What planning takes is a matter of the call: a GPU gives a small model's 4096 tokens in a tenth of a second.
-    parser.add_argument("--new-tokens", type=int, default=12288 if gpu else 128)
-    parser.add_argument("--prompts", type=int, default=4, help="batches of prompts in cells of batch 1; else one")
-    parser.add_argument("--repeats", type=int, default=3 if gpu else 2)
+    parser.add_argument("--new-tokens", type=harness.count, default=12288 if gpu else 128)
+    parser.add_argument(
+        "--prompts", type=harness.count, default=4, help="batches of prompts in cells of batch 1; else one"
+    )
+    parser.add_argument("--repeats", type=harness.count, default=3 if gpu else 2)
     args = parser.parse_args()
     args.space = default_space(args.checkpoint) if args.space is None else args.space
+    check_names(args.space, args.checkpoint)
 
     engine = Engine.from_pretrained(args.checkpoint, profile=args.profile)
     planner = choosing(args.space)
@@ -131,8 +146,7 @@ def main() -> None:
     rows = harness.Rows(args, AXES, checkpoint=args.checkpoint, dtype=str(engine.dtype), new_tokens=args.new_tokens,
                         implementation=engine.implementation, profiled=engine.profile is not None,
                         space=args.space)  # fmt: skip
-    for text in args.cells:
-        batch, context = map(int, text.split(":"))
+    for batch, context in args.cells:
         for temperature in args.temperatures:
             for workload in args.workloads:
                 key = {"workload": workload, "context": context, "batch": batch, "temperature": temperature}
@@ -142,12 +156,13 @@ def main() -> None:
                 found = prompts(engine, args.checkpoint, workload, context, count * batch)
                 for row in cell(engine, [found[i::count] for i in range(count)], strategies, temperature, args):
                     rows.add(key | row, (*AXES, "tokens_per_second", "mean_acceptance_length", "planning"))
-    rows.save(**summary(rows.rows))
-    for name, value in summary(rows.rows).items():
+    found = summary(rows.rows) if rows.rows else {}
+    rows.save(**found)
+    for name, value in found.items():
         print(f"{name}: {value}")
-    if rows.path is not None:
+    if rows.path is not None and rows.rows:
         plots.draw(rows.path)
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

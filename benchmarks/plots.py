@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import harness
 import matplotlib
 
 matplotlib.use("agg")
@@ -177,7 +177,7 @@ def measured_lengths(folder: Path) -> list[tuple[str, float]]:
     for file in (RESULTS / "cpu" / "acceptance.json", *runs):
         if not file.exists():
             continue
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = harness.read(file)
         for row in result["rows"]:
             if file.stem == "acceptance":
                 if row["prompts"] == "held-out" and row["tree"] == "chain:4" and row["drafter"] != "self":
@@ -321,8 +321,9 @@ PLOTS: dict[str, Callable[[Result, Path], None]] = {
 
 
 def draw(file: Path, path: Path | None = None) -> bool:
-    """Draws a result file to ``path``, by default beside it; False where its kind has no picture."""
-    result = json.loads(file.read_text(encoding="utf-8"))
+    """Draws a result file to ``path``, by default beside it; False where its kind has no picture. Raises ValueError for
+    another file."""
+    result = harness.read(file)
     plot = PLOTS.get(script_of(result))
     if plot is not None:
         plot(result, path or file.with_suffix(".png"))
@@ -339,11 +340,11 @@ def main() -> None:
     parser.add_argument("paths", nargs="*", type=Path, default=[RESULTS], help="result files and folders of them")
     for path in parser.parse_args().paths:
         if not path.exists():
-            raise SystemExit(f"paths: got {path}, expected an existing file or folder")
+            raise ValueError(f"paths: got {path}, expected an existing file or folder")
         for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
             if draw(file):
                 print(file.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -48,8 +48,8 @@ def dense_attention(config: ModelConfig, tokens: int, dtype) -> dict[str, Any]:
 def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--preset", choices=PRESETS, default="embedded")
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--chunk", type=int, default=512 if jax.default_backend() == "gpu" else 64)
+    parser.add_argument("--tokens", type=harness.count, default=16384)
+    parser.add_argument("--chunk", type=harness.count, default=512 if jax.default_backend() == "gpu" else 64)
     parser.add_argument("--implementation", choices=("pallas", "xla"), help="of attention; default: what runs here")
     parser.add_argument("--dense", action="store_true", help="compare with dense attention")
     args = parser.parse_args()
@@ -106,4 +106,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

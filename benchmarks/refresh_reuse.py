@@ -96,14 +96,16 @@ def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--checkpoint", default="embedded")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="random weights of this size; step times alone")
-    parser.add_argument("--context", type=int, default=4096, help="tokens, of the timed steps")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--width", type=int, default=6, help="T: tokens that a step verifies")
-    parser.add_argument("--refresh", type=int, nargs="+", help="numbers of refresh layers")
-    parser.add_argument("--kl-context", type=int, default=2048, help="context of the measured divergence")
-    parser.add_argument("--windows", type=int, default=precision.WINDOWS, help="places in the text for the divergence")
+    parser.add_argument("--context", type=harness.count, default=4096, help="tokens, of the timed steps")
+    parser.add_argument("--batch", type=harness.count, default=1)
+    parser.add_argument("--width", type=harness.count, default=6, help="T: tokens that a step verifies")
+    parser.add_argument("--refresh", type=harness.count, nargs="+", help="numbers of refresh layers")
+    parser.add_argument("--kl-context", type=harness.count, default=2048, help="context of the measured divergence")
+    parser.add_argument(
+        "--windows", type=harness.count, default=precision.WINDOWS, help="places in the text for the divergence"
+    )
     # Calling a compiled loop costs a GPU some milliseconds by itself.
-    parser.add_argument("--iterations", type=int, default=64 if jax.default_backend() == "gpu" else 8,
+    parser.add_argument("--iterations", type=harness.count, default=64 if jax.default_backend() == "gpu" else 8,
                         help="steps between two looks at the clock")  # fmt: skip
     args = parser.parse_args()
 
@@ -150,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -75,10 +75,10 @@ def main() -> None:
     gpu = jax.default_backend() == "gpu"
     parser = harness.arguments(__doc__, rows=True)
     add_preset(parser, ["8b", "1b"] if gpu else ["embedded"])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[65536, 16384] if gpu else [4096],
+    parser.add_argument("--contexts", type=harness.count, nargs="+", default=[65536, 16384] if gpu else [4096],
                         help="tokens, the step's own included")  # fmt: skip
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32] if gpu else [1])
-    parser.add_argument("--widths", type=int, nargs="+", default=[1, 16, 4, 8, 64], help="T; 1 is decoding")
+    parser.add_argument("--batches", type=harness.count, nargs="+", default=[1, 8, 32] if gpu else [1])
+    parser.add_argument("--widths", type=harness.count, nargs="+", default=[1, 16, 4, 8, 64], help="T; 1 is decoding")
     parser.add_argument("--seconds", type=float, default=0.5, help="spent on each figure's repeats")
     args = parser.parse_args()
     rows = harness.Rows(args, AXES, dtype=str(model_dtype()))
@@ -103,4 +103,4 @@ def rows_of_presets(rows: harness.Rows, args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -159,19 +159,20 @@ def results(options: argparse.Namespace, tasks: list[tuple[str, str, int]]) -> I
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=304, help="up to a multiple of 8")
-    parser.add_argument("--new-tokens", type=int, default=8)
+    parser.add_argument("--prompts", type=harness.count, default=304, help="up to a multiple of 8")
+    parser.add_argument("--new-tokens", type=harness.count, default=8)
     parser.add_argument("--drafters", nargs="+", default=DRAFTERS)
     parser.add_argument("--trees", nargs="+", default=TREES)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no group of prompts after so many")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, which share drafters, trees and lengths of "
-                        "prompts; on a GPU all need its memory: set XLA_PYTHON_CLIENT_PREALLOCATE=false")  # fmt: skip
+    parser.add_argument("--jobs", type=harness.count, default=1, help="processes, which share drafters, trees and "
+                        "lengths of prompts; on a GPU all need its memory: set "
+                        "XLA_PYTHON_CLIENT_PREALLOCATE=false")  # fmt: skip
     parser.add_argument(
         "--implementation", choices=["xla", "pallas"], help="of attention; default: as the device has it"
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as the device has it")
     parser.add_argument("--checkpoint", default="embedded", help="a packaged name or a checkpoint directory")
-    parser.add_argument("--out", help="JSON; a run that it holds in part is gone on with")
+    parser.add_argument("--out", type=harness.out_file, help="JSON; a run that it holds in part is gone on with")
     args = parser.parse_args()
 
     engine = make_engine(args)
@@ -238,4 +239,4 @@ def _identical(row: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -19,10 +19,10 @@ from specsa_jax import Engine, PromptLookup, Strategy
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=1024, help="of the prompt")
-    parser.add_argument("--new-tokens", type=int, default=96)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out")
+    parser.add_argument("--tokens", type=harness.count, default=1024, help="of the prompt")
+    parser.add_argument("--new-tokens", type=harness.count, default=96)
+    parser.add_argument("--repeats", type=harness.count, default=7)
+    parser.add_argument("--out", type=harness.out_file)
     args = parser.parse_args()
 
     engine = Engine.from_pretrained("embedded")
@@ -56,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

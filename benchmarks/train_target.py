@@ -214,8 +214,8 @@ def main() -> None:
     parser.add_argument("--long", type=shape, default="16384:4", help="context:batch of the second run")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--warmup", type=int, default=100)
-    parser.add_argument("--grad-accum", type=int, default=4)
-    parser.add_argument("--query-chunk", type=int, default=512)
+    parser.add_argument("--grad-accum", type=harness.count, default=4)
+    parser.add_argument("--query-chunk", type=harness.count, default=512)
     parser.add_argument("--train-options", default="", help="more, of specsa train")
     parser.add_argument("--draft-options", default="--generated 1024 --generation-batch 256 --steps 100000 --unroll 5",
                         help="of specsa train-draft")  # fmt: skip
@@ -247,4 +247,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -371,7 +371,7 @@ def main() -> None:
     parser.add_argument(
         "--stages", action="store_true", help="the time of each of a refresh layer's launches, by the profiler"
     )
-    parser.add_argument("--together", type=int, default=3, help="shapes that are compiled at a time")
+    parser.add_argument("--together", type=harness.count, default=3, help="shapes that are compiled at a time")
     parser.add_argument("--seconds", type=float, default=0.2, help="spent on each figure's repeats")
     parser.add_argument("--interpret", action="store_true", help="interpret the kernels")
     parser.add_argument("--tiny", action="store_true", help="two small cases, once")
@@ -431,4 +431,4 @@ def print_row(row: dict[str, Any], header: bool) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -18,7 +18,7 @@ from specsa_jax.checkpoints.cli import convert, inspect
 from specsa_jax.planning.cli import profile
 from specsa_jax.precision_cli import precision as measure_precision
 from specsa_jax.precision_cli import schedule as search_schedule
-from specsa_jax.terminal import clear_errors
+from specsa_jax.terminal import clear_errors, named_options
 from specsa_jax.training.cli import train
 from specsa_jax.training.draft_cli import train_draft
 
@@ -244,15 +244,9 @@ def _strategy(
     from specsa_jax.strategy import Strategy
 
     made = drafter_from_name(drafter, checkpoint)
-    if made is None and (named := _named(context, ("tree", "traversal", "acceptance"))):
+    if made is None and (named := named_options(context, ("tree", "traversal", "acceptance"))):
         raise ValueError(f"{', '.join(named)}: got a value with drafter 'none', which drafts nothing, expected none")
     return Strategy(made, tree, traversal, acceptance, precision)
-
-
-def _named(context: typer.Context, names: Sequence[str]) -> list[str]:
-    """Those options that the command line names."""
-    sources = {name: context.get_parameter_source(name) for name in names}
-    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
 
 
 def _planner(context: typer.Context, precision: Any) -> Planner:
@@ -260,7 +254,7 @@ def _planner(context: typer.Context, precision: Any) -> Planner:
     from specsa_jax.planning.planner import Planner
 
     chosen = ("drafter", "tree", "traversal", "acceptance", "schedule", "drop_compressed", "shared")
-    if named := _named(context, chosen):
+    if named := named_options(context, chosen):
         raise ValueError(f"{', '.join(named)}: got a value with --plan, which chooses it, expected one or the other")
     return Planner(precision)
 
@@ -397,7 +391,7 @@ def _explain(plan: Sequence[Decision], engine: Engine, notes: Console) -> None:
     """What a planner considered, predicted and observed: a table of its decisions, each with its best options."""
     from rich.table import Table
 
-    basis = "counted bytes and measured bandwidth" if engine.profile is None else "a profile"
+    basis = "a profile" if engine.costs.measured else "counted bytes and measured bandwidth"
     table = Table(title=f"the planner's decisions, from {basis}; tokens and ms of a step", title_justify="left")
     for name in ("step", "strategy", "tokens", "ms", "tokens/s", ""):
         table.add_column(name, justify="left" if name in ("strategy", "") else "right", no_wrap=name == "strategy")

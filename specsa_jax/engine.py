@@ -69,8 +69,8 @@ class Engine(Runtime):
         it. UnsupportedError where "pallas" is named and does not run, with the reason.
       checkpoint: the directory that keeps what was measured of the model (:mod:`specsa_jax.checkpoints.records`).
       profile: what planners go by (:mod:`specsa_jax.planning`), or its file; None: the checkpoint's own for this kind
-        of device, if there is one, else counted bytes and measured bandwidth. ProfileError for one of another model,
-        device, dtype or implementation.
+        of device, if there is one, else counted bytes and measured bandwidth; so too where it has no step times.
+        ProfileError for one of another model, device, dtype or implementation.
       allow_mismatch: take a profile's file all the same, if it is of this model.
     """
 
@@ -91,6 +91,8 @@ class Engine(Runtime):
         profile: Profile | str | os.PathLike[str] | None = None,
         allow_mismatch: bool = False,
     ):
+        if not isinstance(profile, Profile | str | os.PathLike | None):
+            raise profiles.ProfileError(f"profile: got {profile!r}, expected a Profile, or the path of its file")
         super().__init__(
             config, params, tokenizer, dtype=dtype, max_length=max_length, max_cache_bytes=max_cache_bytes,
             prefill_chunk=prefill_chunk, implementation=implementation, end_tokens=end_tokens,
@@ -142,9 +144,12 @@ class Engine(Runtime):
     @functools.cached_property
     def costs(self) -> Costs:
         """What steps and drafts of this model cost on this device: of the profile, or of bytes and bandwidth."""
-        if self.profile is not None:
-            return Costs.from_profile(self.profile, self.config)
-        return Costs.from_bytes(self.config, self.dtype, *measure_bandwidth(self.dtype))
+        profile = self.profile
+        if profile is None:
+            return Costs.from_bytes(self.config, self.dtype, *measure_bandwidth(self.dtype))
+        if not profile.steps:  # its budget was spent before the first
+            return Costs.from_bytes(self.config, self.dtype, profile.bandwidth, profile.flops, profile.overhead)
+        return Costs.from_profile(profile, self.config)
 
     @functools.cached_property
     def _priors(self) -> Acceptance:
@@ -201,6 +206,8 @@ class Engine(Runtime):
         Raises PromptError or ValueError for bad arguments, PrecisionError for a strategy that the bound does not admit
         (it lists the nearest that it does) and CapacityError for requests that do not fit, all before any work.
         """
+        if not (on_chunk is None or callable(on_chunk)):
+            raise PromptError(f"on_chunk: got {on_chunk!r}, expected a function of a Chunk, or None")
         stream = self.stream(
             prompts, max_new_tokens, temperature, top_k, top_p, seed,
             sampling=sampling, stop=stop, speculate=speculate, strategy=strategy, max_kl=max_kl, min_top1=min_top1,
@@ -252,7 +259,7 @@ class Engine(Runtime):
         """What a call may use, all of it checked and loaded."""
         if not isinstance(speculate, bool):
             raise PromptError(f"speculate: got {speculate!r}, expected True or False")
-        if strategy == "auto":
+        if isinstance(strategy, str) and strategy == "auto":  # arrays compare element by element
             strategy = Planner()
         if not isinstance(strategy, Strategy | Planner | None):
             raise PromptError(f"strategy: got {strategy!r}, expected a Strategy, a Planner or 'auto'")

@@ -20,6 +20,7 @@ from specsa_jax.cache import Cache
 from specsa_jax.calibration import Calibration, CalibrationError, Part
 from specsa_jax.checkpoints.records import AtContext, Measurement, Searched, measured_as
 from specsa_jax.engine import Engine
+from specsa_jax.prompts import whole_number
 from specsa_jax.schedule import Sharing, uniform_schedule
 from specsa_jax.strategy import Strategy
 
@@ -180,6 +181,7 @@ def measure(
     Raises ValueError for strategies without an approximation, CalibrationError for text too small to state anything,
     CapacityError for contexts that do not fit, all before any work.
     """
+    batch = whole_number("batch", batch)
     if not 0.5 <= confidence < 1:
         raise CalibrationError(f"confidence: got {confidence}, expected at least 0.5, below 1")
     kinds: list[tuple[Sharing, int]] = []
@@ -242,7 +244,7 @@ def search(
 
     Raises ValueError for a number that is none; otherwise as :func:`measure`.
     """
-    layers = engine.config.layers
+    layers, batch = engine.config.layers, whole_number("batch", batch)
     if isinstance(refresh, bool) or not isinstance(refresh, int) or not 1 <= refresh < layers:
         raise ValueError(
             f"refresh: got {refresh!r}, expected 1 to {layers - 1}: fewer than the model's {layers} layers"

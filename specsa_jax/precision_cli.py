@@ -125,7 +125,9 @@ def precision(
         if schedule or shared:
             kinds: dict[str, Any] = {"precision": "approx", "keep_compressed": not drop_compressed}
             if shared:
-                kinds |= {"group": shared, "group_mode": "shared", "tree": f"chain:{max(width, 2) - 1}"}
+                if width < 2:
+                    raise ValueError(f"width: got {width}, expected at least 2, a draft and the token before it")
+                kinds |= {"group": shared, "group_mode": "shared", "tree": f"chain:{width - 1}"}
             strategies = [Strategy(schedule=one, **kinds) for one in schedule or ["all"]]
             text = read_calibration(checkpoint, engine.tokenizer, data or (), glob)
             if store:

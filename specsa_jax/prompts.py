@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ def encode(tokenizer: Tokenizer, vocabulary: int, prompts: Any) -> list[np.ndarr
     if isinstance(prompts, str):
         prompts = [prompts]
     try:
+        if isinstance(prompts, Mapping | Set):  # whose keys, or whose order, nobody meant
+            raise TypeError
         prompts = list(prompts)
     except TypeError as error:
         raise PromptError(f"prompts: got {type(prompts).__name__}, expected texts or lists of token ids") from error

@@ -69,6 +69,8 @@ class Sharing:
       keep_compressed: reuse layers keep the output of their compressed branch.
       group, group_mode: C adjacent queries are served as a group (0: as the kernels like it). ``merged``: each attends
         to the blocks that it selected. ``shared``: all to those of the group's query with the longest prefix.
+
+    Raises ValueError for a schedule of other letters, and for a group below 0: files hold them, too.
     """
 
     schedule: str = ""
@@ -77,6 +79,10 @@ class Sharing:
     group_mode: GroupMode = "merged"
 
     def __post_init__(self) -> None:
+        if self.schedule.strip("FS") or self.schedule.startswith("S"):
+            raise ValueError(f"schedule: got {self.schedule!r}, expected a letter a layer, F or S, F first")
+        if self.group < 0:
+            raise ValueError(f"group: got {self.group}, expected at least 0")
         if "S" not in self.schedule:  # one form for one meaning: what is compiled and measured is found by it
             object.__setattr__(self, "schedule", "")
             object.__setattr__(self, "keep_compressed", True)

@@ -1,9 +1,11 @@
-"""What the commands share: how they end when something is wrong."""
+"""What the commands share: how they end when something is wrong, and what they look at before they begin."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -29,3 +31,22 @@ def clear_errors(notes: Console, interrupted: str = "interrupted") -> Iterator[N
     except KeyboardInterrupt as error:
         notes.print(interrupted)
         raise typer.Exit(130) from error
+
+
+def named_options(context: typer.Context, names: Sequence[str]) -> list[str]:
+    """Those options that the command line names."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+
+
+def check_writable(name: str, path: Path, parents: bool = False) -> None:
+    """Raises ValueError that names the argument where ``path`` cannot become a file: before work that would be lost.
+
+    ``parents``: directories above it that are missing will be made.
+    """
+    folder = path.absolute().parent
+    while parents and not folder.exists():
+        folder = folder.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{name}: got {str(path)!r}, expected the path of a file in a directory that can be written "
+                         "to")  # fmt: skip

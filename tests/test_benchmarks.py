@@ -166,6 +166,80 @@ def test_no_row_begins_behind_the_budget(tmp_path):
     assert json.loads((tmp_path / "rows.json").read_text())["complete"] is False
 
 
+def test_a_file_is_not_replaced_before_there_is_a_row(tmp_path):
+    path = tmp_path / "rows.json"
+    harness.Rows(options(path), ("a",), model="m").add({"a": 1}, None)
+    before = path.read_bytes()
+    for resume in (True, False):
+        rows = harness.Rows(options(path, resume, budget=0.0), ("a",), model="n")
+        assert rows.rows == [] and not rows.wanted(a=1)
+        rows.save()
+        assert path.read_bytes() == before
+    rows.add({"a": 2}, None)
+    assert [row["a"] for row in harness.read(path)["rows"]] == [2]
+
+
+def test_rows_of_another_device_are_refused_and_left_alone(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({**result("x", [{"a": 1}]), "device": "TPU v4"}))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="resume: got .*rows.json, of device 'TPU v4', expected 'cpu'"):
+        harness.Rows(options(path), ("a",))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [('{"rows": [', "not readable JSON"), ("[]", "got list, expected an object"), ("{}", "expected a result file"),
+     (json.dumps({"device": "cpu", "command": "x.py", "rows": [1]}), "expected a result file"),
+     (json.dumps({"device": "cpu", "command": "x.py", "rows": [{"b": 1}]}), "expected rows with a$")],
+)  # fmt: skip
+def test_a_damaged_file_is_not_gone_on_with(tmp_path, text, reason):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"rows.json.*{reason}"):
+        harness.Rows(options(path), ("a",))
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("plots.py {tmp}/half.json", "error: {tmp}/half.json: not readable JSON"),
+        ("plots.py {tmp}/none.json", "error: paths: got {tmp}/none.json, expected an existing file"),
+        ("dense_decode.py --resume --out {tmp}/half.json", "error: {tmp}/half.json: not readable JSON"),
+        ("prefill.py --tokens -5", "argument --tokens: got '-5', expected a whole number of at least 1"),
+        ("prefill.py --out {tmp}", "argument --out: got '{tmp}', expected the path of a file"),
+        ("prefill.py --out {tmp}/half.json/x/y.json", "argument --out: got '{tmp}/half.json/x/y.json', expected the"),
+        ("end_to_end.py --batches 0", "argument --batches: got '0', expected a whole number"),
+        ("end_to_end.py --temperatures nan", "argument --temperatures: got 'nan', expected a finite number"),
+        ("end_to_end.py --strategies nosuch", "error: drafter: got 'nosuch', expected one of lookup"),
+        ("end_to_end.py --strategies lookup@bush", "error: tree: got 'bush', expected chain:K"),
+        ("end_to_end.py --strategies model:/nosuch@chain:4", "error: drafter: model:/nosuch: checkpoint: got"),
+        ("end_to_end.py --space nosuch@chain:4", "error: drafter: got 'nosuch', expected one of lookup"),
+        ("end_to_end.py --contexts 96 --new-tokens 96", "error: contexts: got 96, expected more than the 96 of new_"),
+        ("end_to_end.py --checkpoint /nosuch", "error: checkpoint: got '/nosuch', expected an existing directory"),
+        ("ablations.py --context 96", "error: context: got 96, expected more than the 96 of new_tokens"),
+        ("planner.py --cells 1", "argument --cells: got '1', expected BATCH:CONTEXT"),
+    ],
+)
+def test_bad_options_of_a_script_end_with_one_line_before_any_work(command, reason, tmp_path, monkeypatch, capsys):
+    (tmp_path / "half.json").write_text('{"rows": [')
+    script, *words = command.format(tmp=tmp_path).split()
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(FOLDER / script), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and out == "" and reason.format(tmp=tmp_path) in err.splitlines()[-1], err
+    assert [file.name for file in tmp_path.iterdir()] == ["half.json"]
+
+
+def test_the_planner_benchmark_without_time_leaves_a_file_without_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["planner.py", "--budget", "0", "--out", str(tmp_path / "planner.json")])
+    runpy.run_path(str(FOLDER / "planner.py"), run_name="__main__")
+    assert json.loads((tmp_path / "planner.json").read_text())["rows"] == []
+
+
 def test_speedup_and_identity_are_against_the_right_rows():
     exact = {"tokens_per_second": 10.0, "tokens": ["1 2 3", "4 5 6"]}
     row = {"tokens_per_second": 25.0, "tokens": ["1 2 3", "4 5 7"]}

@@ -205,6 +205,11 @@ def test_an_engine_of_no_precision_class_is_refused():
         Engine.from_pretrained("embedded", precision="fp8")
 
 
+def test_an_engine_with_a_profile_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="profile: got 3, expected a Profile, or the path of its file"):
+        Engine.from_pretrained("embedded", profile=3)
+
+
 @pytest.mark.parametrize("dtype", ["int8", "float64", "half a float"])
 def test_an_engine_of_another_dtype_is_refused(dtype):
     with pytest.raises(ValueError, match=f"dtype: got '?{dtype}'?, expected bfloat16 or float32"):
@@ -257,6 +262,10 @@ def test_statistics_are_consistent(engine, held_out):
         ({"prompts": ["x"], "stop": None}, PromptError, r"stop: got \(None,\)"),
         ({"prompts": ["x"], "strategy": Strategy(tree="chain:65")}, ValueError, "65 tokens deep, expected at most"),
         ({"prompts": ["x"], "strategy": "chain:5"}, PromptError, "strategy: got 'chain:5', expected a Strategy"),
+        ({"prompts": ["x"], "strategy": np.ones(2)}, PromptError, r"strategy: got array\(\[1., 1.\]\), expected a "),
+        ({"prompts": ["x"], "on_chunk": 3}, PromptError, "on_chunk: got 3, expected a function"),
+        ({"prompts": {"a": 1}}, PromptError, "prompts: got dict, expected texts or lists"),
+        ({"prompts": {"a", "b"}}, PromptError, "prompts: got set, expected texts or lists"),
         ({"prompts": [5, 6]}, PromptError, r"prompts\[0\]: got int64 of shape \[\], expected a text or a list"),
         ({"prompts": [[1, [2]]]}, PromptError, r"prompts\[0\]: got \[1, \[2\]\], expected a text or a list"),
         ({"prompts": ["x", "\ud800"]}, PromptError, r"prompts\[1\]: got .*ud800., expected a text or a list"),

@@ -81,6 +81,17 @@ def test_what_is_measured_is_not_measured_twice(engine, text, stub):
     assert done == [1, 3] and again == half
 
 
+def test_measured_anew_is_what_there_is_time_for_and_the_rest_stays(engine, text, stub, monkeypatch):
+    done, at = stub
+    monkeypatch.setattr(measure, "measure_bandwidth", lambda dtype: (1.0, 2.0, 3.0))
+    before = profile(steps=tuple(timed(Point(1, 64, width), 1.0) for width in (1, 2, 5)))
+    untouched, _ = measure.measure(engine, text, before, again=True, budget=0.0, **SMALL)
+    assert untouched == dataclasses.replace(before, bandwidth=1.0, flops=2.0, overhead=3.0)
+    found, _ = measure.measure(engine, text, before, again=True, **SMALL)
+    assert done == [1, 2, 3]
+    assert {s.point.width: s.seconds for s in found.steps} == {1: 1e-3, 2: 2e-3, 3: 3e-3, 5: 1.0}
+
+
 def test_a_spent_budget_begins_nothing_and_names_what_is_missing(engine, text, stub):
     done, _ = stub
     told = []
@@ -109,7 +120,8 @@ def test_an_interrupted_measurement_keeps_what_was_measured(engine, text, stub, 
     assert done == [1, 2, 3] and len(whole.steps) == 3
 
 
-def test_bad_axes_and_text_too_small_are_refused_before_any_work(engine, text):
+def test_bad_axes_and_text_too_small_are_refused_before_any_work(engine, text, monkeypatch):
+    monkeypatch.setattr(measure, "measure_bandwidth", None)  # which takes long
     for changed, reason in (
         ({"batches": (0,)}, "batch: got .0., expected whole numbers from 1"),
         ({"contexts": (64, 1000)}, "context: got .64, 1000., expected whole numbers from 1 to 512"),
@@ -118,9 +130,9 @@ def test_bad_axes_and_text_too_small_are_refused_before_any_work(engine, text):
         ({"drafters": (("lookup", ("star:2",)),)}, "tree: got 'star:2'"),
     ):
         with pytest.raises(ValueError, match=reason):
-            measure.measure(engine, text, profile(), **{**SMALL, **changed})
+            measure.measure(engine, text, **{**SMALL, **changed})
     with pytest.raises(CalibrationError, match="100 tokens of chance make . windows"):
-        measure.measure(engine, Calibration(text.stream[:100], "chance"), profile(), **SMALL)
+        measure.measure(engine, Calibration(text.stream[:100], "chance"), **SMALL)
 
 
 @pytest.mark.slow
@@ -246,10 +258,19 @@ def test_the_command_measures_goes_on_and_draws(specsa, directory, tmp_path, stu
     save(path, dataclasses.replace(read(path), device="cpu", dtype="bfloat16"))
     code, _, err = specsa(*common)
     assert code == 2 and "dtype: got bfloat16, expected float32" in err
-    path.write_text("{")
-    assert specsa(*common)[0] == 2
+    # Measured anew, it is replaced as soon as something was measured.
+    before = path.read_bytes()
+    code, _, err = specsa(*common, "--again", "--budget", 0)
+    assert code == 0 and path.read_bytes() == before and "nothing new to store" in err
     code, out, err = specsa(*common, "--again")
-    assert code == 0 and json.loads(out)["steps"] == 3
+    assert code == 0 and json.loads(out)["steps"] == 3 and read(path).dtype == "float32"
+    done.clear()
+    assert specsa(*common, "--again", "--budget", 0)[0] == 0 and done == [] and len(read(path).steps) == 3
+    # What is no profile stays.
+    for other in ("{", "[]", "some notes"):
+        path.write_text(other)
+        assert specsa(*common)[0] == specsa(*common, "--again")[0] == 2
+        assert path.read_text() == other
     path.unlink()
 
 
@@ -260,6 +281,13 @@ def test_the_command_measures_goes_on_and_draws(specsa, directory, tmp_path, stu
         (["--budget", "nan"], "budget: got nan, expected seconds"),
         (["--allow-mismatch"], "allow_mismatch: got it without --show"),
         (["--show", "page.pdf"], "show: got 'page.pdf', expected a path that ends in .html"),
+        (["--show", "/missing/x.html"], "show: got '/missing/x.html', expected the path of a file in a directory"),
+        (
+            ["--show", "x.html", "--again", "--batch", 0, "--data", "/nosuch"],
+            "batch, data, again: got a value with --sh",
+        ),
+        (["--again", "--out", "/"], "out: got '/', expected the path of a file in a directory"),
+        (["--out", "/missing/x.json"], "out: got '/missing/x.json', expected the path of a file in a directory"),
     ],
 )
 def test_bad_options_end_with_one_line(specsa, options, reason):

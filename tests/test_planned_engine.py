@@ -225,6 +225,16 @@ def test_a_planner_and_no_speculation_contradict_each_other(engine):
         engine.generate(prompts(), 4, strategy="auto", max_kl=0.1)
 
 
+def test_a_profile_without_step_times_gives_costs_counted_from_its_rates():
+    """What a budget of nothing leaves, in a file or as the checkpoint's own."""
+    fields = {"fingerprint": "x", "device": "cpu", "versions": {}, "dtype": "float32", "implementation": "xla"}
+    empty = Profile(**fields, max_context=160, bandwidth=1e10, flops=1e11, overhead=1e-6)
+    engine = tiny_engine(profile=empty)
+    counted = Costs.from_bytes(CONFIG, "float32", 1e10, 1e11, 1e-6)
+    assert not engine.costs.measured and engine.costs.step(Point(1, 64, 5)) == counted.step(Point(1, 64, 5))
+    assert len(engine.space(TREES).candidates) == 3
+
+
 def test_watchers_and_drafters_must_fit():
     model = DraftModel("another", config=CONFIG)
     with pytest.raises(ValueError, match=r"watchers\[0\]: got lookup, expected a drafter with a state"):

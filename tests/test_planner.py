@@ -169,11 +169,22 @@ def test_contenders_are_all_that_win_at_some_acceptance():
     assert make(1.0).contenders()[0] == make(1.0).strategy
 
 
-@pytest.mark.parametrize("bad", [{"hysteresis": -1}, {"hysteresis": float("nan")}, {"segment": 0}, {"segment": True},
-                                 {"precision": "fp8"}])  # fmt: skip
+@pytest.mark.parametrize("bad", [
+    {"hysteresis": -1}, {"hysteresis": float("nan")}, {"hysteresis": "x"}, {"hysteresis": None}, {"segment": 0},
+    {"segment": True}, {"precision": "fp8"}, {"switch": "no"}, {"drafters": "lookup"}, {"drafters": 5},
+    {"drafters": (3, ("chain:2",))}, {"drafters": ((3, ("chain:2",)),)}, {"drafters": (("lookup", "chain:2"),)},
+    {"drafters": (("lookup", ()),)},
+])  # fmt: skip
 def test_a_planner_of_no_sense_is_refused(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))}: got"):
         Planner(**bad)
+
+
+def test_a_planners_drafters_may_be_lists_of_trees_that_can_be_read():
+    listed = Planner(drafters=[["lookup", ["chain:2", "chain:4"]]])
+    assert listed == Planner(drafters=(("lookup", ("chain:2", "chain:4")),)) and hash(listed)
+    with pytest.raises(ValueError, match="tree: got 'star:2'"):
+        Planner(drafters=[("lookup", ["star:2"])])
 
 
 def test_what_others_decode_shows_how_lookup_would_fare():

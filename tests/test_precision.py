@@ -411,6 +411,9 @@ def test_search_measure_and_generate_on_the_command_line(directory, tmp_path, mo
         (["schedule", directory, "--refresh", 5, *data, *small], "refresh: got 5, expected 1 to 2"),
         (["schedule", directory, "--refresh", 1, "--data", tmp_path / "short.txt", *small], "expected at least 8"),
         (["precision", directory, "--schedule", "SFF", *data, *small], "expected F first"),
+        (["precision", directory, "--shared", 2, "--width", -5, *data, *small], "width: got -5, expected at least 2"),
+        (["precision", directory, "--schedule", "FFS", *data, *small, "--batch", 0], "batch: got 0, expected an"),
+        (["schedule", directory, "--refresh", 2, *data, *small, "--batch", -1], "batch: got -1, expected an integer"),
         (["generate", "--checkpoint", directory, "--prompt-file", tmp_path / "short.txt", "--precision", "approx",
           "--schedule", "searched:2", "--max-new-tokens", 2, "--max-kl", 0], "outside max_kl = 0"),
     ):  # fmt: skip

@@ -70,6 +70,15 @@ def test_a_damaged_file_is_refused_with_the_place_of_the_damage(tmp_path, full):
         (json.dumps({**values, "steps": [{**first, "point": {**first["point"], "width": 0}}]}), "width: got 0"),
         (json.dumps({**values, "steps": [{**first, "point": {**first["point"], "width": True}}]}),
          r"Profile.steps\[0\].point.width: got True, expected int"),
+        ("[" * 100_000, "truncated or damaged"),
+        (json.dumps({**values, "bandwidth": 10**400}), "Profile.bandwidth: got 1000*, expected float"),
+        *((json.dumps({**values, "steps": [first, {**first, "point": {**first["point"], **changed}}]}),
+           rf"Profile.steps\[1\].point{reason}") for changed, reason in (
+            ({"context": 10**400}, ".context: got 1000*, expected int of at most"),
+            ({"sharing": {**first["point"]["sharing"], "schedule": "ZZ"}}, ".sharing: schedule: got 'ZZ', expected"),
+            ({"sharing": {**first["point"]["sharing"], "schedule": "SF"}}, ".sharing: schedule: got 'SF', expected"),
+            ({"sharing": {**first["point"]["sharing"], "group": -4}}, ".sharing: group: got -4, expected at least 0"),
+        )),
         (json.dumps({**values, "priors": [{**values["priors"][0], "steps": 11}]}), "add up to 11 steps"),
     ):  # fmt: skip
         path.write_text(broken)

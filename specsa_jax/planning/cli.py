@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specsa_jax.terminal import clear_errors
+from specsa_jax.terminal import check_writable, clear_errors, named_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def profile(
+    command: typer.Context,
     checkpoint: Annotated[str, typer.Argument(help="'embedded', or a checkpoint directory.")],
     budget: Annotated[float, typer.Option(help="Seconds; what would end later is not begun.")] = float("inf"),
     batch: Annotated[list[int] | None, typer.Option(help="Sequences; repeatable. None: 1, 8.")] = None,
@@ -46,7 +46,7 @@ def profile(
     out: Annotated[
         Path | None, typer.Option(help="The file. None: profile-DEVICE.json in the checkpoint's directory.")
     ] = None,
-    again: Annotated[bool, typer.Option("--again", help="Measure anew what the file holds.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what the file holds too.")] = False,
     show: Annotated[
         Path | None,
         typer.Option(help="Draw what the file holds as this .html, and .png beside it; measure nothing."),
@@ -77,6 +77,12 @@ def profile(
                              "belong into the profile of another device")  # fmt: skip
         if show is not None and show.suffix != ".html":
             raise ValueError(f"show: got {str(show)!r}, expected a path that ends in .html")
+        measuring = ("budget", "batch", "context", "drafter", "tree", "data", "glob", "again")
+        if show is not None and (named := named_options(command, measuring)):
+            raise ValueError(f"{', '.join(named)}: got a value with --show, which measures nothing, expected one or "
+                             "the other")  # fmt: skip
+        if show is not None:
+            check_writable("show", show)
         from specsa_jax.engine import Engine
 
         with console.status("loading the model"):
@@ -127,44 +133,68 @@ def _measure(
     engine: Engine, path: Path, console: Console, checkpoint: str, data: Any, glob: str, budget: float, again: bool,
     limits: dict[str, Any],
 ) -> tuple[Profile, list[str]]:  # fmt: skip
-    """What the file holds and what it lacked, which is measured and kept in it."""
+    """What the file holds and what it lacked (``again``: all), which is measured and kept in it.
+
+    The file stays as it is until something was measured, which then replaces its entries; or all of it, from the first
+    step time on, where its own would not compare.
+    """
     import time
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from specsa_jax.calibration import read_calibration
     from specsa_jax.planning import measure
-    from specsa_jax.planning.profile import ProfileError, save
+    from specsa_jax.planning.profile import ProfileError, is_profile, save
 
     begun = time.perf_counter()
+    check_writable("out", path)
     given = {name: values for name, values in limits.items() if values}
     given.setdefault("contexts", measure.default_contexts(engine.max_length))
-    held = None
-    if path.exists() and not again:
-        held = _load(engine, path)
-        here = {"dtype": str(engine.dtype), "implementation": engine.implementation, "versions": measure.versions()}
-        for name, value in here.items():
-            if getattr(held, name) != value:
-                raise ProfileError(
-                    f"profile: {path}: {name}: got {getattr(held, name)}, expected {value}: what is added would not "
-                    "compare; measure anew with --again, or into another --out"
-                )
-    if not os.access(path.parent, os.W_OK):
-        raise ProfileError(f"out: got {str(path)!r}, in a directory that cannot be written to; expected another --out")
+    held, replaced = None, False
+    if path.exists():
+        try:
+            held = _comparable(engine, path)
+        except ProfileError:
+            if not (again and is_profile(path)):
+                raise
+            replaced = True
     text = read_calibration(checkpoint, engine.tokenizer, data, glob)
-    with console.status("measuring bandwidth"):
-        held = held or measure.new_profile(engine, given["contexts"])
+    written = False
+
+    def keep(found: Profile) -> None:
+        nonlocal written
+        if found.steps or not replaced:
+            save(path, found)
+            written = True
+
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=None)
         found, missing = measure.measure(
-            engine, text, held, **given, budget=max(0.0, budget - (time.perf_counter() - begun)),
-            keep=lambda profile: save(path, profile),
+            engine, text, held, **given, budget=max(0.0, budget - (time.perf_counter() - begun)), again=again,
+            keep=keep,
             progress=lambda done, total, name: bar.update(task, completed=done, total=total, description=name),
         )  # fmt: skip
-    save(path, found)
-    console.print(f"stored in {path}", soft_wrap=True)
+    if not path.exists():
+        keep(found)
+    console.print(f"stored in {path}" if written else f"nothing new to store: {path} is as it was", soft_wrap=True)
     return found, missing
+
+
+def _comparable(engine: Engine, path: Path) -> Profile:
+    """The profile in the file, if what is measured here compares with it. Raises ProfileError."""
+    from specsa_jax.planning.measure import versions
+    from specsa_jax.planning.profile import ProfileError
+
+    held = _load(engine, path)
+    here = {"dtype": str(engine.dtype), "implementation": engine.implementation, "versions": versions()}
+    for name, value in here.items():
+        if getattr(held, name) != value:
+            raise ProfileError(
+                f"profile: {path}: {name}: got {getattr(held, name)}, expected {value}: what is added would not "
+                "compare; measure anew with --again, or into another --out"
+            )
+    return held
 
 
 def _draw(engine: Engine, profile: Profile, show: Path, console: Console) -> list[str]:

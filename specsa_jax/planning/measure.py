@@ -64,12 +64,13 @@ def versions() -> dict[str, str]:
 def measure(
     engine: Engine,
     calibration: Calibration,
-    profile: Profile,
+    profile: Profile | None = None,
     *,
     batches: Sequence[int] = BATCHES,
     contexts: Sequence[int],
     drafters: Sequence[tuple[str, Sequence[str]]] = DRAFTERS,
     budget: float = float("inf"),
+    again: bool = False,
     keep: Callable[[Profile], object] = lambda profile: None,
     progress: Progress = lambda done, total, name: None,
 ) -> tuple[Profile, list[str]]:
@@ -78,10 +79,11 @@ def measure(
     Args:
       engine: of the model.
       calibration: text of priors, overlaps and divergence.
-      profile: what is known; :func:`new_profile` to begin with.
+      profile: what is known; None: nothing, so that it begins with :func:`new_profile`.
       batches, contexts: the axes; drafters: by name, each with its trees.
       budget: seconds; compilation counts. Nothing is begun behind it, nor what would end behind it if it took as long
         as the longest of its kind so far.
+      again: measure what is known, too; what is measured takes the place of what was there, entry by entry.
       keep: called with the profile after each thing measured.
       progress: called before each.
 
@@ -90,8 +92,14 @@ def measure(
     Raises ValueError for an axis that is none, CalibrationError for text too small to state anything; before any work.
     """
     bench = Bench(engine, calibration, tuple(sorted(set(batches))), tuple(sorted(set(contexts))), drafters)
-    begun, known = time.perf_counter(), _keys(profile)
-    wanted, missing = [task for task in tasks(bench) if task.key not in known], bench.missing
+    ordered, begun = tasks(bench), time.perf_counter()
+    if profile is None or again:
+        progress(0, len(ordered), "bandwidth")
+        fresh = new_profile(engine, contexts)
+        rates = {name: getattr(fresh, name) for name in ("bandwidth", "flops", "overhead")}
+        profile = fresh if profile is None else dataclasses.replace(profile, **rates)
+    known = set() if again else {key(entry) for name, key in _KEYS.items() for entry in getattr(profile, name)}
+    wanted, missing = [task for task in ordered if task.key not in known], bench.missing
     text = calibration.text
     longest: dict[str, float] = {}  # seconds, by kind of task
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -120,8 +128,8 @@ def measure(
             missing.append(f"{task.name}: {str(error).splitlines()[0]}")  # of the last, which may be out of memory, too
             bench.held = None
             continue
-        added: dict[str, Any] = {name: (*getattr(profile, name), *new) for name, new in found.items()}
-        profile = dataclasses.replace(profile, **added, text=text,
+        changed = {name: _with(name, getattr(profile, name), new) for name, new in found.items()}
+        profile = dataclasses.replace(profile, **changed, text=text,
                                       max_context=max(profile.max_context, *contexts))  # fmt: skip
         if "steps" in found:
             profile = dataclasses.replace(profile, interpolation=interpolation_error(profile, engine.config))
@@ -142,16 +150,22 @@ def _compile(tasks: Sequence[Task]) -> float:
     return time.perf_counter() - begun
 
 
-def _keys(profile: Profile) -> set[tuple[Any, ...]]:
-    """By what the entries of a profile are found."""
-    return {
-        *(("step", s.point) for s in profile.steps),
-        *(("draft", d.drafter, d.tree, d.batch, d.context) for d in profile.drafts),
-        *(("prefill", p.batch, p.tokens) for p in profile.prefills),
-        *(("prior", p.drafter, p.tree, p.text, p.context) for p in profile.priors),
-        *(("overlap", o.context) for o in profile.overlaps),
-        *(("divergence", *m.key) for m in profile.measurements),
-    }
+# By what the entries of a profile are found: the keys of tasks.
+_KEYS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
+    "steps": lambda s: ("step", s.point),
+    "drafts": lambda d: ("draft", d.drafter, d.tree, d.batch, d.context),
+    "prefills": lambda p: ("prefill", p.batch, p.tokens),
+    "priors": lambda p: ("prior", p.drafter, p.tree, p.text, p.context),
+    "overlaps": lambda o: ("overlap", o.context),
+    "measurements": lambda m: ("divergence", *m.key),
+}
+
+
+def _with(name: str, old: tuple[Any, ...], new: tuple[Any, ...]) -> Any:
+    """Entries of the field ``name``, new ones in place of old ones of the same things."""
+    key = _KEYS[name]
+    replaced = set(map(key, new))
+    return (*(entry for entry in old if key(entry) not in replaced), *new)
 
 
 def tasks(bench: Bench) -> list[Task]:

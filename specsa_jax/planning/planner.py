@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from specsa_jax.decoding import Counts, add_counts
-from specsa_jax.drafting import Drafter
+from specsa_jax.drafting import Drafter, parse_tree
 from specsa_jax.drafting.watching import Watching, watcher
 from specsa_jax.planning import replay
 from specsa_jax.planning.costs import Costs
@@ -76,10 +76,31 @@ class Planner:
     def __post_init__(self) -> None:
         if self.precision not in (None, *get_args(Precision)):
             raise ValueError(f"precision: got {self.precision!r}, expected one of {', '.join(get_args(Precision))}")
-        if not 0 <= self.hysteresis < math.inf:
+        number = isinstance(self.hysteresis, int | float) and not isinstance(self.hysteresis, bool)
+        if not (number and 0 <= self.hysteresis < math.inf):
             raise ValueError(f"hysteresis: got {self.hysteresis!r}, expected a fraction of at least 0")
         if isinstance(self.segment, bool) or not isinstance(self.segment, int) or self.segment < 1:
             raise ValueError(f"segment: got {self.segment!r}, expected an integer of at least 1 step")
+        if not isinstance(self.switch, bool):
+            raise ValueError(f"switch: got {self.switch!r}, expected True or False")
+        object.__setattr__(self, "drafters", _drafters(self.drafters))
+
+
+def _drafters(given: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Names with trees, also from lists: planners are compared and hashed. Raises ValueError."""
+
+    def is_list(value: Any, size: int | None = None) -> bool:
+        return isinstance(value, list | tuple) and size in (None, len(value))
+
+    if not is_list(given) or not all(
+        is_list(one, 2) and isinstance(one[0], str) and is_list(one[1]) and one[1] for one in given
+    ):
+        raise ValueError(f"drafters: got {given!r}, expected pairs of a name and its trees, such as "
+                         "(('lookup', ('chain:4', 'chain:16')),)")  # fmt: skip
+    for _, trees in given:
+        for tree in trees:
+            parse_tree(tree)
+    return tuple((name, tuple(trees)) for name, trees in given)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
+import sys
 import types
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -15,6 +15,8 @@ from specsa_jax.checkpoints.records import Measurement, Text
 from specsa_jax.checkpoints.store import write_text
 from specsa_jax.schedule import Sharing
 
+# Integers in a file: those that a float holds exactly, too.
+_LARGEST = 2**53
 SCHEMA = 2  # 1: a step's seconds had a share of a call's
 
 
@@ -251,12 +253,7 @@ def load(
 
 def read(path: Path) -> Profile:
     """The profile in ``path``, of whatever model and device. Raises ProfileError as :func:`load`."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ProfileError(f"profile: got {str(path)!r}, expected a readable file: {error.strerror}") from error
-    except ValueError as error:
-        raise ProfileError(f"profile: {path}: truncated or damaged: {error}") from error
+    values = _json(path)
     schema = values.get("schema") if isinstance(values, dict) else None
     if schema != SCHEMA:
         raise ProfileError(f"profile: {path}: schema: got {schema!r}, expected {SCHEMA}; measure anew with specsa "
@@ -265,6 +262,22 @@ def read(path: Path) -> Profile:
         return _value(Profile, values, "Profile")
     except ValueError as error:
         raise ProfileError(f"profile: {path}: damaged: {error}") from error
+
+
+def is_profile(path: Path) -> bool:
+    """Whether the file is one at all, of whatever schema: what may be replaced by another. Raises ProfileError where it
+    cannot be read."""
+    values = _json(path)
+    return isinstance(values, dict) and {"schema", "fingerprint", "device"} <= set(values)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ProfileError(f"profile: got {str(path)!r}, expected a readable file: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ProfileError(f"profile: {path}: truncated or damaged: {error}") from error
 
 
 _hints = functools.cache(get_type_hints)
@@ -277,7 +290,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict) or set(value) != set(fields):
             got = ", ".join(sorted(value)) if isinstance(value, dict) else repr(value)
             raise ProfileError(f"{where}: got {got:.200}, expected the fields {', '.join(fields)}")
-        return hint(**{name: _value(_hints(hint)[name], value[name], f"{where}.{name}") for name in fields})
+        found = {name: _value(_hints(hint)[name], value[name], f"{where}.{name}") for name in fields}
+        try:
+            return hint(**found)
+        except ValueError as error:
+            raise ProfileError(f"{where}: {error}") from error
     kind, choices = get_origin(hint), get_args(hint)
     if kind is types.UnionType:  # X | None
         return None if value is None else _value(choices[0], value, where)
@@ -287,9 +304,12 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return {key: _value(choices[1], one, f"{where}.{key}") for key, one in value.items()}
     if kind is Literal and value in choices:
         return value
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    if hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
         return float(value)
-    if hint in (int, str, bool) and type(value) is hint:
+    if hint is int and type(value) is int and abs(value) <= _LARGEST:
+        return value
+    if hint in (str, bool) and type(value) is hint:
         return value
     wanted = " or ".join(map(repr, choices)) if kind is Literal else getattr(kind or hint, "__name__", str(hint))
+    wanted += " of at most 2**53" if hint is int else ""
     raise ProfileError(f"{where}: got {value!r:.80}, expected {wanted}")
