@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import tuned
+from pallas_kernels import _dispatch, tuned
 from pallas_kernels.attention import AttentionConfig, attend
 from pallas_kernels.attention import specs as attention_specs
 from pallas_kernels.commit import CommitConfig, commit
@@ -88,15 +88,19 @@ def tune(
       budget: seconds after which nothing else is begun; a task that it interrupts leaves no entry.
       report: is told of each task, with its entry, or None when it begins.
 
-    Returns whether all tasks are in the file. Raises TuningError for a file that is broken or of another device.
+    Returns whether all tasks are in the file. Raises TuningError for a file that is broken or of another device,
+    OSError for one that cannot be read, ValueError for a budget that is none.
     """
+    if not budget >= 0:  # NaN is not
+        raise ValueError(f"budget: got {budget}, expected at least 0 seconds")
     start, device = clock(), jax.devices()[0].device_kind
     data: dict[str, Any] = {"schema": tuned.SCHEMA, "device": device} | {kind: [] for kind in tuned.KINDS}
     if path.exists():
-        data = tuned.parse(path.read_text(encoding="utf-8"), str(path))
+        data = tuned.parse(path.read_bytes(), str(path))
         if data["device"] != device:
             raise tuned.TuningError(f"{path}: was measured on {data['device']}, this is {device}")
     data["jax"] = jax.__version__
+    path.parent.mkdir(parents=True, exist_ok=True)  # now, not when the first task has taken minutes
     for task in todo:
         known = [entry for entry in data[task.kind] if task.key.items() <= entry.items()]
         if known and not again:
@@ -151,7 +155,6 @@ def descend(space: Sequence[Any], times: dict[Any, float]) -> Iterable[list[Any]
 
 def write(path: Path, data: dict[str, Any]) -> None:
     """Writes the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -288,10 +291,15 @@ def _space(config: type[Any], *sizes: Any) -> list[Any]:
 
 
 def run(names: Sequence[str] = (), out: Path | None = None, budget: float = math.inf, again: bool = False) -> bool:
-    """:func:`tune` with progress on the terminal; True when everything that was asked for is in the file."""
+    """:func:`tune` with progress on the terminal; True when everything that was asked for is in the file.
+
+    Raises UnsupportedError where the kernels do not run, before anything is measured.
+    """
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     todo, path = tasks(names), out or default_path()
+    if reason := _dispatch.device_limit():
+        raise _dispatch.UnsupportedError(reason)
     columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns) as progress:
         bar = progress.add_task("", total=len(todo))
@@ -309,14 +317,17 @@ def run(names: Sequence[str] = (), out: Path | None = None, budget: float = math
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """The command line. Bad input, or no GPU, ends with one line on standard error and exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="parts of spec names, e.g. B8-T8-H32x8; none: all")
     parser.add_argument("--out", type=Path, help="the data file; by default the one that the kernels read")
     parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin nothing after that")
     parser.add_argument("--again", action="store_true", help="measure entries that the file holds anew")
     args = parser.parse_args(argv)
-    run(args.names, args.out, args.budget, args.again)
+    try:
+        run(args.names, args.out, args.budget, args.again)
+    except (_dispatch.UnsupportedError, ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -379,6 +379,15 @@ def test_what_lies_behind_the_length_is_not_read(interpret, kernel_seed):
     assert_close(spec, again, expected)
 
 
+def cut(axis, *names):
+    """A change of those arrays of a named tuple, or of an array, to none along ``axis``."""
+
+    def none_of(array):
+        return array[(slice(None),) * axis + (slice(0, 0),)]
+
+    return lambda x: x._replace(**{name: none_of(getattr(x, name)) for name in names}) if names else none_of(x)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -390,6 +399,25 @@ def test_what_lies_behind_the_length_is_not_read(interpret, kernel_seed):
         (dict(layer=lambda x: x._replace(window_key=None, window_value=None)), "window_key: given in one of layer and"),
         (dict(layer=lambda x: x._replace(compressed_value=None)), "compressed_value: given in one of layer and tail"),
         (dict(tail=lambda x: x._replace(ancestor=jnp.ones((2, 8, 8), bool))), "tail.ancestor: got a batch of 2"),
+        (dict(tail=lambda x: x._replace(ancestor=jnp.array(True))), r"tail.ancestor: got shape \(\), expected \[B or"),
+        (dict(tail=lambda x: x._replace(slot=jnp.int32(3))), r"tail.slot: got shape \(\), expected \[B, M\]"),
+        (dict(tail=lambda x: x._replace(key=None)), "tail.key: got None, expected float32"),
+        (dict(layer=lambda x: x._replace(key=None)), "layer.key: got None, expected .P, Hkv, l', D."),
+        (dict(layer=lambda x: x._replace(value=None)), "layer.value: got None, expected float32"),
+        (dict(layer=lambda x: x._replace(compressed_key=None)), "layer.compressed_key: got None, expected float32"),
+        (dict(query=cut(0)), r"query: got shape \(0, 8, 4, 16\), expected .* with B of at least 1"),
+        (dict(query=cut(1)), r"query: got shape \(3, 0, 4, 16\), expected .* with T of at least 1"),
+        (dict(query=cut(2)), r"query: got shape \(3, 8, 0, 16\), expected .* with Hq of at least 1"),
+        (dict(layer=cut(0, "key")), r"layer.key: got shape \(0, 2, 16, 16\), expected .* with P of at least 1"),
+        (dict(layer=cut(2, "window_key")), r"layer.window_key: got shape \(3, 2, 0, 16\), expected .* with R of"),
+        (dict(page_table=cut(1)), r"page_table: got shape \(3, 0\), expected .* with N of at least 1"),
+        (dict(tail=cut(1, "slot")), r"tail.slot: got shape \(3, 0\), expected .* with M of at least 1"),
+        (
+            dict(
+                layer=lambda x: x._replace(window_key=x.window_key[:, :, :18], window_value=x.window_value[:, :, :18])
+            ),
+            "layer.window_key: got a ring of 18, expected at least 19",
+        ),
     ],
 )
 def test_errors(change, message):
@@ -401,12 +429,91 @@ def test_errors(change, message):
         attend(CHAIN_8.sparsity, *arguments.values(), interpret=True)
 
 
-def test_selection_of_another_grouping_is_refused():
-    arguments = arguments_of(CHAIN_8)
-    ids = jnp.zeros((3, 8, 2, 4), jnp.int32)
-    with pytest.raises(ValueError, match="selected.size: got None, expected"):
-        attend(CHAIN_8.sparsity, *arguments, selected=Selection(ids, None, None, None), config=config_of(CHAIN_8),
+@pytest.mark.parametrize(
+    "group, change, message",
+    [
+        (
+            3,
+            dict(ids=np.zeros((3, 8, 2, 5), np.int32)),
+            r"ids: got int32 \(3, 8, 2, 5\), expected int32 \(3, 8, 2, 4\)",
+        ),
+        (3, dict(pages=None, owners=None, size=None), "pages: got None, expected .* as config.group = 3 says"),
+        (
+            3,
+            dict(pages=np.zeros((3, 2, 3, 11), np.int32)),
+            r"pages: got int32 \(3, 2, 3, 11\), expected int32 \(3, 2, 3, 12",
+        ),
+        (3, dict(pages=np.zeros((3, 2, 3, 12), np.float32)), "pages: got float32 .*, expected int32"),
+        (3, dict(owners=None), r"owners: got None, expected int32 \(3, 2, 3, 1, 12\)"),
+        (3, dict(size=np.zeros((3, 2, 3), np.float32)), r"size: got float32 \(3, 2, 3\), expected int32"),
+        (1, dict(), r"pages: got int32 \(3, 2, 3, 12\), expected None, as config.group = 1 says"),
+    ],
+)
+def test_a_selection_that_is_not_one_of_the_call_is_refused(group, change, message):
+    sizes = dict(ids=(3, 8, 2, 4), pages=(3, 2, 3, 12), owners=(3, 2, 3, 1, 12), size=(3, 2, 3))
+    selected = Selection(**{name: np.zeros(size, np.int32) for name, size in sizes.items()})._replace(**change)
+    with pytest.raises(ValueError, match=f"selected.{message}"):
+        attend(CHAIN_8.sparsity, *arguments_of(CHAIN_8), selected=selected, config=config_of(CHAIN_8, group),
                interpret=True)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "switches, message",
+    [
+        (dict(window=0), "window: got 0, expected at least 1"),
+        (dict(window=10**12), "window: got 1000000000000, expected at least 1 and at most 2147483647"),
+        (dict(compress_block=8.0), "compress_block: got 8.0, expected a whole number"),
+        (dict(num_selected=True), "num_selected: got True, expected a whole number"),
+        (dict(num_initial=-3), "num_initial: got -3, expected at least 0"),
+        (dict(num_local=0), "num_local: got 0, expected at least 1"),
+        (dict(scale=math.nan), "scale: got nan, expected a finite number"),
+        (dict(scale=-math.inf), "scale: got -inf, expected a finite number"),
+        (dict(scale=10**400), "scale: got 1000.*, expected a finite number"),
+        (dict(scale="1"), "scale: got '1', expected a finite number"),
+        (dict(num_selected=2), "got num_selected 2, num_initial 1, num_local 2, expected num_selected >="),
+        (dict(compress_stride=24), "got l = 32, d = 24, l' = 64, expected d to divide"),
+    ],
+)
+def test_sparsities_out_of_range_are_refused(switches, message):
+    with pytest.raises(ValueError, match=message):
+        Sparsity(**switches)
+
+
+def test_numpys_integers_are_taken_for_sizes():
+    sparsity = Sparsity(window=np.int64(96), num_selected=np.int32(8), scale=np.float32(0.5))
+    assert sparsity == Sparsity(window=96, num_selected=8, scale=0.5)
+    assert type(sparsity.window) is type(sparsity.num_selected) is int
+
+
+@pytest.mark.parametrize(
+    "switches, message",
+    [
+        (dict(group=1.5), "group: got 1.5, expected a whole number"),
+        (dict(group=0), "group: got 0, expected at least 1"),
+        (dict(num_stages=0), "num_stages: got 0, expected at least 1"),
+        (dict(selection_warps=0), "selection_warps: got 0, expected a power of two of at least 1 and at most 32"),
+        (dict(selection_warps=3), "selection_warps: got 3, expected a power of two"),
+        (dict(tile=17), "tile: got 17, expected a power of two of at least 16"),
+        (dict(mode="both"), "mode: got 'both', expected 'merged' or"),
+        (dict(window=4), "window: got 4, expected a Branch"),
+    ],
+)
+def test_configs_out_of_range_are_refused(switches, message):
+    branch = Branch(16, 1)
+    fields = dict(group=1, compressed=branch, selected=branch, window=branch)
+    with pytest.raises(ValueError, match=message):
+        AttentionConfig(**(fields | switches))
+
+
+def test_branches_and_groups_out_of_range_are_refused():
+    for sizes, message in (
+        ((24, 1), "rows: got 24, expected a power"),
+        ((16, 0), "splits: got 0, expected at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Branch(*sizes)
+    with pytest.raises(ValueError, match="group: got 0, expected at least 1"):
+        configure(CHAIN_8.sparsity, CHAIN_8.shape, 0)
 
 
 @pytest.mark.parametrize(

@@ -154,19 +154,28 @@ NAMES = ("layer", "new", "page_table", "lengths", "path", "count", "slot")
         (dict(path=lambda x: x[0]), r"path: got shape \(6,\), expected \[B, A\]"),
         (dict(count=lambda x: x[:, None]), r"count: got int32 \(3, 1\), expected int32 \(3,\)"),
         (dict(slot=lambda x: x[:2]), r"slot: got int32 \(2, 2\), expected int32 \(3, 2\)"),
+        (dict(layer=lambda x: x._replace(value=None)), "value: given in one of layer and new"),
+        (dict.fromkeys(("layer", "new"), lambda x: x._replace(value=None)), "layer.value: got None, expected .P, Hkv"),
+        (dict(layer=lambda x: x._replace(key=x.key[:0])), r"layer.key: got shape \(0, .*, expected .* with P of at le"),
+        (dict(new=lambda x: x._replace(key=x.key[:, :0])), r"new.key: got shape \(3, 0, .*, expected .* with T of at"),
+        (dict(page_table=lambda x: x[:, :0]), r"page_table: got shape \(3, 0\), expected .* with N of at least 1"),
+        (dict(compress_block=lambda x: 0), "compress_block: got 0, expected at least 1"),
+        (dict(compress_block=lambda x: 8.0), "compress_block: got 8.0, expected a whole number"),
     ],
 )
 def test_errors(change, message):
-    arguments = dict(zip(NAMES, CHAIN.arguments(), strict=True))
+    arguments = dict(zip(NAMES, CHAIN.arguments(), strict=True), compress_block=8)
     for name, function in change.items():
         arguments[name] = function(arguments[name])
     with pytest.raises(ValueError, match=message):
-        commit(**arguments, compress_block=8, interpret=True)
+        commit(**arguments, interpret=True)
 
 
 def test_configs():
     with pytest.raises(ValueError, match="heads: got 3, expected a power of two"):
         CommitConfig(3, 1)
+    with pytest.raises(ValueError, match="num_warps: got 64, expected a power of two of at least 1 and at most 32"):
+        CommitConfig(2, 64)
     for spec in specs.BENCHMARKS:
         assert CommitConfig.heuristic(spec.shape) in CommitConfig.search_space(spec.shape)
 

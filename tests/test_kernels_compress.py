@@ -92,9 +92,19 @@ def test_every_config_equals_reference_and_itself(spec):
             r"key.ring: got shape \(2, 9, 16\), expected \[B, Hkv",
         ),
         (dict(key=lambda x: x._replace(weight=x.weight[:, 1:])), r"key.weight: got shape \(2, 127, 32\), expected"),
-        (dict(value=lambda x: x._replace(fresh=x.fresh[:, :2])), r"value.fresh: got shape \(3, 2, 2, 16\), expected"),
-        (dict(value=lambda x: x._replace(ring=x.ring.view(np.int32))), "value.ring: got int32, expected float32"),
+        (dict(value=lambda x: x._replace(fresh=x.fresh[:, :2])), r"value.fresh: got float32 \(3, 2, 2, 16\), expected"),
+        (
+            dict(value=lambda x: x._replace(ring=x.ring.view(np.int32))),
+            r"value.ring: got int32 \(3, 2, 9, 16\), expected float32",
+        ),
         (dict(value=lambda x: x._replace(weight_out=None)), "weight_out: given for one side"),
+        (dict(key=lambda x: x._replace(fresh=None)), r"key.fresh: got None, expected \[B, T, Hkv, D\]"),
+        (dict(value=lambda x: x._replace(ring=None)), "value.ring: got None, expected float32"),
+        (dict(key=lambda x: x._replace(fresh=x.fresh[:, :0])), r"key.fresh: got shape \(3, 0, .* with T of at least 1"),
+        (
+            dict.fromkeys(("key", "value"), lambda x: x._replace(ring=x.ring[:, :, :6])),
+            "key.ring: got a ring of 6, expected at least 7",
+        ),
         (dict(slot=lambda x: x[:2]), r"slot: got int32 \(2, 2\), expected int32 \(3, 2\)"),
         (dict(start=lambda x: x.astype(np.int16)), r"start: got int16 \(3, 2\), expected int32 \(3, 2\)"),
         (dict(rotation=lambda x: x[:1]), r"rotation: got float32 \(1, 3, 2, 8\), expected float32 \(2, 3, 2, 8\)"),
@@ -122,6 +132,10 @@ def test_unsupported_sizes_and_devices_say_which_and_why():
 def test_configs():
     with pytest.raises(ValueError, match="rows: got 8, expected a power of two of at least 16"):
         CompressConfig(8, 16, 1, 1, 4, 3)
+    with pytest.raises(ValueError, match="num_stages: got 1.5, expected a whole number"):
+        CompressConfig(16, 16, 1, 1, 4, 1.5)
+    with pytest.raises(ValueError, match="num_warps: got 3, expected a power of two"):
+        CompressConfig(16, 16, 1, 1, 3, 2)
     for spec in [*specs.TESTS, *specs.BENCHMARKS]:
         shape = spec.shape
         for config in (CompressConfig.heuristic(shape), *CompressConfig.search_space(shape)):

@@ -99,12 +99,29 @@ def test_under_transformations(implementation):
         (jnp.zeros((2, 8)), jnp.zeros(2, jnp.int32), dict(select_block=0), "select_block: got 0, expected at least 1"),
         (jnp.zeros((2, 8)), jnp.zeros(2, jnp.int32), dict(num_selected=2), "num_selected: got 2, expected at least 3"),
         (jnp.zeros((2, 8)), jnp.zeros(2, jnp.int32), dict(num_local=-1), "num_local: got -1, expected at least 0"),
+        (jnp.zeros((2, 8)), jnp.zeros(2, jnp.int32), dict(num_initial=True), "num_initial: got True, expected a whole"),
         (jnp.zeros((2, 8)), jnp.zeros(2, jnp.int32), dict(implementation="cuda"), "implementation: got 'cuda'"),
     ],
 )
 def test_errors(importance, positions, counts, message):
     with pytest.raises(ValueError, match=message):
         select_blocks(importance, positions, **(COUNTS | counts))
+
+
+@either
+def test_counts_are_whole_numbers_and_numpys_are_taken(implementation):
+    importance, position = jnp.zeros((1, 8)), jnp.zeros(1, jnp.int32)
+    with pytest.raises(ValueError, match="select_blocks: num_selected: got 4.0, expected a whole number"):
+        select_blocks(importance, position, **(COUNTS | dict(num_selected=4.0)), **implementation)
+    numpys = {name: np.int64(count) for name, count in COUNTS.items()}
+    for counts in (COUNTS, numpys):
+        assert select_blocks(importance, position, **counts, **implementation).tolist() == [[0, -1, -1, -1]]
+
+
+def test_configs():
+    for warps in (0, -7, 3, 64, 4.0):
+        with pytest.raises(ValueError, match=f"num_warps: got {warps}, expected a"):
+            SelectionConfig(warps)
 
 
 def test_unsupported_shape():

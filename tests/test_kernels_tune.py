@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import math
 import os
 from functools import partial
 
 import jax
 import pytest
 
-from pallas_kernels import report, tune, tuned
+from pallas_kernels import _dispatch, report, tune, tuned
 from pallas_kernels.attention import AttentionConfig
 from pallas_kernels.attention import specs as attention_specs
 from pallas_kernels.commit import CommitConfig, commit
@@ -28,8 +29,8 @@ def made_up(config):
     if isinstance(config, CommitConfig):
         return 5.0 + config.heads + config.num_warps
     if isinstance(config, CompressConfig):
-        return 100.0 - config.splits - 10 * config.num_stages - config.num_warps - config.columns / 100
-    return 100.0 - config.compressed.splits - config.selected.splits - config.num_stages
+        return 1000.0 - config.splits - 10 * config.num_stages - config.num_warps - config.columns / 100
+    return 1000.0 - config.compressed.splits - config.selected.splits - config.num_stages
 
 
 def tasks(*names, log=None, fail_at=None):
@@ -55,6 +56,14 @@ def installed(monkeypatch):
         monkeypatch.setattr(tuned, "_load", lambda kind: tuned.parse(path.read_text(), path.name))
 
     return install
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A data file's text, with entries of all kinds."""
+    path = tmp_path_factory.mktemp("written") / "device.json"
+    tune.tune(tasks("B8-T8-H32x8-L64K", "select-B8-T8-H8-N1024", "commit-B8-A8", "compress-D128-B8-T64"), path)
+    return path.read_text()
 
 
 def test_the_fastest_config_is_written_and_found(tmp_path, installed):
@@ -235,22 +244,40 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         (lambda data: "[]", "device.json: list indices must be"),
         (lambda data: json.dumps(data | {"schema": 7}), "device.json: schema 7, expected 1"),
         (lambda data: json.dumps({"schema": 1, "attention": []}), "device.json: lacks 'selection'"),
+        (lambda data: json.dumps({"schema": 1, "attention": [], "selection": []}), "device.json: lacks 'device'"),
+        (lambda data: json.dumps(data | {"device": 9}), "device.json: device: got 9, expected"),
+        (lambda data: json.dumps(data | {"selection": {}}), "device.json: selection: got dict, expected a list"),
+        (lambda data: "[" * 100_000, "device.json: maximum recursion depth"),
         (lambda data: data["attention"][0]["config"].update(tile=17) or json.dumps(data), "tile: got 17, expected a"),
         (lambda data: data["attention"][0]["config"].update(mood=1) or json.dumps(data), "unexpected keyword .*mood"),
-        (lambda data: data["attention"][0]["shape"].pop("table") and json.dumps(data), "device.json: lacks 'table'"),
+        (
+            lambda data: data["attention"][0]["shape"].pop("table") and json.dumps(data),
+            "device.json: attention.0.: lacks 'table'",
+        ),
     ],
 )
-def test_a_broken_file_is_named(tmp_path, change, message):
+def test_a_broken_file_is_named(tmp_path, written, change, message):
     path = tmp_path / "device.json"
-    tune.tune(tasks("B8-T8-H32x8-L64K"), path)
-    path.write_text(change(json.loads(path.read_text())))
+    path.write_text(change(json.loads(written)))
     with pytest.raises(tuned.TuningError, match=message):
-        tune.tune(tasks("B8-T8-H32x8-L64K"), path)
+        tune.tune([], path)
 
 
 @pytest.mark.parametrize(
     "kind, change, message",
     [
+        ("attention", lambda entry: entry["shape"].update(batch=0), "batch: got 0, expected at least 1"),
+        ("attention", lambda entry: entry["shape"].update(table=10**400), "table: got 1000.* and at most 2147483647"),
+        ("attention", lambda entry: entry["sparsity"].update(num_selected=4.0), "num_selected: got 4.0, expected a"),
+        ("attention", lambda entry: entry["config"].update(selection_warps=-7), "selection_warps: got -7, expected"),
+        ("attention", lambda entry: entry["config"].update(window=4), "window: got 4, expected a Branch"),
+        ("attention", lambda entry: entry.update(microseconds=math.nan), "microseconds: got nan, expected at least 0"),
+        ("attention", lambda entry: entry.update(microseconds=10**400), "too large to convert to float"),
+        ("selection", lambda entry: entry.update(rows=0), "rows: got 0, expected at least 1"),
+        ("selection", lambda entry: entry.update(rows="1"), "rows: got '1', expected a whole number"),
+        ("selection", lambda entry: entry["config"].update(num_warps=0), "num_warps: got 0, expected a power of two"),
+        ("commit", lambda entry: entry["shape"].update(steps=0), "steps: got 0, expected at least 1"),
+        ("compress", lambda entry: entry["shape"].update(slots="1"), "slots: got '1', expected a whole number"),
         ("commit", lambda entry: entry["config"].update(heads=3), "heads: got 3, expected a power of two"),
         ("commit", lambda entry: entry["shape"].pop("steps"), "missing 1 required positional argument: 'steps'"),
         ("commit", lambda entry: entry.pop("microseconds"), "lacks 'microseconds'"),
@@ -259,13 +286,11 @@ def test_a_broken_file_is_named(tmp_path, change, message):
         ("compress", lambda entry: entry["shape"].update(mood=1), "unexpected keyword argument 'mood'"),
     ],
 )
-def test_broken_entries_of_commits_and_compressions_are_named(tmp_path, kind, change, message):
-    path = tmp_path / "device.json"
-    tune.tune(tasks("commit-B8-A8", "compress-D128-B8-T64"), path)
-    data = json.loads(path.read_text())
+def test_broken_entries_are_named(written, kind, change, message):
+    data = json.loads(written)
     change(data[kind][0])
-    with pytest.raises(tuned.TuningError, match=f"device.json: .*{message}"):
-        tuned.parse(json.dumps(data), path.name)
+    with pytest.raises(tuned.TuningError, match=rf"device.json: {kind}\[0\]: .*{message}"):
+        tuned.parse(json.dumps(data), "device.json")
 
 
 def test_a_file_of_older_kinds_of_entries_gets_the_others(tmp_path):
@@ -286,6 +311,41 @@ def test_a_file_of_another_device_is_refused(tmp_path):
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="names: got bush, expected parts of names such as compress-D"):
         tune.tasks(["bush"])
+
+
+@pytest.mark.parametrize("budget", [math.nan, -1.0])
+def test_a_budget_that_is_none_is_refused(tmp_path, budget):
+    with pytest.raises(ValueError, match=f"budget: got {budget}, expected at least 0 seconds"):
+        tune.tune(tasks("B8-T8-H32x8-L64K", fail_at=0), tmp_path / "device.json", budget=budget)
+
+
+@pytest.mark.parametrize(
+    "options, data, message",
+    [
+        (["bush"], None, "names: got bush, expected parts of names"),
+        (["--budget", "nan"], None, "budget: got nan, expected at least 0"),
+        (["--out", "{folder}"], None, "Is a directory"),
+        (["--out", "{folder}/device.json"], '{"schema": 1, "attention": [], "selection": []}', "lacks 'device'"),
+        (["--out", "{folder}/device.json"], "[" * 100_000, "device.json: maximum recursion"),
+        (["--out", "{folder}/device.json"], "\udcff", "device.json: 'utf-8' codec can't decode"),
+        (["--out", "{folder}/device.json/of-a-file"], "", "File exists"),
+    ],
+)
+def test_the_command_ends_with_one_line_and_code_2(options, data, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(_dispatch, "device_limit", lambda: None)
+    if data is not None:
+        (tmp_path / "device.json").write_text(data, errors="surrogateescape")
+    with pytest.raises(SystemExit) as end:
+        tune.main([option.format(folder=tmp_path) for option in options])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ") and message in error
+
+
+def test_without_a_gpu_nothing_is_measured(tmp_path, capsys):
+    with jax.default_device(jax.devices("cpu")[0]), pytest.raises(SystemExit) as end:
+        tune.main(["B8-T8-H32x8-L64K", "--out", str(tmp_path / "device.json")])
+    assert end.value.code == 2 and not any(tmp_path.iterdir())
+    assert capsys.readouterr().err == "error: device: got cpu, expected a GPU (or interpret=True)\n"
 
 
 def test_slug():

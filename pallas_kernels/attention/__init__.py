@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _dispatch, tuned
+from pallas_kernels import _check, _dispatch, tuned
 from pallas_kernels.attention import branches, merge, selection
 from pallas_kernels.attention.arguments import Layer as Layer
 from pallas_kernels.attention.arguments import Selection as Selection
@@ -151,13 +151,10 @@ def _apart(config: AttentionConfig, shape: Shape, shown: list[int]) -> bool:
 def _check_selection(sparsity: Sparsity, shape: Shape, config: AttentionConfig, selected: Selection | None) -> None:
     if selected is None:
         return
-    expected = (shape.batch, shape.width, shape.num_kv_heads, sparsity.num_selected)
-    if selected.ids.shape != expected or selected.ids.dtype != jnp.int32:
-        raise ValueError(f"selected.ids: got {selected.ids.dtype} {selected.ids.shape}, expected int32 {expected}")
-    groups = (shape.batch, shape.num_kv_heads, -(-shape.width // config.group))
-    size = None if selected.size is None else selected.size.shape
-    if size != (groups if config.group > 1 else None):
-        raise ValueError(
-            f"selected.size: got {size}, expected {groups if config.group > 1 else None} "
-            f"as config.group = {config.group} says"
-        )
+    expected = selection.results(Launch(sparsity, shape, config, (1,)))
+    why = f", as config.group = {config.group} says"
+    for name, array in selected._asdict().items():
+        if name in expected:
+            _check.exact(f"selected.{name}", array, expected[name].shape, expected[name].dtype, why)
+        elif array is not None:
+            raise ValueError(f"selected.{name}: got {array.dtype} {array.shape}, expected None{why}")

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import _check
+
+_LARGEST_FINITE = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +27,7 @@ class Sparsity:
       scale: of the dot products, before the softmax.
       compressed_output: False: the compressed branch only selects.
 
-    Raises ValueError for sizes that do not divide.
+    Raises ValueError for sizes out of range or that do not divide.
     """
 
     compress_block: int = 32
@@ -35,13 +41,19 @@ class Sparsity:
     compressed_output: bool = True
 
     def __post_init__(self) -> None:
+        names = "compress_block", "compress_stride", "select_block", "num_selected", "num_local", "window"
+        _check.whole_fields(self, *names)
+        _check.whole_fields(self, "num_initial", least=0)
+        # NaN is not at most anything.
+        if not (isinstance(self.scale, numbers.Real) and abs(self.scale) <= _LARGEST_FINITE):
+            raise ValueError(f"scale: got {self.scale!r}, expected a finite number")
         l, d, lp = self.compress_block, self.compress_stride, self.select_block
-        if min(l, d, lp, self.window) < 1 or l % d or lp % d or l > lp:
+        if l % d or lp % d or l > lp:
             raise ValueError(f"Sparsity: got l = {l}, d = {d}, l' = {lp}, expected d to divide l and l', and l <= l'")
-        if not 1 <= self.num_local or self.num_selected < self.num_initial + self.num_local:
+        if self.num_selected < self.num_initial + self.num_local:
             raise ValueError(
                 f"Sparsity: got num_selected {self.num_selected}, num_initial {self.num_initial}, num_local "
-                f"{self.num_local}, expected num_selected >= num_initial + num_local and num_local >= 1"
+                f"{self.num_local}, expected num_selected >= num_initial + num_local"
             )
 
     @property
@@ -51,7 +63,8 @@ class Sparsity:
 
 
 class Layer(NamedTuple):
-    """A layer's cache. P pages of one selection block each; R slots of a ring, position p in slot p mod R.
+    """A layer's cache. P pages of one selection block each; R slots of a ring, at least the w − 1 before a query,
+    position p in slot p mod R.
 
     Attributes:
       key, value: [P, Hkv, l', D].
@@ -137,6 +150,13 @@ class Shape:
         return self.width * self.lanes
 
 
+# What may be None, as far as the rest of the arguments allows it.
+_OPTIONAL = (
+    "gates", "layer.compressed_value", "layer.window_key", "layer.window_value", "tail.ancestor", "tail.window_key",
+    "tail.window_value", "tail.compressed_value",
+)  # fmt: skip
+
+
 def check(
     sparsity: Sparsity,
     query: jax.Array,
@@ -147,17 +167,21 @@ def check(
     tail: Tail,
 ) -> Shape:
     """The call's sizes. Raises ValueError naming the first argument of a wrong shape or dtype."""
-    if query.ndim != 4:
-        raise ValueError(f"query: got shape {query.shape}, expected [B, T, Hq, D]")
-    if layer.key.ndim != 4 or page_table.ndim != 2:
-        raise ValueError(
-            f"layer.key, page_table: got shapes {layer.key.shape}, {page_table.shape}, expected [P, Hkv, l', D], [B, N]"
-        )
+    for name, array, expected in (
+        ("query", query, "[B, T, Hq, D]"),
+        ("layer.key", layer.key, "[P, Hkv, l', D]"),
+        ("layer.window_key", layer.window_key, "[B, Hkv, R, D]"),
+        ("page_table", page_table, "[B, N]"),
+        ("tail.ancestor", tail.ancestor, "[B or 1, T, T]"),
+        ("tail.slot", tail.slot, "[B, M]"),
+    ):
+        if array is not None or name not in _OPTIONAL:
+            _check.dims(name, array, expected)
     batch, width, heads, dim = query.shape
     pages, kv_heads = layer.key.shape[:2]
-    if kv_heads == 0 or heads % kv_heads:
+    if heads % kv_heads:
         raise ValueError(f"query: got {heads} heads, expected a multiple of layer.key's {kv_heads}")
-    slots = tail.slot.shape[-1]
+    slots = tail.slot.shape[1]
     ring = 0 if layer.window_key is None else layer.window_key.shape[2]
     per_page = sparsity.entries_per_page
     ancestors = 1 if tail.ancestor is None else tail.ancestor.shape[0]
@@ -189,8 +213,8 @@ def check(
         ("tail.compressed_key", tail.compressed_key, slot, dtype),
         ("tail.compressed_value", tail.compressed_value, slot, dtype),
     ):
-        if array is not None and (array.shape != shape or array.dtype != wanted):
-            raise ValueError(f"{name}: got {array.dtype} {array.shape}, expected {wanted} {shape}")
+        if array is not None or name not in _OPTIONAL:
+            _check.exact(name, array, shape, wanted)
     for name, values in (
         ("compressed_value", (layer.compressed_value, tail.compressed_value)),
         ("window_key", (layer.window_key, tail.window_key)),
@@ -204,5 +228,10 @@ def check(
         raise ValueError(
             f"layer.compressed_value: expected {'an array' if sparsity.compressed_output else 'None'}, as "
             f"compressed_output = {sparsity.compressed_output} says"
+        )
+    if 0 < ring < sparsity.window - 1:
+        raise ValueError(
+            f"layer.window_key: got a ring of {ring}, expected at least {sparsity.window - 1}: the window's tokens "
+            "before a query"
         )
     return Shape(batch, width, heads, kv_heads, dim, pages, page_table.shape[1], slots, ring)

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from typing import Literal
 
+from pallas_kernels import _check
 from pallas_kernels.attention.arguments import Shape, Sparsity
 
 GroupMode = Literal["merged", "shared"]
@@ -23,6 +24,10 @@ class Branch:
 
     rows: int
     splits: int
+
+    def __post_init__(self) -> None:
+        _check.whole_fields(self, "rows", least=16, power_of_two=True)
+        _check.whole_fields(self, "splits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,16 +56,14 @@ class AttentionConfig:
     selection_warps: int = 4
 
     def __post_init__(self) -> None:
-        if self.group < 1:
-            raise ValueError(f"group: got {self.group}, expected at least 1")
+        _check.whole_fields(self, "group", "num_stages")
+        _check.whole_fields(self, "tile", least=16, power_of_two=True)
+        _check.warps(self, "selection_warps")
         if self.mode not in ("merged", "shared"):
             raise ValueError(f"mode: got {self.mode!r}, expected 'merged' or 'shared'")
-        if self.tile < 16 or self.tile & (self.tile - 1):
-            raise ValueError(f"tile: got {self.tile}, expected a power of two of at least 16")
         for name in ("compressed", "selected", "window"):
-            branch = getattr(self, name)
-            if branch.rows < 16 or branch.rows & (branch.rows - 1) or branch.splits < 1:
-                raise ValueError(f"{name}: got {branch}, expected rows a power of two >= 16 and splits >= 1")
+            if not isinstance(branch := getattr(self, name), Branch):
+                raise ValueError(f"{name}: got {branch!r}, expected a Branch")
 
     @classmethod
     def heuristic(
@@ -79,7 +82,7 @@ class AttentionConfig:
             most = min(16 if shape.width <= 16 and every >= 128 else 8, max(1, 64 // shape.lanes))
             few = every * shape.width <= (max(128, 16 * shape.lanes) if shape.width <= 16 else 64)
             group = 1 if few else most
-        group = min(group, shape.width)
+        group = min(_check.whole("group", group), shape.width)
         rows = _power(shape.rows, 16, 64)
         tiles = -(-shape.rows // rows)
         entries = -(-shape.table * sparsity.entries_per_page // 64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels import _dispatch, tuned
+from pallas_kernels import _check, _dispatch, tuned
 from pallas_kernels._dispatch import Implementation
 from pallas_kernels.commit import kernel
 from pallas_kernels.commit.arguments import Entries as Entries
@@ -65,7 +65,8 @@ def commit(
       ValueError: shapes or dtypes that do not fit together.
       UnsupportedError: sizes or a device that the kernel does not take, with the reason.
     """
-    shape = check(layer, new, page_table, lengths, path, count, slot, compress_block)
+    compress_block = _check.whole("compress_block", compress_block)
+    shape = check(layer, new, page_table, lengths, path, count, slot)
     choose(shape.slots, shape.head_dim, "pallas", interpret)
     if shape.batch == 0 or shape.steps == 0:
         return layer

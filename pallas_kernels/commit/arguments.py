@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import _check
+
 
 class Entries(NamedTuple):
     """A layer's keys and values: stored ones, or those of T new tokens and of the M blocks that end among them.
@@ -54,15 +56,12 @@ def check(
     path: jax.Array,
     count: jax.Array,
     slot: jax.Array,
-    compress_block: int,
 ) -> Shape:
     """The call's sizes. Raises ValueError naming the first argument of a wrong shape or dtype."""
-    if compress_block < 1:
-        raise ValueError(f"compress_block: got {compress_block}, expected at least 1")
     for field in Entries._fields:
         if (getattr(layer, field) is None) != (getattr(new, field) is None):
             raise ValueError(f"{field}: given in one of layer and new, expected in both or neither")
-    stored = [(field, array) for field, array in layer._asdict().items() if array is not None]
+    stored = [(field, array) for field, array in layer._asdict().items() if array is not None or field in PAGED[:2]]
     for name, array, expected in (
         *(
             (f"layer.{field}", array, "[P, Hkv, l', D]" if field in PAGED else "[B, Hkv, R, D]")
@@ -73,8 +72,8 @@ def check(
         ("path", path, "[B, A]"),
         ("slot", slot, "[B, M]"),
     ):
-        if array.ndim != expected.count(",") + 1 or 0 in array.shape[2:]:
-            raise ValueError(f"{name}: got shape {array.shape}, expected {expected}")
+        # Of no sequences, steps or slots there is nothing to be done.
+        _check.dims(name, array, expected, empty="BAM")
     pages, heads, page, dim = layer.key.shape
     batch, width = new.key.shape[:2]
     slots = slot.shape[1]
@@ -85,8 +84,7 @@ def check(
         ("count", count, ()),
         ("slot", slot, slot.shape[1:]),
     ):
-        if array.shape != (batch, *own) or array.dtype != jnp.int32:
-            raise ValueError(f"{name}: got {array.dtype} {array.shape}, expected int32 {(batch, *own)}")
+        _check.exact(name, array, (batch, *own), jnp.int32)
     per_page = next((array.shape[2] for field, array in stored if field.startswith("compressed")), page)
     if page % per_page:
         raise ValueError(f"layer.compressed_key: got {per_page} entries per page, expected a divisor of l' = {page}")
@@ -98,6 +96,5 @@ def check(
             (f"layer.{field}", array, (pages if field in PAGED else batch, heads, entries, dim)),
             (f"new.{field}", source, (batch, slots if compressed else width, heads, dim)),
         ):
-            if given.shape != shape or given.dtype != layer.key.dtype:
-                raise ValueError(f"{name}: got {given.dtype} {given.shape}, expected {layer.key.dtype} {shape}")
+            _check.exact(name, given, shape, layer.key.dtype)
     return Shape(batch, path.shape[1], slots, heads, dim)

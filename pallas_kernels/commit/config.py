@@ -6,6 +6,7 @@ import dataclasses
 
 from jax.experimental import pallas as pl
 
+from pallas_kernels import _check
 from pallas_kernels.commit.arguments import Shape
 
 
@@ -22,8 +23,8 @@ class CommitConfig:
     num_warps: int
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.heads & (self.heads - 1):
-            raise ValueError(f"heads: got {self.heads}, expected a power of two")
+        _check.whole_fields(self, "heads", power_of_two=True)
+        _check.warps(self, "num_warps")
 
     @classmethod
     def heuristic(cls, shape: Shape) -> CommitConfig:

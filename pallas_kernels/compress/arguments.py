@@ -8,12 +8,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import _check
+
 
 class Side(NamedTuple):
     """A layer's keys or its values, with their φ.
 
     Attributes:
-      ring: [B, Hkv, R, D], committed entries, position p in slot p mod R.
+      ring: [B, Hkv, R, D], committed entries, position p in slot p mod R; R is at least l − 1.
       fresh: [B, T, Hkv, D], the new tokens' entries, of that dtype.
       weight: [Hkv, l·D, W], offset-major; of any dtype, rounded to the entries'.
       weight_out: [Hkv, W, D], the second layer of an MLP; None: φ is linear, and W = D.
@@ -57,16 +59,18 @@ def check(
         ("key.weight", key.weight, "[Hkv, l·D, W]"),
         ("back", back, "[B, M, l]"),
     ):
-        if array.ndim != expected.count(",") + 1 or 0 in array.shape[2:]:
-            raise ValueError(f"{name}: got shape {array.shape}, expected {expected}")
-    batch, heads, _, dim = key.ring.shape
+        # Of no sequences or slots there is nothing to be done.
+        _check.dims(name, array, expected, empty="BM")
+    batch, heads, ring, dim = key.ring.shape
     slots, block = back.shape[1:]
     for name, array, own in (("slot", slot, ()), ("back", back, (block,)), ("start", start, ())):
-        if array.shape != (batch, slots, *own) or array.dtype != jnp.int32:
-            raise ValueError(f"{name}: got {array.dtype} {array.shape}, expected int32 {(batch, slots, *own)}")
-    if rotation is not None and (rotation.shape != (2, batch, slots, dim // 2) or rotation.dtype != jnp.float32):
-        expected = f"float32 {(2, batch, slots, dim // 2)}"
-        raise ValueError(f"rotation: got {rotation.dtype} {rotation.shape}, expected {expected}")
+        _check.exact(name, array, (batch, slots, *own), jnp.int32)
+    if rotation is not None:
+        _check.exact("rotation", rotation, (2, batch, slots, dim // 2), jnp.float32)
+    if ring < block - 1:
+        raise ValueError(
+            f"key.ring: got a ring of {ring}, expected at least {block - 1}: a block's tokens before its last"
+        )
     width = key.weight.shape[2]
     for name, side in (("key", key), ("value", value)):
         if side is None:
@@ -75,17 +79,14 @@ def check(
             raise ValueError("value.weight_out: given for one side, expected for both or neither")
         wide = dim if side.weight_out is None else width
         shapes = {
-            "ring": (batch, heads, *key.ring.shape[2:]), "fresh": (batch, key.fresh.shape[1], heads, dim),
+            "ring": (batch, heads, ring, dim), "fresh": (batch, key.fresh.shape[1], heads, dim),
             "weight": (heads, block * dim, wide), "weight_out": (heads, wide, dim), "position": (heads, block, dim),
         }  # fmt: skip
         for field, shape in shapes.items():
             array = getattr(side, field)
-            if array is None:
-                continue
-            if array.shape != shape:
-                raise ValueError(f"{name}.{field}: got shape {array.shape}, expected {shape}")
-            if field in ("ring", "fresh") and array.dtype != key.ring.dtype:
-                raise ValueError(f"{name}.{field}: got {array.dtype}, expected {key.ring.dtype}")
+            if array is not None or field not in ("weight_out", "position"):
+                dtype = key.ring.dtype if field in ("ring", "fresh") else None
+                _check.exact(f"{name}.{field}", array, shape, dtype)
     return Shape(
         batch, slots, heads, dim, block, width, 1 if value is None else 2, key.weight_out is not None,
         max(key.ring.dtype.itemsize, key.weight.dtype.itemsize),

@@ -6,6 +6,7 @@ import dataclasses
 
 from jax.experimental import pallas as pl
 
+from pallas_kernels import _check
 from pallas_kernels._call import padded
 from pallas_kernels.compress.arguments import Shape
 
@@ -36,12 +37,9 @@ class CompressConfig:
     finish_warps: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("splits", "offsets", "num_warps", "num_stages", "finish_warps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        for name in ("rows", "columns"):
-            if (size := getattr(self, name)) < 16 or size & (size - 1):
-                raise ValueError(f"{name}: got {size}, expected a power of two of at least 16")
+        _check.whole_fields(self, "splits", "offsets", "num_stages")
+        _check.whole_fields(self, "rows", "columns", least=16, power_of_two=True)
+        _check.warps(self, "num_warps", "finish_warps")
 
     def share(self, shape: Shape) -> int:
         """Entries of a block that a program sums over: whole steps."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _dispatch
+from pallas_kernels import _check, _dispatch
 from pallas_kernels._dispatch import Implementation
 from pallas_kernels.selection import kernel, xla
 from pallas_kernels.selection.config import SelectionConfig as SelectionConfig
@@ -52,12 +54,11 @@ def select_blocks(
       UnsupportedError: "pallas" by name where :func:`unsupported` gives a reason.
     """
     importance, positions = jnp.asarray(importance), jnp.asarray(positions)
-    _check(importance, positions, select_block, num_selected, num_initial, num_local)
+    counts = _checked(importance, positions, select_block, num_selected, num_initial, num_local)
     *batch, num_blocks = importance.shape
     positions = positions.reshape((1,) * (len(batch) - positions.ndim) + positions.shape)
     importance = jax.lax.stop_gradient(importance)
-    counts = dict(select_block=select_block, num_selected=num_selected, num_initial=num_initial, num_local=num_local)
-    limit = kernel.limit(num_blocks, num_selected)
+    limit = kernel.limit(num_blocks, counts["num_selected"])
     if _dispatch.choose("select_blocks", implementation, limit, interpret) == "xla":
         return xla.select_blocks(importance, positions, **counts)
     rows = importance.size // num_blocks
@@ -69,7 +70,10 @@ def select_blocks(
     return kernel.select_blocks(importance, positions, **counts, config=config, interpret=interpret)
 
 
-def _check(importance, positions, select_block, num_selected, num_initial, num_local):
+def _checked(
+    importance: jax.Array, positions: jax.Array, select_block: Any, num_selected: Any, num_initial: Any, num_local: Any
+) -> dict[str, int]:
+    """The counts, as ints: to JAX's caches 4.0 is 4, and what they keep of a failure meets the next call."""
     if importance.dtype != jnp.float32 or importance.ndim < 1 or importance.shape[-1] < 1:
         raise ValueError(
             f"select_blocks: importance: got {importance.dtype} {importance.shape}, expected float32 [..., N], N ≥ 1"
@@ -83,11 +87,10 @@ def _check(importance, positions, select_block, num_selected, num_initial, num_l
             f"select_blocks: positions: got {positions.dtype} {positions.shape}, "
             f"expected int32 of a shape that broadcasts to {batch}"
         )
+    counts = {}
     for name, value, least in (
-        ("select_block", select_block, 1),
-        ("num_selected", num_selected, max(1, num_initial + num_local)),
-        ("num_initial", num_initial, 0),
-        ("num_local", num_local, 0),
-    ):
-        if value < least:
-            raise ValueError(f"select_blocks: {name}: got {value}, expected at least {least}")
+        ("select_block", select_block, 1), ("num_initial", num_initial, 0), ("num_local", num_local, 0),
+    ):  # fmt: skip
+        counts[name] = _check.whole(f"select_blocks: {name}", value, least)
+    least = max(1, counts["num_initial"] + counts["num_local"])
+    return counts | {"num_selected": _check.whole("select_blocks: num_selected", num_selected, least)}

@@ -6,6 +6,8 @@ import dataclasses
 
 from jax.experimental import pallas as pl
 
+from pallas_kernels import _check
+
 
 @dataclasses.dataclass(frozen=True)
 class SelectionConfig:
@@ -16,6 +18,9 @@ class SelectionConfig:
     """
 
     num_warps: int
+
+    def __post_init__(self) -> None:
+        _check.warps(self, "num_warps")
 
     @classmethod
     def heuristic(cls, rows: int, num_blocks: int) -> SelectionConfig:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from importlib import resources
 from typing import Any
 
+from pallas_kernels import _check
 from pallas_kernels.attention.arguments import Shape, Sparsity
 from pallas_kernels.attention.config import AttentionConfig, Branch
 from pallas_kernels.commit.arguments import Shape as CommitShape
@@ -103,35 +104,52 @@ def _nearest(
     return sorted((one for one in found if one[0] <= farthest), key=lambda one: one[0])
 
 
-def parse(text: str, name: str) -> dict[str, Any]:
-    """A data file's contents, checked. Raises TuningError that names ``name``."""
+def parse(text: str | bytes, name: str) -> dict[str, Any]:
+    """A data file's contents, checked. Raises TuningError that names ``name``, and the entry that is wrong."""
+    where = name
     try:
         data = json.loads(text)
         if data["schema"] != SCHEMA:
             raise ValueError(f"schema {data['schema']!r}, expected {SCHEMA}")
-        for entry in data["attention"]:
-            attention_config(entry["config"])
-            for field in ("shape", "sparsity"):
-                {key: entry[field][key] for key in (EXACT + NEAREST if field == "shape" else BLOCKS)}
-            float(entry["microseconds"])
-        for entry in data["selection"]:
-            SelectionConfig(**entry["config"])
-            {key: entry[key] for key in ("rows", "num_blocks", "microseconds")}
         for kind in ("commit", "compress"):
             data.setdefault(kind, [])
-        for entry in data["commit"]:
-            CommitConfig(**entry["config"])
-            CommitShape(**entry["shape"])
-            float(entry["microseconds"])
-        for entry in data["compress"]:
-            if not CompressConfig(**entry["config"]).fits(CompressShape(**entry["shape"])):
-                raise ValueError(f"config {entry['config']} takes more shared memory than there is")
-            float(entry["microseconds"])
+        for kind in KINDS:
+            if not isinstance(data[kind], list):
+                raise ValueError(f"{kind}: got {type(data[kind]).__name__}, expected a list")
+            for index, entry in enumerate(data[kind]):
+                where = f"{name}: {kind}[{index}]"
+                _check_entry(kind, entry)
+            where = name
+        if not isinstance(data["device"], str):
+            raise ValueError(f"device: got {data['device']!r}, expected its name")
     except KeyError as error:
-        raise TuningError(f"{name}: lacks {error}; delete it, or tune again") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise TuningError(f"{name}: {error}; delete it, or tune again") from error
+        raise TuningError(f"{where}: lacks {error}; delete it, or tune again") from error
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise TuningError(f"{where}: {error}; delete it, or tune again") from error
     return data
+
+
+def _check_entry(kind: str, entry: dict[str, Any]) -> None:
+    """Refuses what a lookup would fail at."""
+    if kind == "attention":
+        attention_config(entry["config"])
+        sizes = {name: entry["shape"][name] for name in EXACT + NEAREST}
+        sizes |= {name: entry["sparsity"][name] for name in BLOCKS}
+    elif kind == "selection":
+        SelectionConfig(**entry["config"])
+        sizes = {name: entry[name] for name in ("rows", "num_blocks")}
+    elif kind == "commit":
+        CommitConfig(**entry["config"])
+        sizes = vars(CommitShape(**entry["shape"]))
+    else:
+        sizes = vars(CompressShape(**entry["shape"]))
+    for name, size in sizes.items():
+        if name not in ("compressed_output", "is_mlp"):
+            _check.whole(name, size)
+    if kind == "compress" and not CompressConfig(**entry["config"]).fits(CompressShape(**sizes)):
+        raise ValueError(f"config {entry['config']} takes more shared memory than there is")
+    if math.isnan(microseconds := entry["microseconds"]) or microseconds < 0:
+        raise ValueError(f"microseconds: got {microseconds}, expected at least 0")
 
 
 def attention_config(fields: dict[str, Any]) -> AttentionConfig:
@@ -146,4 +164,4 @@ def _load(device_kind: str) -> dict[str, Any]:
     file = resources.files(__name__).joinpath(name)
     if not file.is_file():
         return {kind: [] for kind in KINDS}
-    return parse(file.read_text(encoding="utf-8"), f"pallas_kernels/tuned/{name}")
+    return parse(file.read_bytes(), f"pallas_kernels/tuned/{name}")
