@@ -5,13 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specsa_jax.planning import pace as pace_module
 from specsa_jax.planning import planner
 from specsa_jax.planning.pace import Pace
 
 
 def bursts(rng, steps, chances, size=16):
-    """Tokens that sequences accept in each step, int [steps, B]: all of a chain or none of it."""
-    return size * (rng.random((steps, len(chances))) < chances)
+    """Tokens that sequences accept in each step, int [steps, B]: all of a chain or none of it; ``chances`` [B], or of
+    each step."""
+    return size * (rng.random((steps, np.shape(chances)[-1])) < chances)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +35,9 @@ def test_pace_foresees_when_the_last_sequence_of_a_batch_is_done(chances, tolera
         histogram = np.bincount(seen.ravel(), minlength=17)
         pace.observe(np.full(size, 100), known, np.zeros(size, bool), 64, planner._spread(histogram))
         found.append(pace.tokens_per_step(1.0 + seen.mean(), size))
-        gained = np.cumsum(1 + bursts(rng, left, chances), axis=0)
+        # What sets them apart fades with the text, of which a sequence of the mean gets so much in a step.
+        apart = 0.5 ** (np.arange(left)[:, None] * (1 + 16 * chances.mean()) / pace_module._LASTS)
+        gained = np.cumsum(1 + bursts(rng, left, chances.mean() + apart * (chances - chances.mean())), axis=0)
         true.append(size * left / (1 + int((gained < left).sum(axis=0).max())))
     by_mean = size * (1.0 + 16 * chances.mean())
     assert np.mean(found) == pytest.approx(np.mean(true), rel=tolerance)
@@ -65,13 +69,28 @@ def test_pace_never_promises_more_than_the_sequences_that_run_can_use(sequences,
 
 
 def test_what_one_sequence_accepts_is_forgotten_while_nothing_is_drafted():
-    pace, lengths = Pace(np.array([5000, 5000])), np.array([100, 100])
-    pace.observe(lengths, lengths + [64 * 5, 64], np.zeros(2, bool), 64, 0.1)
+    pace, known = Pace(np.array([600, 344])), np.array([100, 100])
+    pace.observe(known, known + [64 * 5, 64], np.zeros(2, bool), 64, 0.1)
     before = pace.tokens_per_step(np.float64(3.0), 2)
     assert before < 2 * 2.0  # the second one accepts nothing
-    for step in range(40):
-        pace.observe(lengths + 100 * step, lengths + 100 * (step + 1), np.zeros(2, bool), 100, 0.0)
+    known = known + [64 * 5, 64]
+    for _ in range(40):
+        pace.observe(known, known, np.zeros(2, bool), 100, 0.0)
     assert pace.tokens_per_step(np.float64(3.0), 2) > 2 * 2.5  # drafting is worth another try
+
+
+def test_a_slow_beginning_does_not_speak_for_the_whole_text():
+    """One of eight sequences accepts nothing in its first 40 steps: of 40 tokens that are left to it that says much, of
+    2,000 little."""
+    size, steps = 8, 40
+    gained = np.array([0] + [9] * (size - 1))
+    found = {}
+    for left in (40, 2000):
+        known = np.full(size, 100) + steps * (1 + gained)
+        pace = Pace(known + left)
+        pace.observe(np.full(size, 100), known, np.zeros(size, bool), steps, 0.1)
+        found[left] = float(pace.tokens_per_step(np.float64(1 + gained.mean()), size)) / size
+    assert found[40] < 2.0 and found[2000] > 0.8 * (1 + gained.mean())
 
 
 def test_pace_answers_for_many_candidates_as_for_each():

@@ -54,10 +54,10 @@ def test_a_batch_is_as_fast_as_its_slowest_sequence():
     """Of two sequences one takes every draft whole and the other none: the other one's steps are all that counts."""
     lengths, seconds = np.array([10, 10]), {}
     for told in (True, False):
-        plan = make(0.2, batch=2, new_tokens=2000, lengths=lengths if told else None)
+        plan = make(0.2, batch=2, new_tokens=200, lengths=lengths if told else None)
         known, seconds[told] = lengths.copy(), 0.0
-        while (known < lengths + 1000).any():
-            done, depth, count = known >= lengths + 1000, plan.strategy.reach - 1, min(plan.steps_left, 4)
+        while (known < lengths + 100).any():
+            done, depth, count = known >= lengths + 100, plan.strategy.reach - 1, min(plan.steps_left, 4)
             running = int((~done).sum())
             drafted, accepted = np.zeros(depth + 1, int), np.zeros(depth + 1, int)
             drafted[depth] = accepted[0] = count * running
@@ -65,16 +65,16 @@ def test_a_batch_is_as_fast_as_its_slowest_sequence():
                 accepted[depth] += count
                 accepted[0] -= count
             before = known
-            known = np.minimum(known + count * np.array([1 + depth, 1]) * ~done, lengths + 1000)
+            known = np.minimum(known + count * np.array([1 + depth, 1]) * ~done, lengths + 100)
             taken = count * (1.0 + 0.2 * depth)
             seconds[told] += taken
-            done = known >= lengths + 1000
+            done = known >= lengths + 100
             plan.look((), known, done)
             counts = Counts(np.array(count), drafted, accepted, np.array(depth * count))
-            left = int((lengths + 1000 - known).sum())
+            left = int((lengths + 100 - known).sum())
             plan.observe(counts, taken, int((known - before).sum()), int((~done).sum()), left)
-    assert seconds[True] < 0.95 * seconds[False]
-    assert seconds[True] < 1080  # 1000 without drafts
+    assert seconds[True] < 0.8 * seconds[False]
+    assert seconds[True] < 110  # 100 without drafts
 
 
 def test_it_follows_a_text_that_changes():

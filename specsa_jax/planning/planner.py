@@ -45,7 +45,7 @@ _SHARE = 0.01
 # the first, and takes at least so many times the shortest.
 _GROWTH, _LONGEST, _LONGER = 2, 16, 4
 # Seconds that a segment takes at least, by backend: calling a compiled loop again costs some of them, on a GPU, whose
-# graphs are updated, two or three milliseconds.
+# graphs are updated, a millisecond or two.
 SHORTEST = {"cpu": 0.03, "gpu": 0.1}
 
 
