@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -155,12 +156,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", type=Path, help="a file for the rows, written anew after each program")
     args = parser.parse_args(argv)
+    wanted = [one for one in programs() if not args.names or any(part in one[0] for part in args.names)]
+    if not wanted:
+        parser.exit(2, f"error: names: got {', '.join(args.names)}, expected parts of programs' names\n")
+    if importlib.util.find_spec("triton") is None:
+        parser.exit(2, "error: triton is not installed: pip install triton (x86-64 Linux)\n")
     rows: list[dict[str, Any]] = []
     known: dict[tuple[Any, ...], Resources] = {}  # programs share kernels
     print(f"{'program':48}{'kernel':32}{'grid':>16}{'warps':>7}{'registers':>11}{'stack B':>9}{'shared B':>10}")
-    for name, function, shapes in programs():
-        if args.names and not any(part in name for part in args.names):
-            continue
+    for name, function, shapes in wanted:
         for kernel in kernels(lower(function, *shapes)):
             code = kernel.module, kernel.num_warps, kernel.num_stages
             if code not in known:

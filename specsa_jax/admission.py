@@ -93,6 +93,8 @@ def admit(records: Records, bound: Bound, sharing: Sharing, width: int, reach: i
     if not bound.finite:
         return
     name, measured = sharing.describe(), records.find(sharing, width)
+    if sharing.group_mode == "shared":
+        name += f", T = {width}"
     if measured is None:
         chain = f" --shared {sharing.group} --width {width}" if sharing.group_mode == "shared" else ""
         drop = "" if sharing.keep_compressed else " --drop-compressed"
@@ -106,7 +108,7 @@ def admit(records: Records, bound: Bound, sharing: Sharing, width: int, reach: i
         return
     inside = [m for m in records.measurements if bound.admits(m) and m.reach >= reach]
     inside.sort(key=lambda m: m.top1 if bound.max_kl is None else -m.mean_kl)
-    listed = [f"{m.sharing.describe()} ({_figures(m)})" for m in inside[:5]]
+    listed = [f"{m.describe()} ({_figures(m)})" for m in inside[:5]]
     raise PrecisionError(f"strategy: {name} {reason}; the nearest that can: {'; '.join([*listed, 'all refresh (0)'])}")
 
 

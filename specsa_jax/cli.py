@@ -18,7 +18,7 @@ from specsa_jax.checkpoints.cli import convert, inspect
 from specsa_jax.planning.cli import profile
 from specsa_jax.precision_cli import precision as measure_precision
 from specsa_jax.precision_cli import schedule as search_schedule
-from specsa_jax.terminal import clear_errors, named_options
+from specsa_jax.terminal import clear_errors, named_options, show_table
 from specsa_jax.training.cli import train
 from specsa_jax.training.draft_cli import train_draft
 
@@ -409,7 +409,7 @@ def _explain(plan: Sequence[Decision], engine: Engine, notes: Console) -> None:
             "", f"  observed in {decision.observed_steps} steps", f"{decision.observed_acceptance_length:.2f}", "",
             f"{decision.observed_tokens_per_second:,.0f}", "", end_section=True, style="dim",
         )  # fmt: skip
-    notes.print(table)
+    show_table(notes, table)
 
 
 if __name__ == "__main__":

@@ -284,6 +284,6 @@ def search(
 def describe(measurement: Measurement) -> dict[str, object]:
     """A measurement as JSON-ready values, the derived ones included."""
     return {
-        **dataclasses.asdict(measurement), "strategy": measurement.sharing.describe(), "reach": measurement.reach,
+        **dataclasses.asdict(measurement), "strategy": measurement.describe(), "reach": measurement.reach,
         "worst_mean_kl_bound": measurement.mean_kl, "worst_top1_bound": measurement.top1,
     }  # fmt: skip

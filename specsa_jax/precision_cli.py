@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specsa_jax.terminal import clear_errors
+from specsa_jax.terminal import clear_errors, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,7 +77,7 @@ def schedule(
             for best, uniform in found
         ]  # fmt: skip
         names = ("refresh layers", "schedule", "mean KL, nats", "uniform", "mean KL, nats")
-        console.print(_table(f"on {text.source}", names, rows))
+        show_table(console, _table(f"on {text.source}", names, rows))
     if json_output:
         import dataclasses
 
@@ -192,7 +192,7 @@ def _show(console: Console, measurements: list[Measurement]) -> None:
     names = ("strategy", "context", "tokens", "mean KL, nats", "at most", "99 %", "top-1", "at least", "loss")
     rows = []
     for m in sorted(measurements, key=lambda m: m.mean_kl):
-        strategy = m.sharing.describe()
+        strategy = m.describe()
         for at in m.contexts:
             rows.append((
                 strategy, f"{at.context:,}", f"{at.tokens:,}", f"{at.mean_kl:.3g} ± {at.mean_kl_error:.1g}",
@@ -201,7 +201,7 @@ def _show(console: Console, measurements: list[Measurement]) -> None:
             ))  # fmt: skip
             strategy = ""
     levels = " and ".join(sorted({f"{m.confidence:.0%}" for m in measurements})) or "no"
-    console.print(_table(f"against class exact; bounds at {levels} confidence", names, rows))
+    show_table(console, _table(f"against class exact; bounds at {levels} confidence", names, rows))
     if not rows:
         console.print("nothing is measured; give a --schedule, such as every:2")
 

@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 @contextlib.contextmanager
@@ -50,3 +51,11 @@ def check_writable(name: str, path: Path, parents: bool = False) -> None:
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"{name}: got {str(path)!r}, expected the path of a file in a directory that can be written "
                          "to")  # fmt: skip
+
+
+def show_table(console: Console, table: Table) -> None:
+    """Prints a table with all of its figures: where there are fewer columns, its lines are longer than those."""
+    wide = console.measure(table, options=console.options.update(width=10_000)).maximum
+    narrow, console.width = console.width, max(console.width, wide)
+    console.print(table)
+    console.width = narrow

@@ -34,6 +34,12 @@ def test_selection_lowers(spec):
     assert (kernel.name, kernel.grid, kernel.num_warps) == ("select_blocks_kernel", (spec.rows, 1, 1), config.num_warps)
 
 
+def test_the_report_knows_which_programs_there_are(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        report.main(["no-such-program"])
+    assert stopped.value.code == 2 and "names: got no-such-program, expected" in capsys.readouterr().err
+
+
 def test_selection_compiles_for_sm90():
     pytest.importorskip("triton")
     for spec in specs.BENCHMARKS[-3:]:

@@ -104,6 +104,7 @@ def test_the_measured_divergence_is_that_of_the_reference(engine, text, measured
 
 def test_a_shared_group_is_measured_on_its_own_chain(measured):
     assert measured[2].key == (Sharing(group=3, group_mode="shared"), 3)
+    assert measured[2].describe() == "all refresh, shared by 3, T = 3" and measured[0].describe() == "FSS"
     assert measured[2].contexts[0].mean_kl > 1e-4
 
 
@@ -404,7 +405,7 @@ def test_search_measure_and_generate_on_the_command_line(directory, tmp_path, mo
     assert code == 0 and len(json.loads(out.splitlines()[-1])["schedules"]) == 1, err
     code, out, err = run(monkeypatch, capsys, "precision", directory, "--schedule", "searched:2", *data, *small)
     (one,) = json.loads(out.splitlines()[-1])["measurements"]
-    assert code == 0 and one["contexts"][0]["tokens"] == 8 * TOKENS and "99 %" in err, err
+    assert code == 0 and one["contexts"][0]["tokens"] == 8 * TOKENS and "99 %" in err and "…" not in err, err
     code, out, _ = run(monkeypatch, capsys, "precision", directory, "--json")
     assert code == 0 and json.loads(out.splitlines()[-1])["measurements"] == [one]
     for arguments, message in (

@@ -84,7 +84,7 @@ def attend(
     Token i sees the committed tokens of its sequence, its ancestors in the tail, and itself: its output is that of
     decoding its path one token at a time. A refresh layer (``selected`` None) takes four launches: compressed and
     window branch with block scores, selection, selected branch, merge. A reuse layer takes two: the branches, merge; or
-    three, where groups have fewer rows than the other branches' tiles and the batch is large.
+    three, where groups have fewer rows than the other branches' tiles and the batch is large. No gradient is defined.
 
     Args:
       query: [B, T, Hq, D], bfloat16 or float32, rotated; all keys and values have its dtype.

@@ -100,6 +100,10 @@ class Measurement:
         """What it is found by."""
         return measured_as(self.sharing, self.width)
 
+    def describe(self) -> str:
+        """The strategy in words, by which another measurement's differs."""
+        return self.sharing.describe() + (f", T = {self.width}" if self.width else "")
+
 
 @dataclasses.dataclass(frozen=True)
 class Searched(_Config):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specsa_jax.terminal import check_writable, clear_errors, named_options
+from specsa_jax.terminal import check_writable, clear_errors, named_options, show_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -235,7 +235,7 @@ def _table(console: Console, profile: Profile, missing: list[str]) -> None:
         times = [next((s.seconds for p, s in steps.items() if (p.batch, p.context, p.width) == (*place, width)), None)
                  for place in places]  # fmt: skip
         table.add_row(str(width), *("" if time is None else f"{1e3 * time:.3g}" for time in times))
-    console.print(table)
+    show_table(console, table)
     console.print(describe_error(profile))
     if missing:
         shown = [f"  {name}" for name in missing[:12]]

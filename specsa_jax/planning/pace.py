@@ -10,8 +10,8 @@ import numpy as np
 
 _HALF_LIFE = 128.0  # steps after which evidence counts half
 # Tokens after which half of what sets a sequence apart is expected to be gone: a text that does not repeat itself yet
-# often begins to (of 32 texts of a trained model those that accept a third of the mean at first are like the others 64 to
-# 128 tokens on). Else one slow beginning in a batch would speak for a whole text.
+# often begins to (of 32 greedy texts of a trained model, those that accepted least at first accepted like the others 64
+# to 128 tokens on). Else one slow beginning in a batch would speak for a whole text.
 _LASTS = 128.0
 _LATE = 0.9  # sequences that need so much of what the slowest needs may be the last by bad luck
 

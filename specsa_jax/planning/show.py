@@ -323,7 +323,7 @@ def _page(profile: Profile, pictures: dict[str, str]) -> str:
          f"{1 + sum(n * count for n, count in enumerate(p.accepted)) / p.steps:.2f}", " ".join(map(str, p.accepted)))
         for p in profile.priors
     ]  # fmt: skip
-    divergence = [(m.sharing.describe(), f"{m.mean_kl:.3g}", f"{m.top1:.4f}", f"{m.reach:,}")
+    divergence = [(m.describe(), f"{m.mean_kl:.3g}", f"{m.top1:.4f}", f"{m.reach:,}")
                   for m in sorted(profile.measurements, key=lambda m: m.mean_kl)]  # fmt: skip
     facts = [
         ("device", profile.device), ("model", profile.fingerprint[:16]), ("dtype", profile.dtype),
