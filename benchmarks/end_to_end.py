@@ -65,7 +65,7 @@ def choosing(names: Sequence[str], precision: Precision | None = None) -> Planne
     trees: dict[str, list[str]] = {}
     for name in names:
         drafter, _, tree = name.partition("@")
-        trees.setdefault(drafter, []).append(tree)
+        trees.setdefault(drafter, []).append(tree or "chain:4")
     drafters = tuple((drafter, tuple(some)) for drafter, some in trees.items())
     return Planner(precision=precision, drafters=drafters)
 

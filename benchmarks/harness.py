@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -267,11 +268,13 @@ def device_folder(kind: str | None = None) -> Path:
 
 
 def run(main: Callable[[], None]) -> None:
-    """A script: bad input ends with one line and exit code 2, as in the commands."""
+    """A script: bad input ends with one line and exit code 2, as in the commands; what fails later also says where."""
     try:
         with clear_errors(Console(stderr=True, highlight=False)):
             main()
     except typer.Exit as ended:
+        if Rows.begun and ended.__cause__ is not None:
+            traceback.print_exception(ended.__cause__)
         sys.exit(ended.exit_code)
 
 
@@ -289,6 +292,14 @@ def number(text: str) -> float:
         if 0 <= (value := float(text)) < math.inf:
             return value
     raise argparse.ArgumentTypeError(f"got {text!r}, expected a finite number of at least 0")
+
+
+def seconds(text: str) -> float:
+    """Of a command line: at least 0, or inf."""
+    with contextlib.suppress(ValueError):
+        if (value := float(text)) >= 0:
+            return value
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected seconds, at least 0")
 
 
 def out_file(text: str) -> str:
@@ -309,7 +320,7 @@ def arguments(doc: str | None, *, rows: bool = False) -> argparse.ArgumentParser
     if rows:
         parser.add_argument("--resume", action="store_true", help="keep the rows that the file holds, of this "
                             "commit and options, and measure the others; of another device: refused")  # fmt: skip
-        parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no other row begins")
+        parser.add_argument("--budget", type=seconds, default=math.inf, help="seconds after which no other row begins")
     return parser
 
 
@@ -339,6 +350,8 @@ class Rows:
     One of another commit or summary is replaced as soon as there is a row, and never by a file without any. Raises
     ValueError for one of another device, and for one that holds no such rows.
     """
+
+    begun = False  # whether there has been a row
 
     def __init__(self, args: argparse.Namespace, axes: Sequence[str], suffix: str = "", **summary: Any):
         self.path, self.axes, self.summary = out_path(args, suffix), axes, summary
@@ -379,6 +392,7 @@ class Rows:
 
     def add(self, row: dict[str, Any], shown: Sequence[str] | None = ()) -> None:
         """Keeps and saves a row; prints its columns ``shown`` (empty: all that are no lists; None: nothing)."""
+        Rows.begun = True
         self.rows.append(row)
         self._known.add(self._key(row))
         if shown is not None:

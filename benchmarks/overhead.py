@@ -108,7 +108,9 @@ def in_a_process(buffers: str) -> list[dict[str, Any]]:
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--rows", str(file)], env=environment, check=True)
+        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--rows", str(file)], env=environment)
+        if done.returncode:
+            sys.exit(done.returncode)
         return [{"command_buffers": buffers, **row} for row in json.loads(file.read_text(encoding="utf-8"))]
 
 

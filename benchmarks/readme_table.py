@@ -202,6 +202,7 @@ def shapes(result: Result) -> Lines:
             yield (
                 f"a step of {row['preset']}, {thousands(row['context'])}, batch {row['batch']}, T = 16",
                 f"{row['step_us'] / 1e3:.2f} ms, {row['over_decode']:.2f}x T = 1, {row['of_floor']:.2f} of the floor",
+                row.get("commit", ""),
             )
 
 

@@ -387,7 +387,7 @@ def main() -> None:
             shape = tuple(value for name, value in case.axes.items() if name != "overlap")
             todo.setdefault(shape, []).append((case, wanted))
     if not todo and not rows.rows and rows.complete:
-        raise SystemExit("no case has these axes")
+        raise ValueError("heads, context, batch, width, overlap: got axes that no case has; see --help")
     harness.copy_bandwidth()
     # What compiles slows launches down, so several shapes are compiled first, on all cores, and then measured.
     shapes = list(todo.values())

@@ -35,7 +35,7 @@ from specsa_jax.decoding import State
 from specsa_jax.drafting import Drafter
 from specsa_jax.drafting.watching import Watching
 from specsa_jax.planning import profile as profiles
-from specsa_jax.planning import replay, space
+from specsa_jax.planning import space
 from specsa_jax.planning.costs import Costs, measure_bandwidth
 from specsa_jax.planning.planner import SHORTEST, Candidate, Fixed, Plan, Planner
 from specsa_jax.planning.predict import Acceptance
@@ -369,27 +369,16 @@ class Engine(Runtime):
         self, found: Space, rows: list[np.ndarray], max_new_tokens: int, state: State, *, replays: bool = True,
         watchers: tuple[Drafter, ...] | None = None,
     ) -> Plan:  # fmt: skip
-        """A plan for these prompts, after replays on them; ``watchers`` as :class:`Plan`."""
-        begun = time.perf_counter()
-        batch, columns = state.cache.page_table.shape
-        capacity = columns * self.config.nsa.select_block
+        """A plan for these prompts; ``replays``, ``watchers`` as :meth:`Space.plan`."""
+        capacity = state.cache.page_table.shape[1] * self.config.nsa.select_block
         # XLA's path computes over whole page tables.
         context = capacity if self.implementation == "xla" else int(np.mean([len(row) for row in rows]))
-        candidates, counted = found.priced(self.costs, batch, context)
-        acceptance = self._priors.fresh()
-        for name, drafter, depth in found.replayed if replays else ():
-            drafted, accepted = replay.replay(rows, drafter, depth)
-            worth = min(len(rows), replay.PROMPTS) * replay.WORTH
-            acceptance.add(name, f"chain:{depth}", drafted, accepted, worth=worth)
-        plan = Plan(
-            found.planner, candidates, self.costs, acceptance, batch=batch, context=context, layers=self.config.layers,
+        return found.plan(
+            self.costs, self._priors, rows, max_new_tokens, context=context, layers=self.config.layers,
             compiled=self.ready.setdefault(signature(state), set()).__contains__,
             compile_seconds=statistics.median(self.compile_times or [_COMPILE_SECONDS]),
-            new_tokens=len(rows) * max_new_tokens, counted=counted, watchers=watchers, replayed=found.replayed,
-            lengths=np.array([len(row) for row in rows]), shortest=SHORTEST.get(jax.default_backend(), SHORTEST["gpu"]),
+            shortest=SHORTEST.get(jax.default_backend(), SHORTEST["gpu"]), replays=replays, watchers=watchers,
         )  # fmt: skip
-        plan.seconds = time.perf_counter() - begun
-        return plan
 
     def resolve(self, strategy: Strategy) -> Strategy:
         """``strategy`` with its schedule as letters ("all" if all refresh), so that equal ones are one program.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ def encode(tokenizer: Tokenizer, vocabulary: int, prompts: Any) -> list[np.ndarr
     if isinstance(prompts, str):
         prompts = [prompts]
     try:
-        if isinstance(prompts, Mapping | Set):  # whose keys, or whose order, nobody meant
+        if isinstance(prompts, Mapping | set | frozenset):  # whose keys, or whose order, nobody meant
             raise TypeError
         prompts = list(prompts)
     except TypeError as error:

@@ -79,10 +79,10 @@ class Sharing:
     group_mode: GroupMode = "merged"
 
     def __post_init__(self) -> None:
-        if self.schedule.strip("FS") or self.schedule.startswith("S"):
+        if not isinstance(self.schedule, str) or self.schedule.strip("FS") or self.schedule.startswith("S"):
             raise ValueError(f"schedule: got {self.schedule!r}, expected a letter a layer, F or S, F first")
-        if self.group < 0:
-            raise ValueError(f"group: got {self.group}, expected at least 0")
+        if not isinstance(self.group, int) or self.group < 0:
+            raise ValueError(f"group: got {self.group!r}, expected an integer of at least 0")
         if "S" not in self.schedule:  # one form for one meaning: what is compiled and measured is found by it
             object.__setattr__(self, "schedule", "")
             object.__setattr__(self, "keep_compressed", True)

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specsa_jax.planning import pace as pace_module
 from specsa_jax.planning import planner
 from specsa_jax.planning.pace import Pace
 
@@ -36,7 +35,7 @@ def test_pace_foresees_when_the_last_sequence_of_a_batch_is_done(chances, tolera
         pace.observe(np.full(size, 100), known, np.zeros(size, bool), 64, planner._spread(histogram))
         found.append(pace.tokens_per_step(1.0 + seen.mean(), size))
         # What sets them apart fades with the text, of which a sequence of the mean gets so much in a step.
-        apart = 0.5 ** (np.arange(left)[:, None] * (1 + 16 * chances.mean()) / pace_module._LASTS)
+        apart = 0.5 ** (np.arange(left)[:, None] * (1 + 16 * chances.mean()) / 128)
         gained = np.cumsum(1 + bursts(rng, left, chances.mean() + apart * (chances - chances.mean())), axis=0)
         true.append(size * left / (1 + int((gained < left).sum(axis=0).max())))
     by_mean = size * (1.0 + 16 * chances.mean())

@@ -144,7 +144,7 @@ def _measure(
 
     from specsa_jax.calibration import read_calibration
     from specsa_jax.planning import measure
-    from specsa_jax.planning.profile import ProfileError, is_profile, save
+    from specsa_jax.planning.profile import ProfileError, is_profile, read, save
 
     begun = time.perf_counter()
     check_writable("out", path)
@@ -178,7 +178,7 @@ def _measure(
     if not path.exists():
         keep(found)
     console.print(f"stored in {path}" if written else f"nothing new to store: {path} is as it was", soft_wrap=True)
-    return found, missing
+    return (found if written else read(path)), missing
 
 
 def _comparable(engine: Engine, path: Path) -> Profile:

@@ -93,12 +93,18 @@ def measure(
     """
     bench = Bench(engine, calibration, tuple(sorted(set(batches))), tuple(sorted(set(contexts))), drafters)
     ordered, begun = tasks(bench), time.perf_counter()
-    if profile is None or again:
+    stored = engine.records.measurements  # by specsa precision: taken as they are
+    if profile is None or (again and budget > 0):
         progress(0, len(ordered), "bandwidth")
         fresh = new_profile(engine, contexts)
         rates = {name: getattr(fresh, name) for name in ("bandwidth", "flops", "overhead")}
-        profile = fresh if profile is None else dataclasses.replace(profile, **rates)
-    known = set() if again else {key(entry) for name, key in _KEYS.items() for entry in getattr(profile, name)}
+        profile = fresh if profile is None else dataclasses.replace(
+            profile, **rates, measurements=_with("measurements", profile.measurements, stored)
+        )  # fmt: skip
+    entries = [("measurements", m) for m in stored] if again else [
+        (name, entry) for name in _KEYS for entry in getattr(profile, name)
+    ]  # fmt: skip
+    known = {_KEYS[name](entry) for name, entry in entries}
     wanted, missing = [task for task in ordered if task.key not in known], bench.missing
     text = calibration.text
     longest: dict[str, float] = {}  # seconds, by kind of task

@@ -59,12 +59,12 @@ class Pace:
         ``length``."""
         if len(self._left) != running:
             return running * length
-        drafted = length[..., None] - 1.0
+        drafted = np.maximum(0.0, length[..., None] - 1.0)
         # Steps: the integral of 1 / (tokens of a step), to which ``own`` adds less and less.
         mean, own, rate = 1.0 + drafted, drafted * (self._pace - 1.0), math.log(2.0) / _LASTS
         faded = mean + own * np.exp(-rate * self._left)
         steps = (self._left + np.log(faded / (mean + own)) / rate) / mean
-        gain = self._left / steps - 1.0
+        gain = np.maximum(0.0, self._left / steps - 1.0)
         # Drafts stand in bursts: their number makes the variance, so it grows as the gain does.
         luck = np.sqrt(self._left * self._spread * drafted * gain / (1.0 + gain) ** 3)
         late = (steps >= _LATE * steps.max(axis=-1, keepdims=True)).sum(axis=-1)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
@@ -76,10 +77,10 @@ class Planner:
     def __post_init__(self) -> None:
         if self.precision not in (None, *get_args(Precision)):
             raise ValueError(f"precision: got {self.precision!r}, expected one of {', '.join(get_args(Precision))}")
-        number = isinstance(self.hysteresis, int | float) and not isinstance(self.hysteresis, bool)
+        number = isinstance(self.hysteresis, numbers.Real) and not isinstance(self.hysteresis, bool)
         if not (number and 0 <= self.hysteresis < math.inf):
             raise ValueError(f"hysteresis: got {self.hysteresis!r}, expected a fraction of at least 0")
-        if isinstance(self.segment, bool) or not isinstance(self.segment, int) or self.segment < 1:
+        if isinstance(self.segment, bool) or not isinstance(self.segment, numbers.Integral) or self.segment < 1:
             raise ValueError(f"segment: got {self.segment!r}, expected an integer of at least 1 step")
         if not isinstance(self.switch, bool):
             raise ValueError(f"switch: got {self.switch!r}, expected True or False")
@@ -316,7 +317,7 @@ class Plan:
     def _expected(self, candidate: Candidate, running: int, rate: float | None, shift: float) -> tuple[float, float]:
         """Tokens that a sequence gains in a step, and the step's seconds."""
         strategy, name = candidate.strategy, candidate.drafter
-        length, seconds = 1.0, self._step_seconds(candidate, 1)
+        length, seconds = 1.0, self.step_seconds(candidate, 1)
         if name != "none":
             rate, depth = self.acceptance.rate(name) if rate is None else rate, strategy.template.depth
             if shift:
@@ -327,10 +328,10 @@ class Plan:
             length += rate * gain
             # Where nobody in the batch has a draft, a step decodes one token.
             some = 1.0 - (1.0 - rate) ** running
-            seconds = some * self._step_seconds(candidate, strategy.width) + (1.0 - some) * seconds
+            seconds = some * self.step_seconds(candidate, strategy.width) + (1.0 - some) * seconds
         return length, seconds * self._factors.get(strategy, self._factor)
 
-    def _step_seconds(self, candidate: Candidate, width: int) -> float:
+    def step_seconds(self, candidate: Candidate, width: int) -> float:
         """Of drafting and verifying ``width`` tokens; 1: of a step without a draft, the search for one included."""
         strategy = candidate.strategy
         if (strategy, width) not in self._counted:
@@ -394,6 +395,11 @@ class Plan:
             self.watchers, self.candidates = (), self._alone
 
     @property
+    def chosen(self) -> Candidate:
+        """Whose strategy decodes now."""
+        return self._named[self.words[self.strategy]]
+
+    @property
     def steps_left(self) -> int:
         """Steps until the next choice."""
         return self._length - (0 if self._seen[0] is None else int(self._seen[0].steps))
@@ -401,7 +407,7 @@ class Plan:
     @property
     def wants_text(self) -> bool:
         """Whether, at a segment's end, its text shows how drafters fare that were not drafting."""
-        drafting = self._named[self.words[self.strategy]].drafter
+        drafting = self.chosen.drafter
         return self.planner.switch and any(name != drafting for name, _, _ in self._replayed)
 
     def look(self, tokens: Any, known: np.ndarray, done: np.ndarray) -> None:
@@ -412,7 +418,7 @@ class Plan:
     def _try_others(self) -> None:
         """Tries drafters on what others have decoded in this segment."""
         tokens, known, done = self._text
-        since, drafting = self._looked, self._named[self.words[self.strategy]].drafter
+        since, drafting = self._looked, self.chosen.drafter
         if len(tokens) and since is not None and self.planner.switch:
             for name, drafter, depth in self._replayed:
                 if name != drafting:
@@ -454,7 +460,7 @@ class Plan:
         steps, sequence_steps = int(counts.steps), int(counts.accepted.sum())
         if not sequence_steps:
             return
-        candidate = self._named[self.words[self.strategy]]
+        candidate = self.chosen
         # Steps without a draft are cheaper: the time is compared with what such a mixture should have taken.
         rate = float(np.sum(counts.drafted[1:])) / sequence_steps
         _, expected = self._expected(candidate, max(1, round(sequence_steps / steps)), rate, 0.0)

@@ -277,7 +277,7 @@ def _json(path: Path) -> Any:
     except OSError as error:
         raise ProfileError(f"profile: got {str(path)!r}, expected a readable file: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ProfileError(f"profile: {path}: truncated or damaged: {error}") from error
+        raise ProfileError(f"profile: {path}: truncated or damaged, remove it or name another: {error}") from error
 
 
 _hints = functools.cache(get_type_hints)

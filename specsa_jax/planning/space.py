@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from specsa_jax.checkpoints.records import Measurement
 from specsa_jax.config import ModelConfig
 from specsa_jax.drafting import Drafter, drafter_from_name, parse_tree
+from specsa_jax.planning import replay
 from specsa_jax.planning.costs import Costs
-from specsa_jax.planning.planner import Candidate, Planner, cheapest, watching
+from specsa_jax.planning.planner import Candidate, Plan, Planner, cheapest, watching
+from specsa_jax.planning.predict import Acceptance
 from specsa_jax.planning.profile import Profile
 from specsa_jax.schedule import Sharing
 from specsa_jax.strategy import Precision, Strategy
@@ -117,6 +122,34 @@ class Space:
                 key = candidate.drafter, drafter
                 depths[key] = max(depths.get(key, 0), template.depth)
         return [(name, drafter, depth) for (name, drafter), depth in depths.items()]
+
+    def plan(
+        self, costs: Costs, priors: Acceptance, rows: Sequence[np.ndarray], max_new_tokens: int, *, context: int,
+        replays: bool = True, **call: Any,
+    ) -> Plan:  # fmt: skip
+        """A call's plan, after replays on its prompts.
+
+        Args:
+          costs, priors: of steps and drafts; of acceptance, without what a text has shown.
+          rows: the prompts, int32 [T] each; ``max_new_tokens``: of each.
+          context: tokens that a step's time depends on.
+          replays: False: nothing is tried on the prompts.
+          call: what else :class:`specsa_jax.planning.planner.Plan` takes.
+        """
+        begun = time.perf_counter()
+        found, counted = self.priced(costs, len(rows), context)
+        acceptance = priors.fresh()
+        for name, drafter, depth in self.replayed if replays else ():
+            drafted, accepted = replay.replay(rows, drafter, depth)
+            worth = min(len(rows), replay.PROMPTS) * replay.WORTH
+            acceptance.add(name, f"chain:{depth}", drafted, accepted, worth=worth)
+        plan = Plan(
+            self.planner, found, costs, acceptance, batch=len(rows), context=context, counted=counted,
+            new_tokens=len(rows) * max_new_tokens, replayed=self.replayed,
+            lengths=np.array([len(row) for row in rows]), **call,
+        )  # fmt: skip
+        plan.seconds = time.perf_counter() - begun
+        return plan
 
     def sharings_of(self, strategy: Strategy) -> list[Sharing]:
         """How layers and queries may share selections in it; what a measurement of shared groups says holds for chains
