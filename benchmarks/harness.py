@@ -269,6 +269,7 @@ def device_folder(kind: str | None = None) -> Path:
 
 def run(main: Callable[[], None]) -> None:
     """A script: bad input ends with one line and exit code 2, as in the commands; what fails later also says where."""
+    Rows.begun = False
     try:
         with clear_errors(Console(stderr=True, highlight=False)):
             main()

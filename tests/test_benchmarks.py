@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import overhead
+import planner_replay
 import plots
 import pytest
 import readme_table
@@ -281,6 +282,19 @@ EVENTS = [
     for name, stream, start, duration in (("nsa_scores", "Stream #1", 0.0, 30.0), ("gemm_x", "Stream #1", 35.0, 40.0),
                                           ("fusion_3", "Stream #2", 40.0, 20.0))
 ]  # fmt: skip
+
+
+def test_on_recorded_texts_the_planner_keeps_up_with_the_best_chain():
+    """Of 32 greedy texts some repeat themselves from the beginning, others only later."""
+    profile = planner_replay.read(planner_replay.PROFILE)
+    costs = planner_replay.Costs.from_profile(profile, planner_replay.CONFIG)
+    priors = planner_replay.Acceptance(profile.priors)
+    texts = planner_replay.load()["prose", 0.0]
+    found = planner_replay.compare(texts, 32, 4096, costs, priors)
+    assert {one["tokens"] for one in found.values()} == {32 * 512}
+    assert found["autoregressive"]["steps"] == 512 > found["lookup chain:32"]["steps"]
+    seconds = {name: one["seconds"] for name, one in found.items()}
+    assert seconds.pop("planner") < 1.1 * min(seconds.values()) < 0.5 * seconds["autoregressive"]
 
 
 def test_overhead_is_step_time_over_kernels():

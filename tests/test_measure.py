@@ -86,7 +86,7 @@ def test_measured_anew_is_what_there_is_time_for_and_the_rest_stays(engine, text
     monkeypatch.setattr(measure, "measure_bandwidth", lambda dtype: (1.0, 2.0, 3.0))
     before = profile(steps=tuple(timed(Point(1, 64, width), 1.0) for width in (1, 2, 5)))
     untouched, _ = measure.measure(engine, text, before, again=True, budget=0.0, **SMALL)
-    assert untouched == dataclasses.replace(before, bandwidth=1.0, flops=2.0, overhead=3.0)
+    assert untouched == before
     found, _ = measure.measure(engine, text, before, again=True, **SMALL)
     assert done == [1, 2, 3]
     assert {s.point.width: s.seconds for s in found.steps} == {1: 1e-3, 2: 2e-3, 3: 3e-3, 5: 1.0}

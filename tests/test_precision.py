@@ -230,6 +230,7 @@ def test_records_come_back_and_new_ones_take_the_place_of_old(tmp_path, measured
         (lambda text: text.replace('"schema": 1', '"schema": 9'), "schema: got 9, expected 1"),
         (lambda text: text.replace('"mean_kl": ', '"mean_kl": "x", "a": '), "damaged: ConfigError"),
         (lambda text: text.replace('"windows"', '"doors"'), "damaged: ConfigError.*unknown field"),
+        (lambda text: text.replace('"schedule": "FSS"', '"schedule": null', 1), "damaged: .*schedule: got None"),
         (lambda text: text.replace('"model"', '"modell"'), "was measured on another model"),
     ],
 )

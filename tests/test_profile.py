@@ -77,7 +77,7 @@ def test_a_damaged_file_is_refused_with_the_place_of_the_damage(tmp_path, full):
             ({"context": 10**400}, ".context: got 1000*, expected int of at most"),
             ({"sharing": {**first["point"]["sharing"], "schedule": "ZZ"}}, ".sharing: schedule: got 'ZZ', expected"),
             ({"sharing": {**first["point"]["sharing"], "schedule": "SF"}}, ".sharing: schedule: got 'SF', expected"),
-            ({"sharing": {**first["point"]["sharing"], "group": -4}}, ".sharing: group: got -4, expected at least 0"),
+            ({"sharing": {**first["point"]["sharing"], "group": -4}}, ".sharing: group: got -4, expected an integer"),
         )),
         (json.dumps({**values, "priors": [{**values["priors"][0], "steps": 11}]}), "add up to 11 steps"),
     ):  # fmt: skip
