@@ -279,28 +279,21 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(ended.exit_code)
 
 
-def count(text: str) -> int:
-    """Of a command line: a whole number of at least 1."""
-    with contextlib.suppress(ValueError):
-        if (value := int(text)) >= 1:
-            return value
-    raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
+def _option(kind: Callable[[str], Any], wanted: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """What reads an argument of a command line: a value of ``kind`` that ``holds``."""
+
+    def parse(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if holds(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected {wanted}")
+
+    return parse
 
 
-def number(text: str) -> float:
-    """Of a command line: a finite number of at least 0."""
-    with contextlib.suppress(ValueError):
-        if 0 <= (value := float(text)) < math.inf:
-            return value
-    raise argparse.ArgumentTypeError(f"got {text!r}, expected a finite number of at least 0")
-
-
-def seconds(text: str) -> float:
-    """Of a command line: at least 0, or inf."""
-    with contextlib.suppress(ValueError):
-        if (value := float(text)) >= 0:
-            return value
-    raise argparse.ArgumentTypeError(f"got {text!r}, expected seconds, at least 0")
+count = _option(int, "a whole number of at least 1", lambda value: value >= 1)
+number = _option(float, "a finite number of at least 0", lambda value: 0 <= value < math.inf)
+seconds = _option(float, "seconds, at least 0", lambda value: value >= 0)
 
 
 def out_file(text: str) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
 
+from specsa_jax import checkpoints
 from specsa_jax.config import ModelConfig, NSAConfig, RopeConfig
 
 
@@ -111,3 +115,10 @@ def random_params(config: ModelConfig, seed: int = 0, dtype: Any = np.float64) -
     if not config.tied:
         params["head"] = kernel(config.hidden, config.vocab_size)
     return params
+
+
+def save_tiny(where: Path, config: ModelConfig, words: Sequence[str]) -> Path:
+    """A checkpoint of random weights whose tokenizer has a word for each of its 50 ids."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return checkpoints.save(where, random_params(config, dtype=np.float32), config, tokenizer, {})

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from profiles import profile, timed
-from reference_params import random_params, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from reference_params import save_tiny, tiny_model
+from tokenizers import Tokenizer, models
 
-from specsa_jax import Engine, Strategy, checkpoints
+from specsa_jax import Engine, Strategy
 from specsa_jax.calibration import Calibration, CalibrationError, edited
 from specsa_jax.cli import main
 from specsa_jax.planning import bench, measure
@@ -32,13 +32,9 @@ from specsa_jax.schedule import Sharing
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A checkpoint of a tiny model whose tokenizer has a word of letters for each of its 50 ids."""
-    config = tiny_model()
+    """Of a tiny model whose words are of letters."""
     words = [f"word{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(50)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    where = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    return checkpoints.save(where, random_params(config, dtype=np.float32), config, tokenizer, {})
+    return save_tiny(tmp_path_factory.mktemp("checkpoint") / "tiny", tiny_model(), words)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from reference_params import random_params, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from reference_params import random_params, save_tiny, tiny_model
 
 from specsa_jax import (
     CheckpointError,
@@ -15,7 +14,6 @@ from specsa_jax import (
     PrecisionError,
     PromptLookup,
     Strategy,
-    checkpoints,
     reference,
 )
 from specsa_jax.admission import Bound, admit, check_bound
@@ -31,12 +29,8 @@ SIZES = {"contexts": (CONTEXT,), "windows": 8, "tokens": TOKENS, "batch": 8}
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """A checkpoint of a tiny model whose tokenizer has a word for each of its 50 ids."""
-    config = tiny_model(layers=3)
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(50)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    where = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    return checkpoints.save(where, random_params(config, dtype=np.float32), config, tokenizer, {})
+    words = [f"w{i}" for i in range(50)]
+    return save_tiny(tmp_path_factory.mktemp("checkpoint") / "tiny", tiny_model(layers=3), words)
 
 
 @pytest.fixture(scope="module")
