@@ -29,7 +29,8 @@ from specsa_jax import Engine, PromptLookup, Strategy
 from specsa_jax.config import PRESETS
 from specsa_jax.decoding import Counts
 from specsa_jax.planning.costs import Costs
-from specsa_jax.planning.planner import SHORTEST, Candidate, Plan, Planner
+from specsa_jax.planning.plan import SHORTEST, Plan
+from specsa_jax.planning.planner import Candidate, Planner
 from specsa_jax.planning.predict import Acceptance
 from specsa_jax.planning.profile import read
 from specsa_jax.planning.space import Space, candidates

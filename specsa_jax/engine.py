@@ -37,7 +37,8 @@ from specsa_jax.drafting.watching import Watching
 from specsa_jax.planning import profile as profiles
 from specsa_jax.planning import space
 from specsa_jax.planning.costs import Costs, measure_bandwidth
-from specsa_jax.planning.planner import SHORTEST, Candidate, Fixed, Plan, Planner
+from specsa_jax.planning.plan import SHORTEST, Fixed, Plan
+from specsa_jax.planning.planner import Candidate, Planner
 from specsa_jax.planning.predict import Acceptance
 from specsa_jax.planning.profile import Profile
 from specsa_jax.planning.space import Space

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 
 from specsa_jax.cache import CacheBytes
 from specsa_jax.decoding import Counts
-from specsa_jax.planning.planner import Decision, Fixed, Plan
+from specsa_jax.planning.plan import Fixed, Plan
+from specsa_jax.planning.planner import Decision
 
 
 @dataclasses.dataclass(frozen=True)

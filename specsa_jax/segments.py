@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specsa_jax.decoding import Counts, State, add_counts
-from specsa_jax.planning.planner import Fixed, Plan
+from specsa_jax.planning.plan import Fixed, Plan
 from specsa_jax.runtime import Runtime
 from specsa_jax.sampling import Sampling
 from specsa_jax.strategy import Strategy

@@ -18,7 +18,7 @@ from specsa_jax.acceptance import accept_coupled
 from specsa_jax.cache import create_cache, pages_for
 from specsa_jax.decoding import Decoder, State
 from specsa_jax.drafting import Combined, DraftModel, PromptLookup, SelfDraft
-from specsa_jax.planning.planner import Fixed
+from specsa_jax.planning.plan import Fixed
 from specsa_jax.sampling import SamplingParams, batch_sampling
 from specsa_jax.segments import STREAM_STEPS, Segments
 from specsa_jax.strategy import AUTOREGRESSIVE, Strategy

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specsa_jax.planning import planner
+from specsa_jax.planning import plan as plans
 from specsa_jax.planning.pace import Pace
 
 
@@ -32,7 +32,7 @@ def test_pace_foresees_when_the_last_sequence_of_a_batch_is_done(chances, tolera
         known = 100 + 64 + seen.sum(axis=0)
         pace = Pace(known + left)
         histogram = np.bincount(seen.ravel(), minlength=17)
-        pace.observe(np.full(size, 100), known, np.zeros(size, bool), 64, planner._spread(histogram))
+        pace.observe(np.full(size, 100), known, np.zeros(size, bool), 64, plans._spread(histogram))
         found.append(pace.tokens_per_step(1.0 + seen.mean(), size))
         # What sets them apart fades with the text, of which a sequence of the mean gets so much in a step.
         apart = 0.5 ** (np.arange(left)[:, None] * (1 + 16 * chances.mean()) / 128)

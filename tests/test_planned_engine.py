@@ -15,9 +15,11 @@ from specsa_jax.admission import Bound
 from specsa_jax.checkpoints import records
 from specsa_jax.drafting import DraftModel
 from specsa_jax.drafting.watching import Watching
-from specsa_jax.planning import planner, space
+from specsa_jax.planning import plan as plans
+from specsa_jax.planning import space
 from specsa_jax.planning.costs import Costs
-from specsa_jax.planning.planner import Candidate, Plan, Planner, cheapest
+from specsa_jax.planning.plan import Plan
+from specsa_jax.planning.planner import Candidate, Planner, cheapest
 from specsa_jax.planning.profile import Point, Prior, Profile, StepTime
 from specsa_jax.schedule import Sharing
 
@@ -142,7 +144,7 @@ STATEFUL = [
 @pytest.fixture
 def drafting_for_itself(monkeypatch):
     """An engine whose target may draft for itself, as a draft model."""
-    monkeypatch.setattr(planner, "_WORTH_WATCHING", 0.0)  # lookup's replay promises more
+    monkeypatch.setattr(plans, "_WORTH_WATCHING", 0.0)  # lookup's replay promises more
     engine = tiny_engine(ONE)
     engine._draft_params[MODEL] = engine.params
     found = space.Space(Planner(), STATEFUL, [Sharing()], [])

@@ -6,8 +6,9 @@ from profiles import SlopeCosts, plan_depth
 
 from specsa_jax import PromptLookup, Strategy
 from specsa_jax.decoding import Counts
-from specsa_jax.planning import planner, replay
-from specsa_jax.planning.planner import Candidate, Plan, Planner
+from specsa_jax.planning import replay
+from specsa_jax.planning.plan import SHORTEST, Plan
+from specsa_jax.planning.planner import Candidate, Planner
 from specsa_jax.planning.predict import Acceptance
 
 CHAINS = ("chain:2", "chain:4", "chain:16")
@@ -16,7 +17,7 @@ CANDIDATES = [Candidate("none", Strategy(None)), *(Candidate("lookup", Strategy(
 
 def make(
     slope, *, compiled=lambda strategy: True, acceptance=None, new_tokens=1000, replayed=(), lengths=None, batch=1,
-    shortest=planner.SHORTEST["cpu"], **options
+    shortest=SHORTEST["cpu"], **options
 ):  # fmt: skip
     return Plan(
         Planner(**options), CANDIDATES, SlopeCosts(slope), acceptance or Acceptance(), batch=batch, context=64,
@@ -152,7 +153,7 @@ def test_every_decision_says_what_was_predicted_and_observed():
 def test_a_segment_is_long_enough_to_be_worth_a_call(monkeypatch):
     monkeypatch.setattr(SlopeCosts, "step", lambda self, point: 1e-3)
     assert make(0.0, segment=4).steps_left == 30 and make(0.0, segment=40).steps_left == 40
-    plan = make(0.0, segment=4, shortest=planner.SHORTEST["gpu"])
+    plan = make(0.0, segment=4, shortest=SHORTEST["gpu"])
     assert plan.steps_left == 30  # a guess
     depth, lengths = plan.strategy.reach - 1, []
     for _ in range(4):

@@ -15,7 +15,8 @@ from specsa_jax.config import ModelConfig
 from specsa_jax.drafting import Drafter, drafter_from_name, parse_tree
 from specsa_jax.planning import replay
 from specsa_jax.planning.costs import Costs
-from specsa_jax.planning.planner import Candidate, Plan, Planner, cheapest, watching
+from specsa_jax.planning.plan import Plan
+from specsa_jax.planning.planner import Candidate, Planner, cheapest, watching
 from specsa_jax.planning.predict import Acceptance
 from specsa_jax.planning.profile import Profile
 from specsa_jax.schedule import Sharing
@@ -88,7 +89,7 @@ class Space:
         self, costs: Costs, batch: int, context: int
     ) -> tuple[list[Candidate], dict[tuple[Strategy, int], float]]:
         """The candidates with the sharings that cost least in calls of this batch and context, and what plans have
-        looked up of their costs (``counted`` of :class:`specsa_jax.planning.planner.Plan`)."""
+        looked up of their costs (``counted`` of :class:`specsa_jax.planning.plan.Plan`)."""
         key = costs, batch, context
         if key not in self._priced:
             found = [
@@ -134,7 +135,7 @@ class Space:
           rows: the prompts, int32 [T] each; ``max_new_tokens``: of each.
           context: tokens that a step's time depends on.
           replays: False: nothing is tried on the prompts.
-          call: what else :class:`specsa_jax.planning.planner.Plan` takes.
+          call: what else :class:`specsa_jax.planning.plan.Plan` takes.
         """
         begun = time.perf_counter()
         found, counted = self.priced(costs, len(rows), context)

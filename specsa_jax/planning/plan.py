@@ -1,0 +1,359 @@
+"""A call's plan: which strategy decodes next, and for how long.
+
+Expected tokens of a step come from :mod:`specsa_jax.planning.predict`, its seconds from
+:mod:`specsa_jax.planning.costs`, corrected by what the call's own steps took. Decoding runs in segments; between two of
+them the plan may change the strategy. Nothing moves then: all strategies share one cache, and drafters with a state of
+their own watch (:mod:`specsa_jax.drafting.watching`) until a strategy without them is chosen.
+
+After arXiv 2605.19893, section on profile-guided orchestration; acceptance per position, the costs of switching and the
+corrections are ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from specsa_jax.decoding import Counts, add_counts
+from specsa_jax.drafting import Drafter
+from specsa_jax.planning import replay
+from specsa_jax.planning.costs import Costs
+from specsa_jax.planning.pace import Pace
+from specsa_jax.planning.planner import Candidate, Decision, Option, Planner, timed_as, watched, watching
+from specsa_jax.planning.predict import Acceptance
+from specsa_jax.planning.profile import Point
+from specsa_jax.strategy import Strategy
+
+# Watching costs time in every step. A drafter with a state watches if what it promises when a call begins is this much
+# of the best; that may end after any segment, but it cannot begin again.
+_WORTH_WATCHING = 0.9
+# Weight of the newest segment in the corrections of predicted times.
+_NEWEST = 0.5
+# A strategy that has not run yet is taken to be off by this power of what those that have are off by: with a profile a
+# strategy that is slower than predicted is a reason to try others; counted times are all off together.
+_SHARED_MEASURED, _SHARED_COUNTED = 0.8, 1.0
+# Of a segment's time, what choosing may take.
+_SHARE = 0.01
+# As long as the strategy stays, a segment has so many times the steps of the one before, up to so many times those of
+# the first, and takes at least so many times the shortest.
+_GROWTH, _LONGEST, _LONGER = 2, 16, 4
+# Seconds that a segment takes at least, by backend: calling a compiled loop again costs some of them, on a GPU, whose
+# graphs are updated, a millisecond or two.
+SHORTEST = {"cpu": 0.03, "gpu": 0.1}
+
+
+@dataclasses.dataclass
+class Fixed:
+    """What :class:`Plan` is, for a strategy that somebody has chosen."""
+
+    strategy: Strategy
+    steps_left: float = math.inf
+    decisions: Sequence[Decision] = ()
+    seconds: float = 0.0
+    wants_text: bool = False
+
+    def look(self, tokens: Any, known: np.ndarray, done: np.ndarray) -> None:
+        """Nothing follows from it."""
+
+    def observe(self, counts: Counts, seconds: float, new_tokens: int, running: int, remaining: int) -> None:
+        """Nothing follows from it."""
+
+
+class Plan:
+    """The choices of one call: ``strategy``, for ``steps_left`` steps, until :meth:`observe` changes them.
+
+    Args:
+      planner: how to choose.
+      candidates: the space, without watchers; of the class of precision that was asked for.
+      costs: seconds of steps and drafts.
+      acceptance: of this call's texts: priors, and replays.
+      batch: B of the compiled programs.
+      context: tokens that a step's time depends on (:class:`specsa_jax.planning.profile.Point`).
+      layers: of the target.
+      compiled: whether a strategy's program is there; ``compile_seconds``: what it takes where it is not.
+      new_tokens: the budget of all sequences together.
+      counted: seconds of steps, as plans of the same costs, batch and context have looked them up; adds to them.
+      watchers: the drafters that watch; None: those that promise enough.
+      replayed: drafters that can be tried on a text that is known: name, drafter, depth.
+      lengths: int [B], of the prompts.
+      shortest: seconds that a segment takes at least, as far as is known before it.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        candidates: Sequence[Candidate],
+        costs: Costs,
+        acceptance: Acceptance,
+        *,
+        batch: int,
+        context: int,
+        layers: int,
+        compiled: Callable[[Strategy], bool],
+        compile_seconds: float,
+        new_tokens: int,
+        counted: dict[tuple[Strategy, int], float] | None = None,
+        watchers: tuple[Drafter, ...] | None = None,
+        replayed: Sequence[tuple[str, Drafter, int]] = (),
+        lengths: np.ndarray | None = None,
+        shortest: float = SHORTEST["cpu"],
+    ):
+        begun = time.perf_counter()
+        self.planner, self.costs, self.acceptance = planner, costs, acceptance
+        self.batch, self.context, self.layers = batch, context, layers
+        self._compiled, self._compile_seconds, self._shortest = compiled, compile_seconds, shortest
+        self._counted = {} if counted is None else counted
+        self.words = {candidate.strategy: candidate.describe() for candidate in candidates}
+        self._pace = Pace(None if lengths is None or batch == 1 else lengths + new_tokens // batch)
+        self._factors: dict[Strategy, float] = {}
+        self._factor = 1.0
+        self.decisions: list[Decision] = []
+        # Of a drafter with a state, the name that costs know it by.
+        self._names = {one.watcher: one.drafter.rpartition("+")[2] for one in candidates if one.watcher is not None}
+        self._alone = [candidate for candidate in candidates if candidate.watcher is None]
+        self.watchers = self._promising(candidates, new_tokens) if watchers is None else watchers
+        # A call begins with one of ``_first``: a segment shows what it is worth that the others watch.
+        self._first = self._watched(candidates) if self.watchers else self._alone
+        self.candidates = [*self._first, *self._alone] if self.watchers else self._alone
+        self._named = {self.words[candidate.strategy]: candidate for candidate in self.candidates}
+        self.strategy, self._steps, self._length = self._first[0].strategy, 0, planner.segment
+        self._replayed, self._looked = replayed, lengths
+        self._text: tuple[Any, np.ndarray, np.ndarray] = ((), np.zeros(0, int), np.zeros(0, bool))
+        self._choosing = 0.0  # seconds that the last choice took
+        self._least = 0.0  # that this segment takes at least, but the first
+        self._seen: tuple[Counts | None, float, int] = (None, 0.0, 0)
+        self.choose(batch, new_tokens)
+        self.seconds = time.perf_counter() - begun
+
+    # --- the space ----------------------------------------------------------------------------------------------------
+
+    def _promising(self, candidates: Sequence[Candidate], new_tokens: int) -> tuple[Drafter, ...]:
+        """The drafters that watch when a call begins."""
+        if not self._names:
+            return ()
+
+        speeds = {}
+        for one, option in zip(candidates, self.options(candidates, self.batch), strict=True):
+            beside = () if one.watcher is None else (one.watcher,)  # programs are those in which it watches
+            ready = self._compiled(watching(one.strategy, beside))
+            speeds[one] = 1.0 / (
+                1.0 / option.tokens_per_second + (0.0 if ready else self._compile_seconds / new_tokens)
+            )  # fmt: skip
+        enough = _WORTH_WATCHING * max(speeds.values())
+        own = (one.watcher for one in candidates if speeds[one] >= enough)
+        return tuple(dict.fromkeys(one for one in own if one is not None))
+
+    def _watched(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Those that can be had while all of ``watchers`` watch, in programs in which they do."""
+        found = [one for one in candidates if one.watcher is None or one.watcher in self.watchers]
+        found = [watched(one, self.watchers) for one in found]
+        self.words |= {candidate.strategy: candidate.describe() for candidate in found}
+        return found
+
+    def contenders(self) -> list[Strategy]:
+        """The strategies that would be chosen at some acceptance of drafts, from none to all: what is worth compiling
+        ahead."""
+        found = [self.strategy]
+        # Whoever drafts: of two drafters one may fare well on a text, and the other badly.
+        drafters: dict[tuple[str, bool], list[Candidate]] = {}
+        for one in self.candidates:
+            drafters.setdefault((one.drafter, bool(one.watchers)), []).append(one)
+        for rate in (0.0, 0.25, 0.5, 0.75, 1.0):
+            for shift in np.linspace(-3.0, 4.0, 15):
+                options = self.options(self.candidates, self.batch, rate, shift)
+                speeds = {c: option.tokens_per_second for c, option in zip(self.candidates, options, strict=True)}
+                found += [max(some, key=lambda c: speeds[c]).strategy for some in (self._first, *drafters.values())]
+        return list(dict.fromkeys(found))
+
+    # --- choosing -----------------------------------------------------------------------------------------------------
+
+    def options(
+        self, candidates: Sequence[Candidate], running: int, rate: float | None = None, shift: float = 0.0
+    ) -> list[Option]:
+        """What is to be expected of each candidate while ``running`` sequences of the batch are not done.
+
+        ``rate`` and ``shift`` (log-odds of each position's chance) replace and move what acceptance is expected.
+        """
+        expected = [self._expected(candidate, running, rate, shift) for candidate in candidates]
+        # All at once: between two segments the device waits for this.
+        tokens = self._pace.tokens_per_step(np.array([length for length, _ in expected]), running).tolist()
+        return [
+            Option(self.words[one.strategy], length, seconds, many / seconds, self._compiled(one.strategy))
+            for one, (length, seconds), many in zip(candidates, expected, tokens, strict=True)
+        ]
+
+    def _expected(self, candidate: Candidate, running: int, rate: float | None, shift: float) -> tuple[float, float]:
+        """Tokens that a sequence gains in a step, and the step's seconds."""
+        strategy, name = candidate.strategy, candidate.drafter
+        length, seconds = 1.0, self.step_seconds(candidate, 1)
+        if name != "none":
+            rate, depth = self.acceptance.rate(name) if rate is None else rate, strategy.template.depth
+            if shift:
+                chances = np.clip(self.acceptance.chances(name, strategy.tree, depth), 1e-6, 1 - 1e-6)
+                gain = float(np.cumprod(1.0 / (1.0 + (1.0 / chances - 1.0) * math.exp(-shift))).sum())
+            else:
+                gain = self.acceptance.gain(name, strategy.tree, depth)
+            length += rate * gain
+            # Where nobody in the batch has a draft, a step decodes one token.
+            some = 1.0 - (1.0 - rate) ** running
+            seconds = some * self.step_seconds(candidate, strategy.width) + (1.0 - some) * seconds
+        return length, seconds * self._factors.get(strategy, self._factor)
+
+    def step_seconds(self, candidate: Candidate, width: int) -> float:
+        """Of drafting and verifying ``width`` tokens; 1: of a step without a draft, the search for one included."""
+        strategy = candidate.strategy
+        if (strategy, width) not in self._counted:
+            sharing = strategy.sharing(self.layers)
+            if width == 1:
+                sharing = dataclasses.replace(sharing, group=0, group_mode="merged")
+            chain = width == 1 or strategy.template.is_chain
+            point = Point(self.batch, self.context, width, chain, sharing, timed_as(strategy))
+            draft = self.costs.draft(candidate.drafter, strategy.tree, strategy.width, self.batch, self.context)
+            # A drafter's shortest draft is what it has seen anyway, and the output matrix.
+            draft += sum(self.costs.draft(self._names[one], "chain:1", 2, self.batch, self.context)
+                         for one in candidate.idle)  # fmt: skip
+            self._counted[strategy, width] = self.costs.step(point) + draft
+        return self._counted[strategy, width]
+
+    def choose(self, running: int, remaining: int) -> None:
+        """Chooses for the next segment; ``remaining``: tokens that the running sequences may still give."""
+        found = self.options(self.candidates, running)
+        options = {candidate.strategy: option for candidate, option in zip(self.candidates, found, strict=True)}
+        current = options.get(self.strategy) if self.decisions else None
+        best, reason = self.strategy, ""
+
+        def total(strategy: Strategy) -> float:
+            """Seconds until the end with this strategy, compilation included."""
+            option = options[strategy]
+            return remaining / option.tokens_per_second + (0.0 if option.compiled else self._compile_seconds)
+
+        allowed = self._first if self.planner.switch and not self.decisions else self.candidates
+        fastest = min((candidate.strategy for candidate in allowed), key=total)
+        if current is None:
+            best, reason = fastest, "fastest"
+        elif not self.planner.switch or fastest == self.strategy:
+            reason = "still the fastest" if self.planner.switch else "chosen once"
+        elif options[fastest].tokens_per_second < (1.0 + self.planner.hysteresis) * current.tokens_per_second:
+            reason = f"nothing is more than {self.planner.hysteresis:.0%} faster"
+        else:
+            best = fastest
+            reason = f"{options[fastest].tokens_per_second / current.tokens_per_second - 1:+.0%} over the one before"
+        others = [option for strategy, option in options.items() if strategy != best]
+        # Twice as long as it is expected to take, in case that is wrong.
+        settled = 2 * remaining / options[best].tokens_per_second < self._compile_seconds
+        if not self.planner.switch or not any(option.compiled for option in others) and (settled or not others):
+            self._length = max(1, remaining)  # a step gives at least a token
+            reason += "; to the end" + ("; compiling another would not repay" if self.planner.switch else "")
+        else:
+            stays = best == self.strategy and bool(self.decisions)
+            length = min(_GROWTH * self._length, _LONGEST * self.planner.segment) if stays else self.planner.segment
+            # Nothing has been observed before the first one: if its strategy was a bad guess, that shall show soon.
+            if self.decisions:
+                self._least = max(self._shortest, _LONGER * min(self._least, self._shortest) if stays else 0.0)
+            least = max(self._least, self._choosing / _SHARE) if self.decisions else min(SHORTEST.values())
+            self._length = max(length, math.ceil(least / options[best].step_seconds))
+        self._take(best)
+        ranked = tuple(sorted(options.values(), key=lambda option: -option.tokens_per_second))
+        self.decisions.append(Decision(self._steps, running, self.words[best], reason, ranked))
+
+    def _take(self, strategy: Strategy) -> None:
+        """It decodes from now on. Drafters that it does not show what is decoded are out: that is not made up for."""
+        self.strategy = strategy
+        if self.watchers and not self._named[self.words[strategy]].watchers:
+            self.watchers, self.candidates = (), self._alone
+
+    @property
+    def chosen(self) -> Candidate:
+        """Whose strategy decodes now."""
+        return self._named[self.words[self.strategy]]
+
+    @property
+    def steps_left(self) -> int:
+        """Steps until the next choice."""
+        return self._length - (0 if self._seen[0] is None else int(self._seen[0].steps))
+
+    @property
+    def wants_text(self) -> bool:
+        """Whether, at a segment's end, its text shows how drafters fare that were not drafting."""
+        drafting = self.chosen.drafter
+        return self.planner.switch and any(name != drafting for name, _, _ in self._replayed)
+
+    def look(self, tokens: Any, known: np.ndarray, done: np.ndarray) -> None:
+        """The text, for the :meth:`observe` that follows: ``tokens`` int32 [B, S], or () where it is not at hand; how
+        many of them are ``known`` int32 [B], of sequences of which some are ``done``."""
+        self._text = tokens, known, done
+
+    def _try_others(self) -> None:
+        """Tries drafters on what others have decoded in this segment."""
+        tokens, known, done = self._text
+        since, drafting = self._looked, self.chosen.drafter
+        if len(tokens) and since is not None and self.planner.switch:
+            for name, drafter, depth in self._replayed:
+                if name != drafting:
+                    histograms = replay.walk(tokens[~done], since[~done], known[~done], drafter, depth)
+                    self.acceptance.add(name, f"chain:{depth}", *histograms)
+        if len(known):
+            self._looked = known
+
+    def observe(self, counts: Counts, seconds: float, new_tokens: int, running: int, remaining: int) -> None:
+        """What some steps of ``strategy`` showed. At the end of a segment, chooses for the next.
+
+        Args:
+          counts, seconds, new_tokens: of these steps, the whole batch's.
+          running, remaining: sequences that are not done, and the tokens that they may still give.
+        """
+        begun = time.perf_counter()
+        seen = add_counts(self._seen[0], counts), self._seen[1] + seconds, self._seen[2] + new_tokens
+        self._seen = seen
+        if self.steps_left <= 0 or not running:
+            self._learn(*seen)
+            _, known, done = self._text
+            if self._looked is not None and len(known) > 1:
+                self._pace.observe(self._looked, known, done, int(seen[0].steps), _spread(seen[0].accepted))
+            self._try_others()
+            self._seen = (None, 0.0, 0)
+            if running:
+                self.choose(running, remaining)
+            self._choosing = time.perf_counter() - begun
+        self.seconds += time.perf_counter() - begun
+
+    def _count(self, candidate: Candidate, counts: Counts) -> None:
+        """The evidence of some steps."""
+        self.acceptance.decay(int(counts.steps))
+        if candidate.drafter != "none":
+            drafted, stood = np.asarray(counts.drafted), np.asarray(counts.accepted)
+            self.acceptance.add(candidate.drafter, candidate.strategy.tree, drafted, stood)
+
+    def _learn(self, counts: Counts, seconds: float, new_tokens: int) -> None:
+        steps, sequence_steps = int(counts.steps), int(counts.accepted.sum())
+        if not sequence_steps:
+            return
+        candidate = self.chosen
+        # Steps without a draft are cheaper: the time is compared with what such a mixture should have taken.
+        rate = float(np.sum(counts.drafted[1:])) / sequence_steps
+        _, expected = self._expected(candidate, max(1, round(sequence_steps / steps)), rate, 0.0)
+        self._count(candidate, counts)
+        known = self._factors.get(self.strategy, self._factor)
+        ratio = known * (seconds / steps) / expected
+        factor = ratio if self.strategy not in self._factors else known * (ratio / known) ** _NEWEST
+        self._factors[self.strategy] = factor
+        shared = _SHARED_MEASURED if self.costs.measured else _SHARED_COUNTED
+        self._factor = math.exp(shared * float(np.mean(np.log(list(self._factors.values())))))
+        self._steps += steps
+        accepted = float(counts.accepted @ np.arange(len(counts.accepted)))
+        self.decisions[-1] = dataclasses.replace(
+            self.decisions[-1], observed_steps=steps, observed_acceptance_length=1.0 + accepted / sequence_steps,
+            observed_tokens_per_second=new_tokens / seconds,
+        )  # fmt: skip
+
+
+def _spread(histogram: np.ndarray | Any) -> float:
+    """Variance over squared mean, of a histogram over 0, 1, …; 0 where all are 0."""
+    counts = np.asarray(histogram, float)
+    mean, square = (counts @ np.arange(len(counts)) ** power / max(1.0, counts.sum()) for power in (1, 2))
+    return float(square / mean**2 - 1.0) if mean else 0.0
