@@ -1,4 +1,4 @@
-"""What a planner is asked to do, what it chooses from, and what it says of its choices (:mod:`.plan` makes them)."""
+"""What a planner is asked to do, what it chooses from, and what it says of the choices that a plan makes."""
 
 from __future__ import annotations
 
