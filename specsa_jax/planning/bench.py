@@ -49,7 +49,7 @@ class Task(NamedTuple):
 class Bench:
     """Measures one engine's parts.
 
-    Args: as of :func:`measure`; ``contexts`` ascending.
+    Args: as of :func:`specsa_jax.planning.measure.measure`; ``contexts`` ascending.
     """
 
     def __init__(

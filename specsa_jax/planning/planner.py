@@ -157,6 +157,7 @@ def watching(strategy: Strategy, watchers: tuple[Drafter, ...]) -> Strategy:
 
 @functools.lru_cache
 def watched(candidate: Candidate, watchers: tuple[Drafter, ...]) -> Candidate:
+    """``candidate`` with ``watchers`` watching."""
     return Candidate(candidate.drafter, watching(candidate.strategy, watchers))
 
 
