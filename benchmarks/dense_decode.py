@@ -3,7 +3,7 @@
 Attention is jax.nn.dot_product_attention over a full KV cache, by cuDNN where there is a GPU and by XLA: the fastest
 public call of JAX. The weights are random, and the step is as lean as it gets, in dense attention's favour: no page
 table, no mask (every sequence fills its cache), no rotary embedding, one K/V projection where NSA has three. The whole
-step is one compiled loop.
+step is one compiled loop, on a GPU inside a CUDA graph or not, whichever is faster.
 
     python benchmarks/dense_decode.py --checkpoint embedded --contexts 4096 --batches 1 --out
     python benchmarks/dense_decode.py --preset 8b --contexts 65536 --batches 1 8 --out
@@ -99,20 +99,27 @@ def row_of(config: ModelConfig, context: int, batch: int, implementation: str, i
     limit = device_memory()
     if limit is not None and weight_bytes + cache_bytes > USABLE * limit:
         return {"not_run": f"needs {weight_bytes + cache_bytes:,} bytes of weights and cache, of {limit:,}"}
-    weights = random_arrays(tree, dtype)
-    state = (random_arrays([(cache, cache)] * config.layers, dtype), jnp.zeros((batch, 1), jnp.int32))
-    step = make_step(config, context, implementation)
-    try:
-        options = compiler_options()
+    weights, step = random_arrays(tree, dtype), make_step(config, context, implementation)
+
+    def timing(loops: bool) -> harness.Timing:
+        state = (random_arrays([(cache, cache)] * config.layers, dtype), jnp.zeros((batch, 1), jnp.int32))
+        options = compiler_options(loops=loops)
         loop = harness.Loop(step, state, [weights], iterations, unroll=1, keep=False, options=options)
-        timing = loop.timing(seconds=seconds)
+        return loop.timing(seconds=seconds)
+
+    try:
+        # The loop inside a CUDA graph, as the engine has it, or XLA's default: where a graph cannot hold all of a loop,
+        # the option costs what graphs there are inside.
+        timings = {loops: timing(loops) for loops in ((True, False) if jax.default_backend() == "gpu" else (False,))}
     except (ValueError, RuntimeError, *harness.FAILURES) as error:  # cuDNN has many ways to say no
         return harness.not_run(error)
+    best = min(timings, key=lambda loops: timings[loops].median)
     return {
-        "step_us": dataclasses.asdict(timing),
-        "tokens_per_second": batch * 1e6 / timing.median,
+        "loops_in_graphs": best,
+        "step_us": dataclasses.asdict(timings[best]),
+        "tokens_per_second": batch * 1e6 / timings[best].median,
         "bytes": needed,
-        "of_floor": harness.floor_fraction(needed, dataclasses.asdict(timing)),
+        "of_floor": harness.floor_fraction(needed, dataclasses.asdict(timings[best])),
     }
 
 
