@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--space", nargs="*", help="DRAFTER@TREE: of the planner; none: all that there is")
     parser.add_argument("--temperatures", type=harness.number, nargs="+", default=[0.0])
     # What planning takes is a matter of the call: a GPU gives a small model's 4096 tokens in a tenth of a second.
-    parser.add_argument("--new-tokens", type=harness.count, default=12288 if gpu else 128)
+    parser.add_argument("--new-tokens", type=harness.count, default=24576 if gpu else 128)
     parser.add_argument(
         "--prompts", type=harness.count, default=4, help="batches of prompts in cells of batch 1; else one"
     )
