@@ -1,5 +1,5 @@
-"""Writes the tables of results in README.md, and of end to end in docs/performance.md, between their marker comments,
-from the files in benchmarks/results.
+"""Writes the tables of README.md and docs/performance.md between their marker comments, from the files in
+benchmarks/results.
 
 python benchmarks/readme_table.py            # writes them
 python benchmarks/readme_table.py --check    # exit code 1 if a document has another one
@@ -8,6 +8,7 @@ python benchmarks/readme_table.py --check    # exit code 1 if a document has ano
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import os
 import statistics
@@ -20,6 +21,8 @@ from plots import script_of
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 POINTS = "<!-- end to end: python benchmarks/readme_table.py -->"
+MECHANISMS = "<!-- ablations: python benchmarks/readme_table.py -->"
+COMMITS = "<!-- commits: python benchmarks/readme_table.py -->"
 BEGIN, END = "<!-- results: python benchmarks/readme_table.py -->", "<!-- end of results -->"
 Result = dict[str, Any]
 # What was measured and the result; a third, where a row was measured at another commit than its file's.
@@ -152,7 +155,7 @@ def end_to_end(result: Result) -> Lines:
         longest = max(row["context"] for row in mine)
         here = [row for row in mine if row["context"] == longest]
         best = max((row for row in here if row["strategy"] != "auto"), key=lambda row: (same(row), row["speedup"]))
-        planned = "".join(f"; the planner {row['speedup']:.2f}x" for row in here
+        planned = "".join(f"; the planner {row['speedup']:.2f}x, {row.get('identical', '-')}" for row in here
                           if row["strategy"] == "auto" and row.get("commit") == best.get("commit"))  # fmt: skip
         how = "greedy" if temperature == 0 else f"temperature {temperature}"
         yield (
@@ -189,19 +192,31 @@ def strict(result: Result) -> Lines:
 
 def planner(result: Result) -> Lines:
     if "planner_over_default" in result:  # there when the run has ended
+        cells: dict[tuple[Any, ...], dict[str, float]] = {}
+        for row in result["rows"]:
+            cell = tuple(row[axis] for axis in ("workload", "context", "batch", "temperature"))
+            cells.setdefault(cell, {})[row["strategy"]] = row["tokens_per_second"]
+        of_best = [cell.pop("planner") / max(cell.values()) for cell in cells.values()]
         yield (
-            f"the planner over all cells, {called(result['checkpoint'])}",
-            f"{result['planner_over_default']:.2f}x lookup chain:4, {result['planner_of_best']:.2f} of the best "
-            f"strategy of each cell; planning {100 * result['planning_share']:.1f} % of decoding",
+            f"the planner over {len(cells)} cells, {called(result['checkpoint'])}",
+            f"{result['planner_over_default']:.2f}x lookup chain:4, {result['planner_of_best']:.2f} of the best fixed "
+            f"strategy of each cell ({min(of_best):.2f} to {max(of_best):.2f}); planning "
+            f"{100 * result['planning_share']:.1f} % of decoding",
         )
 
 
 def shapes(result: Result) -> Lines:
+    """Beside the step of one token where that was measured at the same commit."""
+    axes = ("preset", "context", "batch")
+    single = {tuple(row[axis] for axis in axes): row for row in result["rows"] if row["width"] == 1 and "step_us" in row}
     for row in result["rows"]:
-        if row.get("over_decode") and row["width"] == 16:
+        if row["width"] == 16 and "step_us" in row:
+            one = single.get(tuple(row[axis] for axis in axes), {"commit": None})
+            beside = f"{row['step_us'] / one['step_us']:.2f}x T = 1, " if one.get("commit", "") == row.get(
+                "commit", "") else ""  # fmt: skip
             yield (
                 f"a step of {row['preset']}, {thousands(row['context'])}, batch {row['batch']}, T = 16",
-                f"{row['step_us'] / 1e3:.2f} ms, {row['over_decode']:.2f}x T = 1, {row['of_floor']:.2f} of the floor",
+                f"{row['step_us'] / 1e3:.2f} ms, {beside}{row['of_floor']:.2f} of the floor",
                 row.get("commit", ""),
             )
 
@@ -288,6 +303,34 @@ def end_to_end_table(results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+def ablations_table(results: Path = RESULTS) -> str:
+    """Markdown: every case of the GPUs' ``ablations.json``: tokens a second and times decoding one token at a time."""
+    lines = ["| what changes | case | edit | code | commit |", "| --- | --- | --- | --- | --- |"]
+    for file in sorted(results.glob("nvidia-*/ablations.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        rows = [row for row in result["rows"] if "speedup" in row]
+        for which, case in dict.fromkeys((row["set"], row["case"]) for row in rows):
+            mine = {row["workload"]: row for row in rows if (row["set"], row["case"]) == (which, case)}
+            cells = [
+                f"{mine[name]['tokens_per_second']:,.0f}, {mine[name]['speedup']:.2f}x" if name in mine else "-"
+                for name in ("edit", "code")
+            ]
+            commit = next(iter(mine.values())).get("commit", result["commit"])
+            lines.append(f"| {which} | {case} | {' | '.join(cells)} | {commit} |")
+    return "\n".join(lines)
+
+
+def commits_table(results: Path = RESULTS) -> str:
+    """Markdown: at which commits the rows of each of the H200's files were measured."""
+    lines = ["| file | rows by commit |", "| --- | --- |"]
+    for file in sorted(results.glob("nvidia-h200/*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        counts = collections.Counter(row.get("commit", result["commit"]) for row in result["rows"])
+        rows = ", ".join(f"{count} {commit}" for commit, count in counts.most_common()) or result["commit"]
+        lines.append(f"| `{file.name}` | {rows} |")
+    return "\n".join(lines)
+
+
 def _cell(rows: list[dict[str, Any]]) -> str:
     """A point's and workload's figures; without drafts its own class may have another speed than class exact."""
     plain, planned = ([row["speedup"] for row in rows if row["strategy"] == name] for name in ("none", "auto"))
@@ -308,14 +351,22 @@ def replaced(text: str, new: str, begin: str = BEGIN) -> str:
     return f"{before}{begin}\n{new}\n{END}{after}"
 
 
+PERFORMANCE = "docs/performance.md"
+# Where each table is: document, table, marker.
+DOCUMENTS: tuple[tuple[str, Callable[[], str], str], ...] = (
+    ("README.md", table, BEGIN), (PERFORMANCE, end_to_end_table, POINTS),
+    (PERFORMANCE, ablations_table, MECHANISMS), (PERFORMANCE, commits_table, COMMITS),
+)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if a table is another one")
     args = parser.parse_args()
-    for name, new_table, begin in (("README.md", table(), BEGIN), ("docs/performance.md", end_to_end_table(), POINTS)):
+    for name, new_table, begin in DOCUMENTS:
         document = ROOT / name
         old = document.read_text(encoding="utf-8")
-        new = replaced(old, new_table, begin)
+        new = replaced(old, new_table(), begin)
         if args.check and new != old:
             raise SystemExit(
                 f"{name}: its table is not that of the result files; run python benchmarks/readme_table.py"

@@ -40,8 +40,9 @@ class Divergence(NamedTuple):
     approximate_loss: np.ndarray
 
 
-class _Windows(NamedTuple):
-    """A batch of windows: the cache behind their contexts, scored and following tokens, exact log-probabilities."""
+class Windows(NamedTuple):
+    """A batch of places in a text: the cache behind their contexts, scored and following tokens int32 [B, tokens], and
+    of each pass over them the exact log-probabilities float32 [B, width, V]."""
 
     cache: Cache
     tokens: np.ndarray
@@ -59,7 +60,7 @@ def _compare(exact: jax.Array, other: jax.Array, following: jax.Array) -> tuple[
     return kl, exact.argmax(axis=-1) == other.argmax(axis=-1), loss(exact), loss(other)
 
 
-def _score(engine: Engine, windows: _Windows, sharing: Sharing, width: int) -> Iterator[jax.Array]:
+def _score(engine: Engine, windows: Windows, sharing: Sharing, width: int) -> Iterator[jax.Array]:
     """Log-probabilities [B, width, V] after the scored tokens, ``width`` a pass, each committed as it was verified."""
     cache = jax.tree.map(jnp.copy, windows.cache)  # the pass's own is given away
     batch, total = windows.tokens.shape
@@ -79,16 +80,19 @@ def _score(engine: Engine, windows: _Windows, sharing: Sharing, width: int) -> I
         yield logprobs[:, : part.shape[1]]
 
 
-def _prepare(engine: Engine, rows: np.ndarray, context: int, batch: int, width: int) -> Iterator[_Windows]:
-    """Batches of windows, all of one size: the last is filled up with rows before, which :func:`_diverge` drops."""
+def prepare(engine: Engine, rows: np.ndarray, context: int, batch: int, width: int) -> Iterator[Windows]:
+    """Reads ``rows`` int32 [N, context + tokens + 1] up to their contexts, and scores the rest exactly, ``width`` tokens
+    a pass. Batches are all of one size: the last is filled up with other rows, which callers drop."""
     for first in range(0, len(rows), batch):
         taken = rows[np.arange(first, first + batch) % len(rows)]
         scored, following = taken[:, context:-1], taken[:, context + 1 :]
-        windows = _Windows(engine.prefill(list(taken[:, : context + 1]), scored.shape[1]), scored, following, [])
+        windows = Windows(engine.prefill(list(taken[:, : context + 1]), scored.shape[1]), scored, following, [])
         yield windows._replace(exact=list(_score(engine, windows, Sharing(), width)))
 
 
-def _diverge(engine: Engine, windows: _Windows, sharing: Sharing, width: int) -> Divergence:
+def diverge(engine: Engine, windows: Windows, sharing: Sharing, width: int) -> Divergence:
+    """The divergence [B, tokens] of ``sharing`` on windows that :func:`prepare` has made with that ``width``; what a pass
+    has verified is committed as the approximation computed it."""
     parts = [
         _compare(exact, other, jnp.asarray(windows.following[:, start : start + width]))
         for start, exact, other in zip(
@@ -208,10 +212,10 @@ def measure(
     for context, taken in rows.items():
         parts: dict[tuple[Sharing, int], list[Divergence]] = {kind: [] for kind in kinds}
         for width, members in widths.items():
-            for prepared in _prepare(engine, taken, context, batch, width or tokens):
+            for prepared in prepare(engine, taken, context, batch, width or tokens):
                 done += 1
                 for kind in members:
-                    parts[kind].append(_diverge(engine, prepared, kind[0], width or tokens))
+                    parts[kind].append(diverge(engine, prepared, kind[0], width or tokens))
                     done += 1
                     if progress:
                         progress(done, total)
@@ -254,7 +258,7 @@ def search(
         raise ValueError("contexts: got none, expected at least one")
     for context, taken in rows.items():
         engine.check_fits([taken[0, : context + 1]] * len(taken), tokens)
-    prepared = {c: list(_prepare(engine, taken, c, batch, tokens)) for c, taken in rows.items()}
+    prepared = {c: list(prepare(engine, taken, c, batch, tokens)) for c, taken in rows.items()}
     text = calibration.text
     known: dict[str, Searched] = {}
     total = sum(range(refresh, layers)) + layers - refresh  # candidates, and the uniform ones
@@ -262,7 +266,7 @@ def search(
     def judge(schedule: str) -> Searched:
         if schedule not in known:
             sharing = Sharing(schedule, keep_compressed)
-            joined = [_join([_diverge(engine, w, sharing, tokens) for w in prepared[c]], len(rows[c])) for c in rows]
+            joined = [_join([diverge(engine, w, sharing, tokens) for w in prepared[c]], len(rows[c])) for c in rows]
             means = np.concatenate([part.kl.mean(axis=1, dtype=float) for part in joined])
             error = float(means.std(ddof=1) / math.sqrt(len(means)))
             known[schedule] = Searched(schedule, keep_compressed, float(means.mean()), error, text)
