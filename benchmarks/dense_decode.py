@@ -17,7 +17,7 @@ import functools
 import harness
 import jax
 import jax.numpy as jnp
-from steps import USABLE, device_memory, model_dtype
+from steps import USABLE, device_memory, model_dtype, steps_of
 
 from specsa_jax import checkpoints
 from specsa_jax.compiling import compiler_options
@@ -87,7 +87,7 @@ def make_step(config: ModelConfig, context: int, implementation: str | None):
     return step
 
 
-def row_of(config: ModelConfig, context: int, batch: int, implementation: str, iterations: int, seconds: float) -> dict:
+def row_of(config: ModelConfig, context: int, batch: int, implementation: str, seconds: float) -> dict:
     """One point's figures, or under ``not_run`` why there are none."""
     dtype, item, nsa = model_dtype(), model_dtype().itemsize, config.nsa
     cache = (batch, context, nsa.num_kv_heads, nsa.head_dim)
@@ -103,7 +103,7 @@ def row_of(config: ModelConfig, context: int, batch: int, implementation: str, i
 
     def timing(loops: bool) -> harness.Timing:
         state = (random_arrays([(cache, cache)] * config.layers, dtype), jnp.zeros((batch, 1), jnp.int32))
-        options = compiler_options(loops=loops)
+        options, iterations = compiler_options(loops=loops), steps_of(needed / harness.copy_bandwidth() * 1e6)
         loop = harness.Loop(step, state, [weights], iterations, unroll=1, keep=False, options=options)
         return loop.timing(seconds=seconds)
 
@@ -129,7 +129,6 @@ def main() -> None:
     parser.add_argument("--preset", choices=sorted(PRESETS), help="a preset's shape instead")
     parser.add_argument("--contexts", type=harness.count, nargs="+", default=[65536, 16384, 4096])
     parser.add_argument("--batches", type=harness.count, nargs="+", default=[1, 8])
-    parser.add_argument("--iterations", type=harness.count, default=16, help="steps between two looks at the clock")
     parser.add_argument("--seconds", type=float, default=1.0, help="spent on each figure's repeats")
     args = parser.parse_args()
     config = PRESETS[args.preset] if args.preset else checkpoints.load(args.checkpoint).config
@@ -142,7 +141,7 @@ def main() -> None:
             for implementation in implementations:
                 axes = {"context": context, "batch": batch, "implementation": implementation}
                 if rows.wanted(**axes):
-                    rows.add(axes | row_of(config, context, batch, implementation, args.iterations, args.seconds))
+                    rows.add(axes | row_of(config, context, batch, implementation, args.seconds))
     rows.save()
 
 

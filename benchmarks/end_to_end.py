@@ -139,6 +139,7 @@ def measure(
         "drafted_per_step": sum(s.drafted for s in stats) / max(1, sequence_steps),
         "acceptance_per_position": [round(rate, 4) for rate in stats[0].acceptance_per_position],
         "prefill_seconds": statistics.median(result.stats.prefill_seconds for run in runs for result in run),
+        "planning_seconds": sum(statistics.median(result.stats.planning_seconds for result in run) for run in runs),
         "strategy_used": stats[0].strategy,
         "tokens": [" ".join(map(str, generation.tokens.tolist())) for run in runs for generation in run[0]],
     }

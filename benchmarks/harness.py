@@ -243,9 +243,13 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 def save(path: str | Path, rows: Sequence[dict[str, Any]], **summary: Any) -> None:
     """Writes the rows, and what sums them up, with :func:`environment` as JSON. Whole files only."""
-    path = Path(path)
+    write(Path(path), {**environment(), **summary, "rows": rows})
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Writes a result file, beside its place and then into it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({**environment(), **summary, "rows": rows}, indent=1) + "\n")
+    write_text(path, json.dumps(result, indent=1) + "\n")
 
 
 def read(path: Path) -> dict[str, Any]:

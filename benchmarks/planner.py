@@ -4,8 +4,9 @@ Cells: workload (edit-like, fresh code, prose; benchmarks/workloads.py), context
 each, the planner (with the checkpoint's profile or the one that --profile names) and each member of its space (on a GPU
 a part of the usual one, since each compiles in every cell) run in turns, compiled and warm; a figure is the median of
 --repeats runs. Time is that of decoding, the planner's own work included. ``best`` is the fastest fixed strategy of the
-cell, found by trying all; ``default`` is prompt lookup with chain:4, no groups, all layers refreshing. Over all cells:
-tokens by seconds.
+cell, found by trying all; ``default`` is prompt lookup with chain:4, all layers refreshing. Fixed strategies have the
+groups that the kernels choose, which are no slower than none; the planner may take others. Over all cells: tokens by
+seconds.
 
     specsa profile embedded --budget 600 --out profile.json
     python benchmarks/planner.py --profile profile.json --out

@@ -208,9 +208,10 @@ def planner(result: Result) -> Lines:
 def shapes(result: Result) -> Lines:
     """Beside the step of one token where that was measured at the same commit."""
     axes = ("preset", "context", "batch")
-    single = {tuple(row[axis] for axis in axes): row for row in result["rows"] if row["width"] == 1 and "step_us" in row}
-    for row in result["rows"]:
-        if row["width"] == 16 and "step_us" in row:
+    rows = [row for row in result["rows"] if "step_us" in row]
+    single = {tuple(row[axis] for axis in axes): row for row in rows if row["width"] == 1}
+    for row in rows:
+        if row["width"] == 16:
             one = single.get(tuple(row[axis] for axis in axes), {"commit": None})
             beside = f"{row['step_us'] / one['step_us']:.2f}x T = 1, " if one.get("commit", "") == row.get(
                 "commit", "") else ""  # fmt: skip

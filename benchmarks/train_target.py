@@ -42,6 +42,7 @@ from typing import Any
 import harness
 
 from specsa_jax import checkpoints
+from specsa_jax.checkpoints import draft_head
 from specsa_jax.config import PRESETS, RopeConfig
 from specsa_jax.training import is_held_out
 
@@ -239,6 +240,8 @@ def main() -> None:
         recipe = Recipe(args, folder)
         checkpoint = recipe.train()
         recipe.draft(checkpoint)
+        target = checkpoints.load(str(checkpoint))
+        recipe.report["fingerprint"] = draft_head.fingerprint(target.config, target.params)
         if args.measure:
             recipe.measure(checkpoint)
         recipe.save()

@@ -81,8 +81,8 @@ def _score(engine: Engine, windows: Windows, sharing: Sharing, width: int) -> It
 
 
 def prepare(engine: Engine, rows: np.ndarray, context: int, batch: int, width: int) -> Iterator[Windows]:
-    """Reads ``rows`` int32 [N, context + tokens + 1] up to their contexts, and scores the rest exactly, ``width`` tokens
-    a pass. Batches are all of one size: the last is filled up with other rows, which callers drop."""
+    """Reads ``rows`` int32 [N, context + tokens + 1] up to their contexts, and scores the rest exactly, ``width``
+    tokens a pass. Batches are all of one size: the last is filled up with other rows, which callers drop."""
     for first in range(0, len(rows), batch):
         taken = rows[np.arange(first, first + batch) % len(rows)]
         scored, following = taken[:, context:-1], taken[:, context + 1 :]
@@ -91,8 +91,8 @@ def prepare(engine: Engine, rows: np.ndarray, context: int, batch: int, width: i
 
 
 def diverge(engine: Engine, windows: Windows, sharing: Sharing, width: int) -> Divergence:
-    """The divergence [B, tokens] of ``sharing`` on windows that :func:`prepare` has made with that ``width``; what a pass
-    has verified is committed as the approximation computed it."""
+    """The divergence [B, tokens] of ``sharing`` on windows that :func:`prepare` has made with that ``width``; what a
+    pass has verified is committed as the approximation computed it."""
     parts = [
         _compare(exact, other, jnp.asarray(windows.following[:, start : start + width]))
         for start, exact, other in zip(

@@ -15,6 +15,7 @@ import harness
 import held_out_bounds
 import jax
 import jax.numpy as jnp
+import join
 import numpy as np
 import overhead
 import planner_replay
@@ -387,6 +388,31 @@ def test_every_kind_of_file_has_its_picture(tmp_path, monkeypatch):
     assert plots.measured_lengths(tmp_path)[-1] == ("end_to_end, code 65536, lookup+head@best:16:6", 2.0)
     for name in ("acceptance", "refresh_reuse"):
         assert plots.draw(FOLDER / "results" / "cpu" / f"{name}.json", tmp_path / f"{name}.png")
+
+
+def test_joined_files_keep_the_newest_rows_and_say_what_each_is_of():
+    def part(commit, cases, device="NVIDIA H200", **more):
+        rows = [{"case": case, "median": value} for case, value in cases.items()]
+        return result("commit", rows, **more) | {"device": device, "commit": commit,
+                                                 "command": f"commit.py {commit} --out x.json"}  # fmt: skip
+
+    new, other = part("b2", {"one": 1.0}, complete=True), part("b2", {"two": 2.0}, complete=True)
+    old = part("a1", {"one": 9.0, "three": 3.0}, complete=False)
+    found = join.joined([("new", new), ("other", other), ("old", old)], ["case"])
+    assert found["rows"] == [{"case": "one", "median": 1.0}, {"case": "two", "median": 2.0},
+                             {"case": "three", "median": 3.0, "commit": "a1"}]  # fmt: skip
+    assert found["commit"] == "b2" and found["complete"] is False and found["note"] == join.NOTE
+    assert found["command"] == "commit.py b2 --out; commit.py a1 --out"
+    # Again, over itself: nothing changes but that only what is left in it is named.
+    assert join.joined([("new", new), ("found", found)], ["case"])["rows"] == [
+        found["rows"][0], found["rows"][1], found["rows"][2]
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="old: device: got 'NVIDIA A100', expected 'NVIDIA H200'"):
+        join.joined([("new", new), ("old", part("a1", {}, device="NVIDIA A100"))], ["case"])
+    with pytest.raises(ValueError, match="got results of selection, expected those of commit"):
+        join.joined([("new", new), ("s", new | {"command": "selection.py --out"})], ["case"])
+    with pytest.raises(ValueError, match="by: got batch, which rows of new lack"):
+        join.joined([("new", new)], ["case", "batch"])
 
 
 def test_the_strict_benchmark_goes_on_only_with_a_run_like_its_own(tmp_path):
