@@ -45,8 +45,8 @@ SHOWN = (*AXES, "tokens_per_second", "speedup", "mean_acceptance_length", "ident
 
 
 # What a planner chooses from on a GPU, beside not speculating: programs take longer to compile than to measure there.
-SPACE = ["lookup@chain:4", "lookup@chain:16", "lookup@chain:32", "head@chain:4", "lookup+head@chain:8",
-         "lookup+head@best:16:6"]  # fmt: skip
+SPACE = ["lookup@chain:4", "lookup@chain:16", "lookup@chain:32", "lookup@chain:63", "head@chain:4",
+         "lookup+head@chain:8", "lookup+head@best:16:6"]  # fmt: skip
 
 
 def default_space(checkpoint: str) -> list[str]:

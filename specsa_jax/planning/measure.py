@@ -27,6 +27,7 @@ from specsa_jax.planning.space import DRAFTERS
 BATCHES = (1, 8)
 WIDTHS = (1, 5, 9, 17, 3, 33, 2, 6)  # most wanted first
 CORNERS = (1, 5, 17)  # those at every batch and context
+LONG = (33, 64)  # more of them with the kernels, by which a step of many tokens costs little more than one of few
 GROUPS = (1, 2, 4, 8)
 SCHEDULES = ("every:2", "every:3")  # beside those of the records
 REACH = 16  # tokens of the chains that acceptance is measured on, at most
@@ -187,7 +188,8 @@ def _ordered(bench: Bench) -> Iterator[Task]:
     few, most, contexts = bench.batches[0], bench.batches[-1], bench.contexts
     middle = contexts[(len(contexts) - 1) // 2]
     places = [(batch, context) for batch in bench.batches for context in contexts]
-    behind = bench.behind_text()
+    behind, pallas = bench.behind_text(), bench.engine.implementation == "pallas"
+    corners = (*CORNERS, *LONG) if pallas else CORNERS
     # One chain speaks for the drafter's others: the third token of a chain fares alike in all.
     chains: dict[str, str] = {}
     for name, tree in sorted(bench.drafts, key=lambda draft: parse_tree(draft[1]).nodes):
@@ -203,8 +205,8 @@ def _ordered(bench: Bench) -> Iterator[Task]:
     yield from (bench.draft(*draft, few, middle) for draft in chains.items())
     yield from (bench.prior(*draft, TEXTS[0], behind[0]) for draft in chains.items())
     # How it changes along each axis; trees.
-    yield from (bench.step(few, context, width) for context in contexts for width in CORNERS)
-    yield from (bench.step(batch, middle, width) for batch in bench.batches for width in CORNERS)
+    yield from (bench.step(few, context, width) for context in contexts for width in corners)
+    yield from (bench.step(batch, middle, width) for batch in bench.batches for width in corners)
     yield from (bench.prefill(few, context) for context in contexts)
     yield from (bench.prior(*draft, TEXTS[1], behind[0]) for draft in chains.items())
     yield from (bench.tree_step(few, middle, tree) for tree in shapes)
@@ -213,17 +215,17 @@ def _ordered(bench: Bench) -> Iterator[Task]:
     yield bench.overlap(behind[-1])
     # What layers and queries share.
     yield from (bench.step(few, middle, WIDTHS[1], **options) for options in _approximations(bench))
-    if bench.engine.implementation == "pallas":
+    if pallas:
         for group in GROUPS:
             yield from (bench.step(batch, middle, width, group=group) for batch in (few, most) for width in (9, 33))
     # The rest, finer.
     yield from (bench.step(batch, middle, width) for batch in (few, most) for width in WIDTHS)
-    yield from (bench.step(*place, width) for place in places for width in CORNERS)
+    yield from (bench.step(*place, width) for place in places for width in corners)
     yield from (bench.draft(*draft, *place) for place in places for draft in chains.items())
     yield from (bench.prefill(*place) for place in places)
     yield from (bench.tree_step(most, middle, tree) for tree in shapes)
-    yield from (bench.step(few, middle, 1, **options) for options in _approximations(bench)
-                if options["group_mode"] == "merged")  # fmt: skip
+    yield from (bench.step(batch, middle, width, **options) for batch, width in ((few, 1), (most, CORNERS[-1]))
+                for options in _approximations(bench) if options["group_mode"] == "merged")  # fmt: skip
     yield from (bench.step(few, contexts[-1], width, precision="strict") for width in WIDTHS[:2])
     for context in behind:
         yield from (bench.prior(*draft, kind, context) for draft in told for kind in TEXTS)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # Of what the children drafted before it leave, a sibling catches this much of what the first one would.
 SIBLING = 0.5
 ACCEPTANCES = tuple(np.linspace(0.0, 0.975, 40).tolist())
-CHAINS = ("chain:1", "chain:2", "chain:4", "chain:8", "chain:16", "chain:32")
+CHAINS = ("chain:1", "chain:2", "chain:4", "chain:8", "chain:16", "chain:32", "chain:63")
 
 
 def exact_chains(profile: Profile) -> dict[Point, StepTime]:

@@ -25,7 +25,7 @@ from specsa_jax.strategy import Precision, Strategy
 # Drafters with the trees worth trying: short chains for texts that are hard to foresee, long ones for copies, trees for
 # drafters that know more than one likely token. ``head`` counts where the checkpoint has one.
 DRAFTERS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("lookup", ("chain:2", "chain:4", "chain:8", "chain:16", "chain:32")),
+    ("lookup", ("chain:2", "chain:4", "chain:8", "chain:16", "chain:32", "chain:63")),
     ("head", ("chain:2", "chain:4", "best:8:4", "best:16:6", "best:32:8")),
     ("lookup+head", ("chain:4", "chain:8", "chain:16", "best:16:6")),
     ("self", ("chain:2", "chain:4")),
