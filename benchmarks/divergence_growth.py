@@ -3,7 +3,8 @@
 ``specsa precision`` scores 64 tokens behind a context that was read exactly. A call decodes more: all that it has
 committed since was written by reuse layers, and is read again. Here ``--tokens`` tokens are scored one pass of 64 after
 the other, each committed as the approximation verified it; a row has the divergence of each 64 of them, over all
-places of the calibration text, beside that of the first 64.
+places of the calibration text, beside that of the first 64. The context should be longer than what a query selects:
+below that divergence grows with the context alone.
 
     python benchmarks/divergence_growth.py --out
 """
@@ -48,7 +49,7 @@ def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--checkpoint", default="embedded", help="a packaged name or a checkpoint directory")
     parser.add_argument("--schedules", nargs="+", default=["every:3", "every:2,dropped", "FSSSSS"])
-    parser.add_argument("--context", type=harness.count, default=512, help="tokens read exactly")
+    parser.add_argument("--context", type=harness.count, default=2048, help="tokens read exactly")
     parser.add_argument("--tokens", type=harness.count, default=16 * PASS, help="scored behind it, a multiple of 64")
     parser.add_argument("--windows", type=harness.count, default=precision.WINDOWS, help="places in the text")
     parser.add_argument("--data", nargs="+", default=[], help="files or directories of other text")

@@ -10,6 +10,7 @@ import sys
 import types
 from pathlib import Path
 
+import divergence_growth
 import end_to_end
 import harness
 import held_out_bounds
@@ -29,7 +30,7 @@ import train_target
 import workloads
 
 from pallas_kernels.attention import specs
-from specsa_jax import checkpoints, model
+from specsa_jax import checkpoints, model, precision
 from specsa_jax.calibration import Calibration, CalibrationError
 from specsa_jax.checkpoints.records import AtContext, Measurement, Records, Searched
 from specsa_jax.config import PRESETS
@@ -388,6 +389,18 @@ def test_every_kind_of_file_has_its_picture(tmp_path, monkeypatch):
     assert plots.measured_lengths(tmp_path)[-1] == ("end_to_end, code 65536, lookup+head@best:16:6", 2.0)
     for name in ("acceptance", "refresh_reuse"):
         assert plots.draw(FOLDER / "results" / "cpu" / f"{name}.json", tmp_path / f"{name}.png")
+
+
+def test_growth_is_of_each_64_tokens_over_all_places():
+    kl = np.concatenate([np.full((8, 64), value) for value in (0.001, 0.002, 0.004)], axis=1)
+    same, loss = np.ones((8, 192), bool), np.zeros((8, 192))
+    rows = divergence_growth.rows_of(precision.Divergence(kl, same, loss, loss), schedule="FS")
+    assert [row["decoded"] for row in rows] == [0, 64, 128]
+    assert [row["of_first"] for row in rows] == pytest.approx([1, 2, 4])
+    assert all(row["tokens"] == 8 * 64 and row["top1"] == 1 and row["schedule"] == "FS" for row in rows)
+    with pytest.raises(ValueError, match="schedules: got 'all', whose divergence is 0"):
+        divergence_growth.sharing_of("all", 6)
+    assert divergence_growth.sharing_of("every:2,dropped", 4).keep_compressed is False
 
 
 def test_joined_files_keep_the_newest_rows_and_say_what_each_is_of():
