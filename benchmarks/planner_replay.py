@@ -144,8 +144,11 @@ def decode(texts: Texts, plan: Plan, fixed: Candidate | None) -> tuple[float, in
     return seconds, total
 
 
-def compare(texts: Texts, batch: int, context: int, costs: Costs, priors: Acceptance) -> dict[str, dict[str, Any]]:
-    """Figures by strategy, the planner's among them, of all sequences in batches of ``batch``."""
+def compare(
+    texts: Texts, batch: int, context: int, costs: Costs, priors: Acceptance, drawn: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Figures by strategy, the planner's among them, of all sequences in batches of ``batch``; ``drawn`` texts are
+    sampled."""
     space = Space(Planner(), candidates((("lookup", TREES),), CONFIG, "", "exact"), [Sharing()], [])
     found: dict[str, dict[str, Any]] = {}
     for first in range(0, SEQUENCES, batch):
@@ -153,7 +156,7 @@ def compare(texts: Texts, batch: int, context: int, costs: Costs, priors: Accept
         prompts = [row[:length] for row, length in zip(some.tokens, some.lengths, strict=True)]
         new = functools.partial(
             space.plan, costs, priors, prompts, NEW_TOKENS, context=context, layers=CONFIG.layers,
-            compiled=lambda strategy: True, compile_seconds=0.0, shortest=SHORTEST["gpu"],
+            compiled=lambda strategy: True, compile_seconds=0.0, shortest=SHORTEST["gpu"], drawn=drawn,
         )  # fmt: skip
         for name, fixed in [("planner", None), *((one.describe(), one) for one in new().candidates)]:
             seconds, steps = decode(some, new(), fixed)
@@ -181,7 +184,7 @@ def main() -> None:
     for (workload, temperature), texts in load().items():
         for batch in args.batches:
             for context in args.contexts:
-                found = compare(texts, batch, context, costs, priors)
+                found = compare(texts, batch, context, costs, priors, temperature > 0)
                 speeds = {name: one["tokens"] / one["seconds"] for name, one in found.items()}
                 planned = speeds.pop("planner")
                 none = speeds.pop("autoregressive")

@@ -328,7 +328,9 @@ class Engine(Runtime):
         if isinstance(choice, Strategy):
             course, observer = Fixed(choice), choice.drafter
         else:
-            course = self._plan(choice, rows, max_new_tokens, state)
+            # Of a batch the most: one plan serves all.
+            drawn = sum(one.temperature > 0 for one in sampling) * 2 > len(sampling)
+            course = self._plan(choice, rows, max_new_tokens, state, drawn=drawn)
             observer = Watching(None, course.watchers)
         state = state._replace(draft=self.draft_state(observer, len(rows), pages.shape[1]))
         longest = max(len(row) for row in rows)
@@ -368,9 +370,9 @@ class Engine(Runtime):
 
     def _plan(
         self, found: Space, rows: list[np.ndarray], max_new_tokens: int, state: State, *, replays: bool = True,
-        watchers: tuple[Drafter, ...] | None = None,
+        drawn: bool = False, watchers: tuple[Drafter, ...] | None = None,
     ) -> Plan:  # fmt: skip
-        """A plan for these prompts; ``replays``, ``watchers`` as :meth:`Space.plan`."""
+        """A plan for these prompts; ``replays``, ``drawn``, ``watchers`` as :meth:`Space.plan`."""
         capacity = state.cache.page_table.shape[1] * self.config.nsa.select_block
         # XLA's path computes over whole page tables.
         context = capacity if self.implementation == "xla" else int(np.mean([len(row) for row in rows]))
@@ -378,7 +380,8 @@ class Engine(Runtime):
             self.costs, self._priors, rows, max_new_tokens, context=context, layers=self.config.layers,
             compiled=self.ready.setdefault(signature(state), set()).__contains__,
             compile_seconds=statistics.median(self.compile_times or [_COMPILE_SECONDS]),
-            shortest=SHORTEST.get(jax.default_backend(), SHORTEST["gpu"]), replays=replays, watchers=watchers,
+            shortest=SHORTEST.get(jax.default_backend(), SHORTEST["gpu"]), replays=replays, drawn=drawn,
+            watchers=watchers,
         )  # fmt: skip
 
     def resolve(self, strategy: Strategy) -> Strategy:

@@ -36,6 +36,22 @@ def test_chains_of_other_lengths_and_other_trees_learn_too():
     assert acceptance.length("head", "chain:4", 4) == Acceptance().length("head", "chain:4", 4)
 
 
+def test_drafts_for_drawn_tokens_are_expected_to_fare_worse_than_the_greedy_priors_until_they_are_seen():
+    drafted, accepted = histogram(4, [3, 4] * 50)
+    prior = Prior("lookup", "chain:4", "continuation", 64, 100, tuple(map(int, drafted)), tuple(map(int, accepted)), 0)
+    priors = Acceptance([prior])
+    greedy, drawn = priors.fresh(), priors.fresh(drawn=True)
+    expected = [one.gain("lookup", "chain:4", 4) for one in (greedy, drawn)]
+    assert 0.5 * expected[0] < expected[1] < 0.8 * expected[0]
+    assert (drawn.chances("lookup", "chain:4", 4) < greedy.chances("lookup", "chain:4", 4)).all()
+    # What other calls ask before and after makes no difference, nor what they learn.
+    greedy.add("lookup", "chain:4", *histogram(4, [0] * 50))
+    assert [priors.fresh(kind).gain("lookup", "chain:4", 4) for kind in (False, True)] == expected
+    # What a text shows counts whole.
+    drawn.add("lookup", "chain:4", *histogram(4, [3, 4] * 5000))
+    assert drawn.gain("lookup", "chain:4", 4) == pytest.approx(3.5, abs=0.02)
+
+
 def test_old_evidence_fades():
     acceptance = Acceptance()
     acceptance.add("lookup", "chain:4", *histogram(4, [4] * 100))

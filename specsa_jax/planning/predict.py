@@ -21,6 +21,9 @@ _PRIOR_STEPS, _GUESS_STEPS, _HALF_LIFE = 4.0, 4.0, 16.0
 # A draft in every second step, of which each token stands with this chance. Where nothing is known.
 _GUESSED_RATE, _GUESSED_CHANCE = 0.5, 0.6
 _POSITIONS = 64  # a path is no longer than a page
+# Priors are of greedy texts. Where tokens are drawn, the most probable one is not always it, and a text repeats itself
+# less: so much of each chance is expected to be left (anything from 0.75 to 0.9 does: benchmarks/planner_replay.py).
+_DRAWN = 0.85
 
 
 @dataclasses.dataclass
@@ -53,6 +56,10 @@ class _Counts:
         self.stood *= factor
 
 
+_Expected = dict[tuple[str, str], tuple[np.ndarray, np.ndarray, float]]  # chances, their log-odds, what they are worth
+_Gains = dict[tuple[str, str], list[float]]
+
+
 def family(tree: str) -> str:
     """Trees whose positions fare alike."""
     return "chain" if tree.startswith("chain:") else tree
@@ -64,20 +71,23 @@ class Acceptance:
     def __init__(self, priors: Iterable[Prior] = ()):
         self._prior: dict[tuple[str, str], _Counts] = collections.defaultdict(_Counts)
         self._live: dict[tuple[str, str], _Counts] = collections.defaultdict(_Counts)
-        # Of a key, what is expected without live evidence, in log-odds; and of a drafter, the shift that this shows.
-        self._known: dict[tuple[str, str], tuple[np.ndarray, np.ndarray, float]] = {}
-        self._shifts: dict[str, float] = {}
+        self._scale = 1.0  # of the chances that priors give
+        # By key, what is expected without live evidence, and the gains then; of greedy texts, and of drawn ones.
+        self._tables: dict[bool, tuple[_Expected, _Gains]] = {False: ({}, {}), True: ({}, {})}
+        self._known, self._unseen = self._tables[False]
+        self._shifts: dict[str, float] = {}  # of a drafter, the shift in log-odds that live evidence shows
         # What :meth:`rate` and :meth:`gains` have answered since evidence came; a plan asks for each candidate.
         self._rates: dict[str, float] = {}
-        self._gains: dict[tuple[str, str], list[float]] = {}
-        self._unseen: dict[tuple[str, str], list[float]] = {}  # the gains as long as there is no evidence
+        self._gains: _Gains = {}
         for prior in priors:
             self._prior[prior.drafter, family(prior.tree)].add(prior.drafted, prior.accepted, 1.0)
 
-    def fresh(self) -> Acceptance:
-        """The same priors, without what was learned: for another text."""
+    def fresh(self, drawn: bool = False) -> Acceptance:
+        """The same priors, without what was learned: for other texts, whose tokens are ``drawn``, or are greedy."""
         other = Acceptance()
-        other._prior, other._known, other._unseen = self._prior, self._known, self._unseen
+        other._prior, other._tables = self._prior, self._tables  # all calls share what follows from priors alone
+        other._known, other._unseen = self._tables[drawn]
+        other._scale = _DRAWN if drawn else 1.0
         return other
 
     def add(
@@ -145,6 +155,7 @@ class Acceptance:
                 last = int(np.flatnonzero(prior.tried >= 4)[-1]) if (prior.tried >= 4).any() else 0
                 chances[last + 1 :] = chances[last]
                 worth = min(_PRIOR_STEPS, float(prior.tried[0]))
+            chances = self._scale * chances
             self._known[key] = chances, logit(chances), worth
         return self._known[key]
 

@@ -126,7 +126,7 @@ class Space:
 
     def plan(
         self, costs: Costs, priors: Acceptance, rows: Sequence[np.ndarray], max_new_tokens: int, *, context: int,
-        replays: bool = True, **call: Any,
+        replays: bool = True, drawn: bool = False, **call: Any,
     ) -> Plan:  # fmt: skip
         """A call's plan, after replays on its prompts.
 
@@ -135,11 +135,12 @@ class Space:
           rows: the prompts, int32 [T] each; ``max_new_tokens``: of each.
           context: tokens that a step's time depends on.
           replays: False: nothing is tried on the prompts.
+          drawn: tokens are sampled: drafts are expected to fare worse than on greedy texts, of which the priors are.
           call: what else :class:`specsa_jax.planning.plan.Plan` takes.
         """
         begun = time.perf_counter()
         found, counted = self.priced(costs, len(rows), context)
-        acceptance = priors.fresh()
+        acceptance = priors.fresh(drawn)
         for name, drafter, depth in self.replayed if replays else ():
             drafted, accepted = replay.replay(rows, drafter, depth)
             worth = min(len(rows), replay.PROMPTS) * replay.WORTH
