@@ -1,9 +1,10 @@
 """Whether the stored divergences of a checkpoint's approximations hold on text that they were not measured on.
 
-Each strategy that ``precision.json`` admits is measured as it was (``specsa precision``), behind one context, at places
-of the same held-out text whose scored tokens neither a measurement nor a search has scored; or, with --data, on other
-text. ``inside``: the mean KL is at most, and the top-1 agreement at least, what the strategy is admitted by. The
-expectations are meant to be, so a figure may lie beyond by some of its standard errors. Prints rows, writes JSON.
+Each strategy that ``precision.json`` has in the engine's dtype is measured as it was (``specsa precision``), behind one
+context, at places of the same held-out text whose scored tokens neither a measurement nor a search has scored; or, with
+--data, on other text. ``inside``: the mean KL is at most, and the top-1 agreement at least, what the strategy is
+admitted by. The expectations are meant to be, so a figure may lie beyond by some of its standard errors. Prints rows,
+writes JSON.
 
     python benchmarks/held_out_bounds.py --out
 """
@@ -94,12 +95,15 @@ def main() -> None:
         implementation=engine.implementation, context=args.context, windows=args.windows, text=text.source,
         unseen_tokens=int((~text.seen).sum()),
     )  # fmt: skip
-    reach = min((measured.reach for measured in engine.records.measurements), default=0)
+    stored = [measured for measured in engine.records.measurements if measured.dtype == str(engine.dtype)]
+    if not stored:
+        parser.error(f"--checkpoint: got {args.checkpoint!r}, of which nothing is measured in {engine.dtype}")
+    reach = min(measured.reach for measured in stored)
     if args.context + args.tokens > reach:
         parser.error(f"--context: got {args.context}, expected at most {reach - args.tokens}: what is stored says "
                      "nothing of longer ones")  # fmt: skip
-    for width in dict.fromkeys(measured.width for measured in engine.records.measurements):
-        wanted = [measured for measured in engine.records.measurements if measured.width == width
+    for width in dict.fromkeys(measured.width for measured in stored):
+        wanted = [measured for measured in stored if measured.width == width
                   and rows.wanted(strategy=measured.sharing.describe(), width=width)]  # fmt: skip
         if wanted:  # together, as those of one width share the exact passes
             found = precision.measure(engine, list(map(strategy_of, wanted)), text, contexts=(args.context,),

@@ -1,4 +1,8 @@
-"""Which approximate strategies a user's bound admits: those whose measured divergence is inside it, and no other."""
+"""Which approximate strategies a user's bound admits: those whose measured divergence is inside it, and no other.
+
+Measured is what was measured in the dtype that the engine computes in: rounding differs between dtypes, and with it
+which blocks are selected.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +51,7 @@ class Bound:
         return self.given and (self.max_kl != math.inf or bool(self.min_top1))
 
     def admits(self, measured: Measurement) -> bool:
-        """Whether the measurement is inside."""
+        """Whether the measurement is inside, whatever it speaks of (:func:`admitted`)."""
         inside = self.max_kl is None or measured.mean_kl <= self.max_kl
         return inside and (self.min_top1 is None or measured.top1 >= self.min_top1)
 
@@ -80,33 +84,43 @@ def check_bound(strategy: Strategy, sharing: Sharing, bound: Bound) -> None:
                          "chain: text alone measures no other tree's groups")  # fmt: skip
 
 
-def admit(records: Records, bound: Bound, sharing: Sharing, width: int, reach: int) -> None:
+def admitted(records: Records, bound: Bound, dtype: str, reach: int) -> list[Measurement]:
+    """The measurements by which an engine that computes in ``dtype`` may use their strategies within ``bound``, for
+    contexts of up to ``reach`` tokens."""
+    return [m for m in records.measurements if m.dtype == dtype and m.reach >= reach and bound.admits(m)]
+
+
+def admit(records: Records, bound: Bound, dtype: str, sharing: Sharing, width: int, reach: int) -> None:
     """Checks a strategy that approximates against what was measured.
 
     Args:
+      dtype: that the engine computes in.
       width: T, tokens that a step verifies.
       reach: the longest context that will be decoded, tokens.
 
-    Raises PrecisionError for a strategy that is not measured, not so far, or outside the bound; it lists those inside,
-    the nearest to the bound first.
+    Raises PrecisionError for a strategy that is not measured, not in this dtype, not so far, or outside the bound; it
+    lists those inside, the nearest to the bound first.
     """
     if not bound.finite:
         return
-    name, measured = sharing.describe(), records.find(sharing, width)
+    inside, found = admitted(records, bound, dtype, reach), records.find(sharing, width)
+    measured = found.get(dtype)
+    if measured in inside:
+        return
+    name = sharing.describe()
     if sharing.group_mode == "shared":
         name += f", T = {width}"
     if measured is None:
         chain = f" --shared {sharing.group} --width {width}" if sharing.group_mode == "shared" else ""
         drop = "" if sharing.keep_compressed else " --drop-compressed"
-        reason = (f"is not measured for this model (specsa precision CHECKPOINT --schedule {sharing.schedule or 'all'}"
-                  f"{drop}{chain})")  # fmt: skip
+        command = f"specsa precision CHECKPOINT --schedule {sharing.schedule or 'all'}{drop}{chain}"
+        reason = f"is not measured for this model ({command})"
+        if found:
+            reason = f"is measured in {' and '.join(found)}, not in the engine's {dtype} ({command} measures anew)"
     elif not bound.admits(measured):
         reason = f"has {_figures(measured)}, outside {bound.describe()}"
-    elif measured.reach < reach:
-        reason = f"is measured at contexts up to {measured.reach} tokens, and the request reaches {reach}"
     else:
-        return
-    inside = [m for m in records.measurements if bound.admits(m) and m.reach >= reach]
+        reason = f"is measured at contexts up to {measured.reach} tokens, and the request reaches {reach}"
     inside.sort(key=lambda m: m.top1 if bound.max_kl is None else -m.mean_kl)
     listed = [f"{m.describe()} ({_figures(m)})" for m in inside[:5]]
     raise PrecisionError(f"strategy: {name} {reason}; the nearest that can: {'; '.join([*listed, 'all refresh (0)'])}")

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 from pallas_kernels import Implementation
 from specsa_jax import checkpoints
-from specsa_jax.admission import Bound, admit, check_bound
+from specsa_jax.admission import Bound, admit, admitted, check_bound
 from specsa_jax.cache import Cache, CacheBytes
 from specsa_jax.checkpoints import draft_head, records
 from specsa_jax.checkpoints.records import Records
@@ -201,7 +201,8 @@ class Engine(Runtime):
             these prompts and anew as decoding goes on, within the engine's precision and, in class approx, the bound;
             "auto": Planner(). What it decided is in ``stats.plan``.
           max_kl, min_top1: in class approx, how far a strategy's next-token distributions may be from the exact ones
-            (:class:`specsa_jax.admission.Bound`); a strategy with reuse layers or shared groups needs one of them.
+            (:class:`specsa_jax.admission.Bound`), as measured in the engine's dtype; a strategy with reuse layers or
+            shared groups needs one of them.
           on_chunk: called with each piece of text as it becomes known.
 
         Raises PromptError or ValueError for bad arguments, PrecisionError for a strategy that the bound does not admit
@@ -281,7 +282,7 @@ class Engine(Runtime):
         sharing = strategy.sharing(self.config.layers)
         check_bound(strategy, sharing, bound)
         if sharing.approximates and bound.finite:
-            admit(self.records, bound, sharing, strategy.width, reach)
+            admit(self.records, bound, str(self.dtype), sharing, strategy.width, reach)
         self.load_drafter(strategy.drafter)
         return strategy
 
@@ -299,16 +300,16 @@ class Engine(Runtime):
                 self.decoder.check(candidate.strategy)
                 self.load_drafter(candidate.strategy.drafter)
             self._candidates[key] = found
-        measured = self.records.measurements if precision == "approx" and bound.given else ()
-        admitted = [m for m in measured if bound.admits(m) and m.reach >= reach]
+        approximate = precision == "approx" and bound.given
+        inside = admitted(self.records, bound, str(self.dtype), reach) if approximate else []
         # A measurement is the same object until the file changes. Its space keeps it, so its id is nobody else's.
-        asked = planner, precision, self.costs, tuple(map(id, admitted))
+        asked = planner, precision, self.costs, tuple(map(id, inside))
         if asked not in self._spaces:
             sharings = [Sharing()]
             # Counted costs cannot tell groups apart: docs/planning.md.
             if self.implementation == "pallas" and precision != "strict" and profile is not None:
                 sharings += [s for s in dict.fromkeys(t.point.sharing for t in profile.steps) if not s.approximates]
-            self._spaces[asked] = Space(planner, self._candidates[key], sharings, admitted)
+            self._spaces[asked] = Space(planner, self._candidates[key], sharings, inside)
         return self._spaces[asked]
 
     def _run(

@@ -114,7 +114,8 @@ def precision(
 
     Example:  specsa precision embedded --schedule every:2 --schedule every:3
 
-    Only strategies measured here are admitted by a bound (generate --precision approx --max-kl 0.01).
+    Only strategies measured here are admitted by a bound (generate --precision approx --max-kl 0.01), and by engines
+    of the dtype that they were measured in: that of this device's engines.
     Exit codes: 0 done, 2 bad input, 130 interrupted.
     """
     with _session(checkpoint, implementation) as (console, engine):
@@ -190,9 +191,9 @@ def _keep(engine: Engine, console: Console, **new: Any) -> None:
 
 def _show(console: Console, measurements: list[Measurement]) -> None:
     names = ("strategy", "context", "tokens", "mean KL, nats", "at most", "99 %", "top-1", "at least", "loss")
-    rows = []
+    rows, mixed = [], len({m.dtype for m in measurements}) > 1
     for m in sorted(measurements, key=lambda m: m.mean_kl):
-        strategy = m.describe()
+        strategy = m.describe() + (f", {m.dtype}" if mixed else "")
         for at in m.contexts:
             rows.append((
                 strategy, f"{at.context:,}", f"{at.tokens:,}", f"{at.mean_kl:.3g} ± {at.mean_kl_error:.1g}",

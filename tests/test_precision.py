@@ -1,12 +1,14 @@
 """Divergence measured, searched for, stored, and held to a bound."""
 
 import dataclasses
+import io
 import json
 import os
 
 import numpy as np
 import pytest
 from reference_params import random_params, save_tiny, tiny_model
+from rich.console import Console
 
 from specsa_jax import (
     CheckpointError,
@@ -14,6 +16,7 @@ from specsa_jax import (
     PrecisionError,
     PromptLookup,
     Strategy,
+    precision_cli,
     reference,
 )
 from specsa_jax.admission import Bound, admit, check_bound
@@ -97,7 +100,7 @@ def test_the_measured_divergence_is_that_of_the_reference(engine, text, measured
 
 
 def test_a_shared_group_is_measured_on_its_own_chain(measured):
-    assert measured[2].key == (Sharing(group=3, group_mode="shared"), 3)
+    assert measured[2].key == (Sharing(group=3, group_mode="shared"), 3, measured[2].dtype)
     assert measured[2].describe() == "all refresh, shared by 3, T = 3" and measured[0].describe() == "FSS"
     assert measured[2].contexts[0].mean_kl > 1e-4
 
@@ -212,7 +215,7 @@ def test_records_come_back_and_new_ones_take_the_place_of_old(tmp_path, measured
     assert records.load(tmp_path, "model") == first
     newer = dataclasses.replace(measured[0], confidence=0.9)
     replaced = first.with_((newer,), (Searched("FSF", True, 0.05, 0.01, measured[0].text),))
-    assert len(replaced.measurements) == 3 and replaced.find(Sharing("FSS"), 7) == newer
+    assert len(replaced.measurements) == 3 and replaced.find(Sharing("FSS"), 7) == {newer.dtype: newer}
     assert replaced.schedule(2, True) == "FSF" and replaced.schedule(2, False) is None
     assert records.load(tmp_path / "..", "model") == Records("model")  # no file there
 
@@ -251,48 +254,64 @@ def test_a_write_that_fails_leaves_the_last_good_file(tmp_path, measured, monkey
 # --- admission -------------------------------------------------------------------------------------------------------
 
 
-def measurement(schedule, kl, top1, context=100):
+def measurement(schedule, kl, top1, context=100, dtype="float32"):
     at = AtContext(context, 8, 80, 2.0, kl / 2, kl / 4, kl, 3 * kl, top1, 0.0, top1, 0.0, 0.0)
-    return Measurement(Sharing(schedule), 0, 0.95, "float32", Text("text", 1, ""), (at,))
+    return Measurement(Sharing(schedule), 0, 0.95, dtype, Text("text", 1, ""), (at,))
 
 
 def test_a_strategy_is_admitted_if_and_only_if_it_is_inside_the_bound():
-    """A fuzz of records: what is admitted is measured, inside and far enough; what is refused is not."""
+    """A fuzz of records: what is admitted is measured in the engine's dtype, inside and far enough; what is refused is
+    not."""
     random, outcomes = np.random.default_rng(0), set()
     schedules = ["FSS", "FFS", "FSF"]
     for _ in range(300):
         held = tuple(
-            measurement(s, random.exponential(0.01), random.uniform(0.9, 1), int(random.integers(50, 200)))
-            for s in schedules if random.random() < 0.7
+            measurement(s, random.exponential(0.01), random.uniform(0.9, 1), int(random.integers(50, 200)), dtype)
+            for dtype in ("bfloat16", "float32") for s in schedules if random.random() < 0.7
         )  # fmt: skip
         bound = Bound(*(float(x) if random.random() < 0.6 else None
                         for x in (random.exponential(0.01), random.uniform(0.9, 1))))  # fmt: skip
         sharing, reach = Sharing(schedules[int(random.integers(3))]), int(random.integers(50, 200))
-        mine = next((m for m in held if m.sharing == sharing), None)
+        mine = next((m for m in held if m.sharing == sharing and m.dtype == "float32"), None)
         fine = not bound.given or (mine is not None and bound.admits(mine) and mine.contexts[0].mean_kl_bound <=
                                    (bound.max_kl or 9) and mine.reach >= reach)  # fmt: skip
         outcomes.add(fine)
         if fine:
-            admit(Records("", held), bound, sharing, 6, reach)
+            admit(Records("", held), bound, "float32", sharing, 6, reach)
         else:
             with pytest.raises(PrecisionError, match="the nearest that can: .*all refresh"):
-                admit(Records("", held), bound, sharing, 6, reach)
+                admit(Records("", held), bound, "float32", sharing, 6, reach)
     assert outcomes == {True, False}
 
 
 def test_the_error_lists_the_nearest_that_can_by_divergence():
     held = (measurement("FFS", 0.001, 0.99), measurement("FSF", 0.004, 0.98), measurement("FSS", 0.05, 0.9))
     with pytest.raises(PrecisionError) as refused:
-        admit(Records("", held), Bound(max_kl=0.01), Sharing("FSS"), 6, 50)
+        admit(Records("", held), Bound(max_kl=0.01), "float32", Sharing("FSS"), 6, 50)
     message = str(refused.value)
     assert "FSS has mean KL <= 0.05" in message and "outside max_kl = 0.01" in message
     assert (
         message.index("FSF (mean KL <= 0.004") < message.index("FFS (mean KL <= 0.001") < message.index("all refresh")
     )
     with pytest.raises(PrecisionError, match="up to 110 tokens, and the request reaches 500; .*can: all refresh"):
-        admit(Records("", held), Bound(max_kl=0.01), Sharing("FFS"), 6, 500)
+        admit(Records("", held), Bound(max_kl=0.01), "float32", Sharing("FFS"), 6, 500)
     with pytest.raises(PrecisionError, match="outside min_top1 = 0.985; the nearest that can: FFS"):
-        admit(Records("", held), Bound(min_top1=0.985), Sharing("FSF"), 6, 50)
+        admit(Records("", held), Bound(min_top1=0.985), "float32", Sharing("FSF"), 6, 50)
+
+
+def test_measurements_of_another_dtype_admit_nothing_and_stay_beside_those_measured_anew():
+    first = Records("", (measurement("FSS", 0.001, 0.99), measurement("FFS", 0.002, 0.99)))
+    words = "FSS is measured in float32, not in the engine's bfloat16 .specsa precision .* --schedule FSS measures anew"
+    with pytest.raises(PrecisionError, match=f"{words}.; the nearest that can: all refresh"):
+        admit(first, Bound(max_kl=0.01), "bfloat16", Sharing("FSS"), 6, 50)
+    both = first.with_((measurement("FSS", 0.004, 0.98, dtype="bfloat16"),))
+    for dtype in ("float32", "bfloat16"):
+        admit(both, Bound(max_kl=0.01), dtype, Sharing("FSS"), 6, 50)
+    with pytest.raises(PrecisionError, match="FSS has mean KL <= 0.004 .*; the nearest that can: all refresh"):
+        admit(both, Bound(max_kl=0.003), "bfloat16", Sharing("FSS"), 6, 50)
+    shown = io.StringIO()
+    precision_cli._show(Console(file=shown), list(both.measurements))
+    assert shown.getvalue().index("FSS, float32") < shown.getvalue().index("FSS, bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -346,6 +365,13 @@ def test_the_engine_admits_what_was_measured_and_nothing_else(stored, measured):
     assert stored.decoder.traces[stored.resolve(approx(schedule="every:3"))] == 1
     # All refresh is exact, whatever the bound.
     assert len(stored.generate(prompt, 2, strategy=approx(schedule="all"), max_kl=0.0)[0].tokens) == 2
+
+
+def test_an_engine_of_another_dtype_than_was_measured_in_is_refused(stored):
+    other = "float32" if str(stored.dtype) == "bfloat16" else "bfloat16"
+    engine = Engine.from_pretrained(stored.checkpoint, implementation="xla", dtype=other)
+    with pytest.raises(PrecisionError, match=f"FSS is measured in {stored.dtype}, not in the engine's {other}"):
+        engine.generate([[1, 2]], 2, strategy=approx(schedule="FSS"), max_kl=100.0)
 
 
 def test_by_a_schedule_nothing_crosses_between_host_and_device_inside_a_segment(engine, guarded):

@@ -68,7 +68,7 @@ class Measurement:
     Attributes:
       sharing: what approximates; ``width``: T of a step's chain where queries share (0 where it has no influence).
       confidence: of the bounds, at each context length.
-      dtype: of the computation.
+      dtype: of the computation: it says nothing of another, which rounds otherwise.
       text: the calibration text.
       contexts: the figures, by context length.
     """
@@ -96,9 +96,9 @@ class Measurement:
         return max(at.context + at.tokens // at.windows for at in self.contexts)
 
     @property
-    def key(self) -> tuple[Sharing, int]:
-        """What it is found by."""
-        return measured_as(self.sharing, self.width)
+    def key(self) -> tuple[Sharing, int, str]:
+        """What it is stored by: one of another dtype stands beside it."""
+        return *measured_as(self.sharing, self.width), self.dtype
 
     def describe(self) -> str:
         """The strategy in words, by which another measurement's differs."""
@@ -134,10 +134,10 @@ class Records:
     measurements: tuple[Measurement, ...] = ()
     searched: tuple[Searched, ...] = ()
 
-    def find(self, sharing: Sharing, width: int) -> Measurement | None:
-        """The measurement of what verification of ``width`` tokens a step does; None where there is none."""
+    def find(self, sharing: Sharing, width: int) -> dict[str, Measurement]:
+        """The measurements of what verification of ``width`` tokens a step does, by dtype."""
         key = measured_as(sharing, width)
-        return next((m for m in self.measurements if m.key == key), None)
+        return {m.dtype: m for m in self.measurements if m.key[:2] == key}
 
     def schedule(self, refresh: int, keep_compressed: bool) -> str | None:
         """The schedule that the search has found for so many refresh layers."""

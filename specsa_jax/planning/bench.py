@@ -345,7 +345,8 @@ class Bench:
             found = precision.measure(self.engine, [strategy], self.calibration, contexts=self.behind_text())
             return {"measurements": tuple(found)}
 
-        return Task(f"divergence of {schedule}", ("divergence", *measured_as(self.sharing(schedule), 0)), run)
+        key = ("divergence", *measured_as(self.sharing(schedule), 0), str(self.engine.dtype))
+        return Task(f"divergence of {schedule}", key, run)
 
 
 def _greedy(batch: int) -> Sampling:

@@ -323,7 +323,7 @@ def _page(profile: Profile, pictures: dict[str, str]) -> str:
          f"{1 + sum(n * count for n, count in enumerate(p.accepted)) / p.steps:.2f}", " ".join(map(str, p.accepted)))
         for p in profile.priors
     ]  # fmt: skip
-    divergence = [(m.describe(), f"{m.mean_kl:.3g}", f"{m.top1:.4f}", f"{m.reach:,}")
+    divergence = [(m.describe(), m.dtype, f"{m.mean_kl:.3g}", f"{m.top1:.4f}", f"{m.reach:,}")
                   for m in sorted(profile.measurements, key=lambda m: m.mean_kl)]  # fmt: skip
     facts = [
         ("device", profile.device), ("model", profile.fingerprint[:16]), ("dtype", profile.dtype),
@@ -351,7 +351,7 @@ def _page(profile: Profile, pictures: dict[str, str]) -> str:
          _rows(("drafter", "tree", "text", "context", "steps", "drafted a step", "tokens a step",
                 "steps by tokens accepted, from 0"), priors)),
         ("Divergence of approximate strategies",
-         _rows(("strategy", "mean KL at most, nats", "top-1 at least", "up to context"), divergence)),
+         _rows(("strategy", "dtype", "mean KL at most, nats", "top-1 at least", "up to context"), divergence)),
         ("Step times", _rows(("batch", "context", "T", "shape", "kind", "ms", "fastest", "slowest"), steps)),
         ("Drafting", _rows(("drafter", "tree", "batch", "context", "ms a step"), drafts)),
         ("Reading prompts", _rows(("batch", "tokens", "seconds"), prefills)),
