@@ -1,18 +1,22 @@
 """What a planner may choose from, and the engine under it."""
 
 import dataclasses
+import math
+from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiles import SlopeCosts, histogram, plan_depth
 from reference_params import random_params, random_tokens, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from specsa_jax import Engine, PromptError, PromptLookup, Strategy
+from specsa_jax import Engine, PrecisionError, PromptError, PromptLookup, Strategy
 from specsa_jax.admission import Bound
 from specsa_jax.checkpoints import records
+from specsa_jax.decoding import Counts
 from specsa_jax.drafting import DraftModel
 from specsa_jax.drafting.watching import Watching
 from specsa_jax.planning import plan as plans
@@ -20,6 +24,7 @@ from specsa_jax.planning import space
 from specsa_jax.planning.costs import Costs
 from specsa_jax.planning.plan import Plan
 from specsa_jax.planning.planner import Candidate, Planner, cheapest
+from specsa_jax.planning.predict import Acceptance
 from specsa_jax.planning.profile import Point, Prior, Profile, StepTime
 from specsa_jax.schedule import Sharing
 
@@ -61,26 +66,111 @@ def profiles(draw):
 
 @pytest.fixture(scope="module")
 def engine():
-    return tiny_engine()
+    return tiny_engine(dtype="float32")
 
 
-@given(profile=profiles(), precision=st.sampled_from(["exact", "strict"]), pallas=st.booleans())
-def test_no_profile_makes_a_lossless_class_choose_an_approximation(engine, profile, precision, pallas):
+def holding(engine, measurements, costs, profile=None, implementation="xla"):
+    """The engine, as if all this had been found of its model."""
+    engine._records = None, records.Records(engine.fingerprint, tuple(measurements))
+    engine.__dict__ |= {"costs": costs, "profile": profile}
+    engine.implementation = implementation
+    engine._candidates.clear()
+    engine._spaces.clear()
 
-    engine.__dict__["profile"], engine.__dict__["costs"] = profile, Costs.from_profile(profile, CONFIG)
+
+ROUNDS = st.lists(st.tuples(st.integers(0, 17), st.floats(1e-5, 1e-1)), min_size=4, max_size=8)
+
+
+def planned(found, costs, rounds):
+    """All strategies that a plan of a space has to choose from, and those that it chooses, while in the steps of each
+    segment so many drafted tokens stand, and they take so many seconds."""
+    row = random_tokens(CONFIG, 12, seed=1).tolist() * 2
+    plan = found.plan(
+        costs, Acceptance(), [np.asarray(row, np.int32)], 1000, context=160, layers=CONFIG.layers,
+        compiled=lambda strategy: True, compile_seconds=1.0,
+    )  # fmt: skip
+    seen, chosen = {candidate.strategy for candidate in plan.candidates}, [plan.strategy]
+    for stood, seconds in rounds:
+        steps, depth = plan.steps_left, plan.strategy.reach - 1
+        drafted, accepted = (steps * np.eye(depth + 1, dtype=int)[min(n, depth)] for n in (depth, stood))
+        counts = Counts(np.array(steps), drafted, accepted, np.array(steps * depth))
+        plan.observe(counts, steps * seconds, steps * (1 + min(stood, depth)), 1, 1000)
+        chosen.append(plan.strategy)
+    return seen, chosen
+
+
+@settings(max_examples=50)
+@given(profile=profiles(), precision=st.sampled_from(["exact", "strict"]), pallas=st.booleans(), rounds=ROUNDS)
+def test_no_profile_makes_a_lossless_class_choose_an_approximation(engine, profile, precision, pallas, rounds):
+    """Nor do measurements, however little diverges."""
+    measured = [measurement("FS", 0.0), measurement("", 0.0, shared=4, width=5)]
+    holding(engine, measured, Costs.from_profile(profile, CONFIG), profile, "pallas" if pallas else "xla")
     found = engine.space(Planner(precision), Bound(), 160)
+    groups = {Sharing(), Sharing(group=2)} if pallas and precision == "exact" else {Sharing()}
+    assert set(found.sharings) == groups and found.admitted == []
     for candidate in found.candidates:
-        sharings = found.sharings_of(candidate.strategy)
-        strategy = cheapest(candidate.strategy, sharings, engine.costs, 1, 160)
+        assert set(found.sharings_of(candidate.strategy)) <= groups
+    seen, chosen = planned(found, engine.costs, rounds)
+    assert len(seen) >= 3
+    for strategy in seen | set(chosen):
         assert strategy.precision == precision and strategy.acceptance == "coupled"
         assert not strategy.sharing(CONFIG.layers).approximates
 
 
-def test_class_approx_chooses_among_what_the_bound_admits(engine):
-    class Cheap(SlopeCosts):
-        def step(self, point):
-            return super().step(point) / (2 if point.sharing.schedule else 1)
+class Cheap(SlopeCosts):
+    """Approximate steps take half of the time."""
 
+    def step(self, point):
+        return super().step(point) / (2 if point.sharing.approximates else 1)
+
+
+def test_nothing_is_in_the_space_nor_chosen_but_what_the_bound_admits(engine):
+    """A fuzz of records, bounds and requests: each approximation was measured in the engine's dtype, far enough, and
+    inside the bound at every context length; and all that were are considered."""
+    random, outcomes = np.random.default_rng(0), set()
+    shared = [Sharing(group=group, group_mode="shared") for group in (2, 4)]
+    kinds = [(Sharing("FS"), 0), (Sharing("FS", False), 0), (shared[0], 3), (shared[0], 5), (shared[1], 5)]
+    planner = Planner("approx", (("lookup", ("chain:2", "chain:4")),))
+
+    def fuzzed(sharing, width, dtype):
+        contexts = tuple(
+            records.AtContext(context, 8, 80, 2.0, 0.0, 0.0, kl, kl, 1.0, 0.0, top1, 0.0, 0.0)
+            for context, kl, top1 in zip(random.integers(50, 200, 2).tolist(), random.exponential(0.01, 2),
+                                         random.uniform(0.9, 1.0, 2), strict=True)
+        )  # fmt: skip
+        return records.Measurement(sharing, width, 0.95, dtype, records.Text("a text", 4096, "0" * 64), contexts)
+
+    def kind(sharing, width):
+        return (sharing, width if sharing.group_mode == "shared" else 0) if sharing.approximates else "exact"
+
+    for _ in range(30):
+        held = [fuzzed(*one, dtype) for dtype in ("bfloat16", "float32") for one in kinds if random.random() < 0.7]
+        holding(engine, held, Cheap(0.1))
+        for _ in range(4):
+            max_kl = [None, math.inf, *random.exponential(0.02, 3)][random.integers(5)]
+            min_top1 = [None, None, *random.uniform(0.9, 1.0, 2)][random.integers(4)]
+            reach = int(random.integers(50, 200))
+            inside = [
+                m for m in held if (max_kl, min_top1) != (None, None) and m.dtype == "float32"
+                and all(max_kl is None or at.mean_kl_bound <= max_kl for at in m.contexts)
+                and all(min_top1 is None or at.top1_bound >= min_top1 for at in m.contexts)
+                and any(at.context + 10 >= reach for at in m.contexts)
+            ]  # fmt: skip
+            found = engine.space(planner, Bound(max_kl, min_top1), reach)
+            assert found.sharings == [Sharing()] and found.admitted == inside
+            allowed = {"exact"} | {(m.sharing, m.width) for m in inside}
+            for one in found.candidates:
+                assert {kind(sharing, one.strategy.width) for sharing in found.sharings_of(one.strategy)} <= allowed
+            rounds = zip(random.integers(0, 6, 4).tolist(), random.uniform(0.1, 3.0, 4), strict=True)
+            seen, chosen = planned(found, engine.costs, rounds)
+            for strategies in (seen, chosen):
+                used = {kind(one.sharing(CONFIG.layers), one.width) for one in strategies}
+                assert used <= allowed
+            outcomes |= used
+    assert outcomes >= {"exact", *kinds[:1]} and len(outcomes) >= 4
+
+
+def test_class_approx_chooses_among_what_the_bound_admits():
     measured = [measurement("FS", 0.01), measurement("", 0.01, shared=4, width=5)]
 
     def choice(max_kl, tree="chain:4"):
@@ -120,7 +210,8 @@ TREES = Planner(drafters=(("lookup", ("chain:2", "chain:4")),))
 
 
 @pytest.mark.slow
-def test_tokens_do_not_depend_on_switches_and_each_strategy_is_traced_once(restless):
+def test_tokens_do_not_depend_on_switches_and_each_strategy_is_traced_once(restless, guarded):
+    """And nothing crosses between host and device inside a segment."""
     engine = tiny_engine(ONE, precision="strict")
     plain = engine.generate(prompts(), 40, temperature=0.8, seed=5, speculate=False)
     for _ in range(2):
@@ -129,7 +220,7 @@ def test_tokens_do_not_depend_on_switches_and_each_strategy_is_traced_once(restl
         for a, b in zip(plain, planned, strict=True):
             assert a.tokens.tolist() == b.tokens.tolist() and a.logprobs.tobytes() == b.logprobs.tobytes()
     decoded = {strategy: count for strategy, count in engine.decoder.traces.items() if isinstance(strategy, Strategy)}
-    assert len(decoded) == 3 and set(decoded.values()) == {1}
+    assert len(decoded) == 3 and set(decoded.values()) == {1} and guarded == set(decoded)
     assert planned.stats.compile_seconds == 0 and planned.stats.new_tokens == 80
     assert sum(decision.observed_steps for decision in planned.stats.plan) == planned.stats.steps
 
@@ -170,8 +261,9 @@ def test_a_drafter_that_watches_takes_over_in_the_middle(restless, drafting_for_
 
 
 @pytest.mark.slow
-def test_watching_ends_where_it_is_not_worth_its_time(drafting_for_itself, monkeypatch):
-    """Decoding goes on with the programs of a call in which nobody ever watched, and with the same tokens."""
+def test_watching_ends_where_it_is_not_worth_its_time(drafting_for_itself, guarded, monkeypatch):
+    """Decoding goes on with the programs of a call in which nobody ever watched, and with the same tokens. Nothing
+    crosses between host and device inside a segment, while somebody watches and after."""
     engine = drafting_for_itself
     alone = engine.generate(prompts(1), 50, strategy=STATEFUL[1].strategy)
     costs = engine.costs
@@ -182,6 +274,7 @@ def test_watching_ends_where_it_is_not_worth_its_time(drafting_for_itself, monke
     assert first.endswith(", model watching") and not any("model" in other for other in others[1:])
     assert all("model" not in option.strategy for option in planned.stats.plan[-1].options) or len(others) == 1
     assert engine.decoder.traces[STATEFUL[1].strategy] == 1  # the program of the first call, which knows no state
+    assert {isinstance(one.drafter, Watching) for one in guarded} == {True, False}
 
 
 @pytest.mark.slow
@@ -214,6 +307,35 @@ def test_warmup_leaves_nothing_to_compile():
     assert engine.generate(rows[:1], 40, strategy=several[0]).stats.compile_seconds == 0
     with pytest.raises(PromptError, match="strategy: got an empty list, expected at least one"):
         engine.warmup([], prompt_tokens=18)
+
+
+@pytest.mark.slow
+def test_a_planned_call_decodes_by_what_the_bound_admits_and_nothing_else():
+    """The embedded model, by its own records; reuse pays, and drafts do not."""
+
+    class Reusing(SlopeCosts):
+        def step(self, point):
+            return super().step(point) / (1 + point.sharing.schedule.count("S"))
+
+    engine = Engine.from_pretrained("embedded", dtype="float32", implementation="xla", precision="approx")
+    engine.__dict__["costs"] = Reusing(10.0)
+    asked, space_of = [], engine.space
+    engine.space = lambda *args: asked.append(space_of(*args)) or asked[-1]
+    stored = sorted((m for m in engine.records.measurements if not m.width), key=lambda m: m.mean_kl)
+    limit, worst, inside = stored[3], stored[-1], {m.sharing for m in stored[:4]}
+    max_kl = 1.001 * limit.mean_kl
+    prompt = [engine.tokenizer.encode(Path(plans.__file__).read_text(encoding="utf-8")).ids[:140]]
+    stats = engine.generate(prompt, 16, strategy="auto", max_kl=max_kl).stats
+    ran = {one.sharing(engine.config.layers) for one in engine.decoder.traces if isinstance(one, Strategy)}
+    assert ran and ran <= inside
+    options = {option.strategy.split("approx ")[1] for decision in stats.plan for option in decision.options}
+    assert {words.split()[0] for words in options} <= {sharing.schedule for sharing in inside}
+    engine.stream(prompt, limit.reach - 139, strategy="auto", max_kl=max_kl)  # a token further than was measured
+    assert [bool(found.admitted) for found in asked] == [True, False]
+    refused = Strategy(None, precision="approx", schedule=worst.sharing.schedule,
+                       keep_compressed=worst.sharing.keep_compressed)  # fmt: skip
+    with pytest.raises(PrecisionError, match=f"outside max_kl = .*; the nearest that can: {limit.describe()} "):
+        engine.generate(prompt, 16, strategy=refused, max_kl=max_kl)
 
 
 def test_a_planner_and_no_speculation_contradict_each_other(engine):
