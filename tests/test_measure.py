@@ -13,7 +13,7 @@ from profiles import profile, timed
 from reference_params import save_tiny, tiny_model
 from tokenizers import Tokenizer, models
 
-from specsa_jax import Engine, Strategy
+from specsa_jax import Engine, Strategy, calibration
 from specsa_jax.calibration import Calibration, CalibrationError, edited
 from specsa_jax.cli import main
 from specsa_jax.planning import bench, measure
@@ -268,6 +268,43 @@ def test_the_command_measures_goes_on_and_draws(specsa, directory, tmp_path, stu
         assert specsa(*common)[0] == specsa(*common, "--again")[0] == 2
         assert path.read_text() == other
     path.unlink()
+
+
+def test_the_command_stops_where_its_budget_is_spent_and_goes_on_with_the_rest(
+    specsa, directory, tmp_path, stub, monkeypatch
+):
+    """By a clock on which reading the text takes 5 s and each task 10 s."""
+    done, at = stub
+    now = 0.0
+
+    def passes(seconds):
+        nonlocal now
+        now += seconds
+
+    def read_calibration(*arguments):
+        passes(5.0)
+        return original(*arguments)
+
+    original = calibration.read_calibration
+    monkeypatch.setattr(calibration, "read_calibration", read_calibration)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(measure, "measure_bandwidth", lambda dtype: (1.0, 2.0, 3.0))
+    at |= dict.fromkeys((1, 2, 3), lambda: passes(10.0))
+    (tmp_path / "text.py").write_text(" ".join(f"word{chr(97 + i % 2)}{chr(97 + i % 26)}" for i in range(2000)))
+    path = tmp_path / "profile.json"
+    command = ["profile", directory, "--data", tmp_path, "--context", 64, "--out", path, "--json"]
+    # What would end behind the budget is not begun: the second task at 25 s, the third at 35 s.
+    for budget, steps in ((24.9, [1]), (34.9, [1, 2])):
+        path.unlink(missing_ok=True)
+        done.clear()
+        code, out, err = specsa(*command, "--budget", budget)
+        kept, report = read(path), json.loads(out)
+        assert code == 0 and done == [s.point.width for s in kept.steps] == steps, err
+        assert report["steps"] == len(steps) and kept.seconds == 10.0 * len(steps)
+        assert report["missing"][-3 + len(steps) :] == [f"step {width}" for width in (1, 2, 3) if width not in steps]
+    code, out, err = specsa(*command, "--budget", 34.9)
+    assert code == 0 and done == [1, 2, 3] and [s.point.width for s in read(path).steps] == [1, 2, 3], err
+    assert read(path).seconds == 30.0 and "step" not in " ".join(json.loads(out)["missing"])
 
 
 @pytest.mark.parametrize(
