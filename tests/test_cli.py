@@ -47,7 +47,6 @@ def test_several_prompt_files_make_a_batch(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.long
 def test_the_planner_explains_itself_and_gives_the_same_tokens():
     run = specsa("generate", "--prompt-file", "-", "--max-new-tokens", 24, "--explain", "--compare", "--json",
