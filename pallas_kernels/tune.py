@@ -1,7 +1,7 @@
 """Measures the kernels' configs on the present device: ``python -m pallas_kernels.tune [NAME ...]``.
 
-For each benchmark spec whose name contains a NAME it walks through the config's search space, one branch of attention
-at a time, keeping the fastest value of each, and writes the winner into the device's data file after every spec. A run
+For each benchmark spec whose name contains a NAME it walks through the config's search space, of attention one axis at
+a time, keeping the fastest value of each, and writes the winner into the device's data file after every spec. A run
 that was cut off goes on where it stopped; ``--again`` measures what the file holds anew.
 """
 
@@ -139,16 +139,15 @@ def _measured(program: Future[Callable[[], float]]) -> float:
 
 
 def descend(space: Sequence[Any], times: dict[Any, float]) -> Iterable[list[Any]]:
-    """Configs to measure next, all of which the caller puts into ``times``: from the first of ``space`` on, one branch
-    after the other, then all other fields, the rest at its best. The whole space would take hours of compilation.
+    """Configs to measure next, all of which the caller puts into ``times``: the first of ``space``, then that with what
+    others of it have along one of its ``AXES`` after the other, the rest at its best. All combinations would take hours
+    of compilation. A config without ``AXES`` has one, of all fields.
     """
     best = space[0]
     yield [best]
-    names = [field.name for field in dataclasses.fields(best)]
-    branches = [name for name in names if dataclasses.is_dataclass(getattr(best, name))]
-    for axis in (*([name] for name in branches), [name for name in names if name not in branches]):
-        free = {name: getattr(best, name) for name in axis}
-        others = [config for config in space if dataclasses.replace(config, **free) == best]
+    for axis in getattr(best, "AXES", [[field.name for field in dataclasses.fields(best)]]):
+        values = [{name: getattr(config, name) for name in axis} for config in space]
+        others = list(dict.fromkeys(dataclasses.replace(best, **change) for change in values))
         yield [config for config in others if config not in times]
         best = min(others, key=lambda config: times[config])
 

@@ -537,7 +537,18 @@ def test_without_a_gpu_the_kernels_say_so():
         attend(CHAIN_8.sparsity, *arguments_of(CHAIN_8))
 
 
-def test_the_search_space_holds_the_heuristic():
+def test_the_search_space_is_the_heuristic_and_what_differs_along_one_axis():
+    fields = [field.name for field in dataclasses.fields(AttentionConfig)]
+    # A group and its mode are the call's.
+    assert sorted(sum(AttentionConfig.AXES, ())) == sorted(set(fields) - {"group", "mode"})
     for spec in specs.BENCHMARKS:
-        space = AttentionConfig.search_space(spec.sparsity, spec.shape)
-        assert AttentionConfig.heuristic(spec.sparsity, spec.shape) in space
+        base, *others = AttentionConfig.search_space(spec.sparsity, spec.shape)
+        assert base == AttentionConfig.heuristic(spec.sparsity, spec.shape)
+        assert len({base, *others}) == 1 + len(others) <= 30
+        along = [
+            [axis for axis in AttentionConfig.AXES if any(getattr(base, name) != getattr(own, name) for name in axis)]
+            for own in others
+        ]
+        assert all(len(axes) == 1 for axes in along) and {axes[0] for axes in along} == set(AttentionConfig.AXES)
+        assert {base.window.splits * 2, base.window.splits // 2} <= {own.window.splits for own in others}
+        assert base.selection_warps // 2 in {own.selection_warps for own in others}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pallas_kernels import _check
 from pallas_kernels.attention.arguments import Shape, Sparsity
 
 GroupMode = Literal["merged", "shared"]
+_MOST_SELECTION_WARPS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,9 @@ class AttentionConfig:
     tile: int = 32
     num_stages: int = 3
     selection_warps: int = 4
+
+    # Fields that depend on each other, for tuning: one such axis after the other.
+    AXES: ClassVar = (("compressed",), ("selected",), ("window",), ("tile", "num_stages"), ("selection_warps",))
 
     def __post_init__(self) -> None:
         _check.whole_fields(self, "group", "num_stages")
@@ -108,27 +112,29 @@ class AttentionConfig:
     def search_space(
         cls, sparsity: Sparsity, shape: Shape, group: int | None = None, mode: GroupMode = "merged"
     ) -> list[AttentionConfig]:
-        """The configs worth measuring around the heuristic for that shape."""
+        """The configs worth measuring for that shape: the heuristic's, and those that differ from it along one axis."""
         base = cls.heuristic(sparsity, shape, group, mode)
 
-        def around(branch: Branch) -> list[Branch]:
+        def around(branch: Branch, factors: tuple[float, ...] = (1, 0.5, 2)) -> list[Branch]:
             # Twice the rows may pay though half stay empty: from 64 on, Hopper's larger matrix instruction takes them.
-            rows = [rows for rows in (branch.rows, branch.rows // 2, branch.rows * 2) if 16 <= rows <= 128]
-            splits = dict.fromkeys(max(1, int(branch.splits * factor)) for factor in (1, 0.5, 2))
+            rows = [rows for factor in factors if 16 <= (rows := int(branch.rows * factor)) <= 128]
+            splits = [max(1, int(branch.splits * factor)) for factor in (1, 0.5, 2)]
             return [Branch(*choice) for choice in itertools.product(rows, splits)]
 
-        found = [base]
-        for compressed, selected in itertools.product(around(base.compressed), around(base.selected)):
-            for tile, stages in itertools.product((32, 64, 128), (3, 4, 5)):
-                found.append(
-                    dataclasses.replace(base, compressed=compressed, selected=selected, tile=tile, num_stages=stages)
-                )
-        return list(dict.fromkeys(found))
+        changes: list[dict[str, Any]] = [{}]
+        changes += [{"compressed": branch} for branch in around(base.compressed)]
+        changes += [{"selected": branch} for branch in around(base.selected)]
+        # Of the window, which is short, the splits alone.
+        changes += [{"window": branch} for branch in around(base.window, (1,))]
+        changes += [{"tile": tile, "num_stages": stages} for tile in (32, 64, 128) for stages in (3, 4, 5)]
+        warps = base.selection_warps // 2, base.selection_warps * 2
+        changes += [{"selection_warps": count} for count in warps if 1 <= count <= _MOST_SELECTION_WARPS]
+        return list(dict.fromkeys(dataclasses.replace(base, **change) for change in changes))
 
 
 def selection_warps(shape: Shape) -> int:
     """Warps of the selection: so many that a thread holds at most 64 of the scores of a query's heads."""
-    return _power(shape.lanes * shape.table // 2048, 4, 16)
+    return _power(shape.lanes * shape.table // 2048, 4, _MOST_SELECTION_WARPS)
 
 
 def _power(value: int, low: int, high: int) -> int:
