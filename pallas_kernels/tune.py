@@ -297,7 +297,7 @@ def run(names: Sequence[str] = (), out: Path | None = None, budget: float = math
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     todo, path = tasks(names), out or default_path()
-    if reason := _dispatch.device_limit():
+    if reason := _dispatch.device_limit(ptx=any(task.kind == "attention" for task in todo)):
         raise _dispatch.UnsupportedError(reason)
     columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns) as progress:

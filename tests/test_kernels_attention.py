@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels import UnsupportedError, _dispatch, attention
 from pallas_kernels.attention import (
@@ -552,3 +553,11 @@ def test_the_search_space_is_the_heuristic_and_what_differs_along_one_axis():
         assert all(len(axes) == 1 for axes in along) and {axes[0] for axes in along} == set(AttentionConfig.AXES)
         assert {base.window.splits * 2, base.window.splits // 2} <= {own.window.splits for own in others}
         assert base.selection_warps // 2 in {own.selection_warps for own in others}
+
+
+def test_a_gpu_of_another_vendor_is_refused_for_the_kernels_ptx():
+    device = AbstractDevice("AMD Instinct MI300X", None, "gpu")
+    message = "attend: implementation 'pallas': device: got AMD Instinct MI300X, expected a GPU of NVIDIA's"
+    mesh = AbstractMesh((), (), abstract_device=device)
+    with use_abstract_mesh(mesh), pytest.raises(UnsupportedError, match=message):
+        attend(CHAIN_8.sparsity, *CHAIN_8.abstract())

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from reference_params import random_params, random_tokens, tiny_model
 
 import specsa_jax
@@ -144,6 +145,17 @@ def test_layers_that_the_kernels_do_not_take_are_named(switch, message):
     with pytest.raises(UnsupportedError, match=message):
         kernels.choose(nsa, 1024, "pallas")
     assert kernels.choose(nsa, 1024, None) == "xla"
+
+
+def test_a_gpu_of_another_vendor_takes_xla():
+    nsa = tiny_model(**SIZES).nsa
+    with use_abstract_mesh(report.H200):
+        assert kernels.choose(nsa, 1024, None) == "pallas"
+    device = AbstractDevice("AMD Instinct MI300X", None, "gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        assert kernels.choose(nsa, 1024, None) == "xla"
+        with pytest.raises(UnsupportedError, match="attention: implementation 'pallas': device: got AMD Instinct"):
+            kernels.choose(nsa, 1024, "pallas")
 
 
 def test_an_unknown_implementation_is_refused():

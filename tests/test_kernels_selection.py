@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels import UnsupportedError, select_blocks
+from pallas_kernels import UnsupportedError, _dispatch, select_blocks
 from pallas_kernels.selection import SelectionConfig, reference, specs, unsupported
 
 KERNEL = dict(implementation="pallas", interpret=True)
@@ -144,6 +144,11 @@ def test_unsupported_gpu(monkeypatch):
         devices = [SimpleNamespace(compute_capability=capability)]
         monkeypatch.setattr(jax, "local_devices", lambda backend, devices=devices: devices)
         assert unsupported(8, 4) == reason
+        # What holds PTX runs on NVIDIA's alone.
+        foreign = "device: got gfx942, expected a GPU of NVIDIA's, whose instructions (PTX) the kernels hold"
+        assert _dispatch.device_limit(ptx=True) == (reason or (foreign if capability == "gfx942" else None))
+        chosen = _dispatch.choose("attention", None, None, interpret=False, ptx=True)
+        assert chosen == ("pallas" if capability in ("9.0", "12.1") else "xla")
 
 
 def test_unsupported_device():

@@ -337,7 +337,7 @@ def test_a_budget_that_is_none_is_refused(tmp_path, budget):
     ],
 )
 def test_the_command_ends_with_one_line_and_code_2(options, data, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(_dispatch, "device_limit", lambda: None)
+    monkeypatch.setattr(_dispatch, "device_limit", lambda ptx: None)
     if data is not None:
         (tmp_path / "device.json").write_text(data, errors="surrogateescape")
     with pytest.raises(SystemExit) as end:

@@ -113,7 +113,8 @@ def attend(
             raise ValueError("config: given with deterministic = True, which has a config of its own")
         config = config_for(sparsity, shape)
     config = config or configure(sparsity, shape, interpret=interpret)
-    reason = limit(sparsity, shape, config.group) or (None if interpret else _dispatch.device_limit())
+    # PTX is the exponential (``tiles.exp2``).
+    reason = limit(sparsity, shape, config.group) or (None if interpret else _dispatch.device_limit(ptx=True))
     if reason:
         raise _dispatch.UnsupportedError(f"attend: implementation 'pallas': {reason}")
     _check_selection(sparsity, shape, config, selected)

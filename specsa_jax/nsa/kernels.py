@@ -56,7 +56,7 @@ def choose(config: NSAConfig, max_length: int, implementation: Implementation | 
 
     Raises UnsupportedError for "pallas" by name where it does not run, with the reason; ValueError for an unknown name.
     """
-    return pallas_kernels.choose("attention", implementation, limit(config, max_length), interpret=False)
+    return pallas_kernels.choose("attention", implementation, limit(config, max_length), interpret=False, ptx=True)
 
 
 def attend(
