@@ -149,3 +149,16 @@ def test_a_token_alone_and_a_tree_in_a_batch_have_the_same_arithmetic_in_the_str
     one, many = arithmetic(*alone, strict), arithmetic(*together, strict)
     assert one == many and all(len(floats) > 20 for *_, floats in one)
     assert arithmetic(*alone, Backend("pallas")) != arithmetic(*together, Backend("pallas"))
+def test_deterministic_arithmetic_follows_the_width_of_the_page_table_but_not_the_batch():
+    """Of T, M and one kind of tree. The wider table is one over which heads are summed in two halves."""
+    modules = []
+    for batch, context in ((1, 65536), (8, 65536), (1, 262144)):
+        spec = attention_specs.benchmark(batch, 8, context, (64, 4))
+        function = partial(attend, spec.sparsity, deterministic=True)
+        kernels = report.kernels(report.lower(function, *spec.abstract()))
+        modules.append([(kernel.name, kernel.num_warps, FLOATS.findall(kernel.module)) for kernel in kernels])
+    one, many, long = modules
+    assert one == many and all(len(floats) > 20 for *_, floats in one)
+    assert [name for (name, *_), own, other in zip(one, one, long, strict=True) if own != other] == ["nsa_selection"]
+
+

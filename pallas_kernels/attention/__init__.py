@@ -97,7 +97,8 @@ def attend(
       config: the tuning parameters; None: those measured on this kind of device (``pallas_kernels.tuned``), or else
         chosen from the sizes. A reuse layer's group is the selection's.
       deterministic: what a token gets has the bits of decoding its path alone, whatever stands beside it, in calls of
-        one T (:mod:`pallas_kernels.attention.deterministic`). Takes no ``config``: splits and tiles are fixed.
+        one T, M and N, with ``tail.ancestor`` in all or in none (:mod:`pallas_kernels.attention.deterministic`). Takes
+        no ``config``: splits and tiles are fixed.
       interpret: interpret the kernels, on any device.
 
     Returns:

@@ -9,8 +9,10 @@ query's sums depends on what is committed and who its neighbours are. Here
 - splits are as long as they are, and those that a query does not reach add exactly nothing to it;
 - every tile takes the same code, masked, since two loops may round differently.
 
-So a token's output has the bits that decoding it alone would have given, if the shapes of the two calls are the same:
-the compiler sees only those. Every query loads its own blocks, several times what a group would load.
+So a token's output has the bits that decoding it alone would have given, if the compiler sees the same code in the two
+calls: T, M and the page table's columns N must be the same, and both tails trees, or both chains. The number of
+sequences and of pages may differ: they are in no tile's shape. (N is in the selection's, which over a long table sums a
+query's heads in two halves.) Every query loads its own blocks, several times what a group would load.
 """
 
 from __future__ import annotations
