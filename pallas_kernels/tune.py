@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _dispatch, tuned
-from pallas_kernels.attention import AttentionConfig, attend
+from pallas_kernels.attention import MAX_GROUP, AttentionConfig, attend
 from pallas_kernels.attention import specs as attention_specs
 from pallas_kernels.commit import CommitConfig, commit
 from pallas_kernels.commit import specs as commit_specs
@@ -64,7 +64,7 @@ def tasks(names: Sequence[str] = ()) -> list[Task]:
     found = [*map(_selection, selection_specs.BENCHMARKS), *map(_commit, commit_specs.BENCHMARKS)]
     for spec in attention_specs.BENCHMARKS:
         group = AttentionConfig.heuristic(spec.sparsity, spec.shape).group
-        found += [_attention(spec, own) for own in dict.fromkeys((group, spec.width, 1))]
+        found += [_attention(spec, own) for own in dict.fromkeys((group, min(spec.width, MAX_GROUP), 1))]
     # Of tails of one shape the longest, in which blocks end most often; where none does, no config matters.
     found += map(_compress, {spec.shape: spec for spec in compress_specs.BENCHMARKS if any(spec.used)}.values())
     chosen = list(dict.fromkeys(task for name in names or ("",) for task in found if name in task.name))

@@ -13,6 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels import UnsupportedError, _dispatch, attention
 from pallas_kernels.attention import (
+    MAX_GROUP,
     AttentionConfig,
     Branch,
     Launch,
@@ -32,6 +33,7 @@ TREE = next(spec for spec in specs.TESTS if spec.name == "tree-28-wide")
 JOINED = [spec for spec in specs.TESTS
           if spec.name in ("empty-prefix", "one-block-sequences", "block-ends", "finished-sequence")]  # fmt: skip
 RAGGED = dataclasses.replace(CHAIN_8, name="ragged", lengths=sum((spec.lengths for spec in JOINED), ()))
+SHARED = 4  # queries of a group that shares an index
 # Reuse layers take the same code in another launch: for these specs that is compiled too.
 REUSED = {
     "decode", "chain-8", "ragged", "past-capacity", "chain-70-beyond-local", "tree", "shared-kv",
@@ -41,22 +43,31 @@ PLACES = [
     pytest.param(True, id="interpret"),
     pytest.param(False, id="gpu", marks=pytest.mark.gpu),
 ]
-# A GPU takes every spec in both dtypes.
+# A GPU takes every spec in both dtypes; drafts as one group, each query alone, and by a shared index.
 ON_GPU = [
-    dataclasses.replace(spec, name=f"{spec.name.removesuffix('-bf16')}-{short}", dtype=dtype)
+    (dataclasses.replace(spec, name=f"{spec.name.removesuffix('-bf16')}-{short}", dtype=dtype), group, mode)
     for spec in specs.TESTS
     for short, dtype in (("f32", "float32"), ("bf16", "bfloat16"))
+    for group, mode in dict.fromkeys([(min(spec.width, MAX_GROUP), "merged"), (1, "merged"), (SHARED, "shared")])
+    if spec.width > 1 or mode == "merged"
 ]
+# Interpreted, queries alone, with all at once that the other specs have in groups only.
+ALONE = specs.AttentionSpec("alone-G16-l16-d16-p16-shared-kv-D24-bf16", 3, (120,), (16, 1), 24, Sparsity(16, 16, 16, 4,
+                            window=24, scale=0.25), shared_kv=True, dtype="bfloat16")  # fmt: skip
 # The others count as slow: they run on one version of Python.
 QUICK = {"decode", "chain-8", "tree", "D64-bf16"}
 SPECS = [
     *[
-        pytest.param(spec, True, id=f"{spec.name}-interpret", marks=[] if spec.name in QUICK else pytest.mark.slow)
+        pytest.param(spec, spec.width, "merged", True, id=f"{spec.name}-interpret",
+                     marks=[] if spec.name in QUICK else pytest.mark.slow)
         for spec in [*specs.TESTS, RAGGED]
-        if spec not in JOINED and spec.name != "chain-128"  # which compiles for as long as three others
+        # These two compile for as long as three others, and longer.
+        if spec not in JOINED and spec.name not in ("chain-128", "chain-512")
     ],
-    *[pytest.param(spec, False, id=f"{spec.name}-gpu", marks=pytest.mark.gpu) for spec in ON_GPU],
-]
+    pytest.param(ALONE, 1, "merged", True, id=f"{ALONE.name}-interpret", marks=pytest.mark.slow),
+    *[pytest.param(spec, group, mode, False, id=f"{spec.name}-{mode}-{group}-gpu", marks=pytest.mark.gpu)
+      for spec, group, mode in ON_GPU],
+]  # fmt: skip
 # Of float32 that a key's term goes through: in its score, in the exponential, in the sum, and where splits are merged.
 # Errors wander: a sum of n terms of about unit size is off by √n times as much as one term.
 ROUNDINGS = 4
@@ -146,6 +157,21 @@ def check(spec, arguments, out, selection, selected=None, shown=None):
     assert_close(spec, out, expected)
 
 
+def check_shared(spec, arguments, selection, group):
+    """The ids of a shared index, checked: all queries of a group have those of its longest prefix."""
+    positions = np.asarray(arguments[-1].positions)
+    longest = np.empty_like(positions)
+    for b in range(len(positions)):
+        for start in range(0, spec.width, group):
+            members = range(start, min(start + group, spec.width))
+            longest[b, start : start + group] = max(members, key=lambda t: (positions[b, t], t))
+    ids = np.asarray(selection.ids)
+    _, *own = reference.attend(spec.sparsity, *jax.tree.map(np.asarray, arguments))
+    assert_selected(spec, ids, *(np.take_along_axis(array, longest[..., None, None], axis=1) for array in own))
+    np.testing.assert_array_equal(ids, np.take_along_axis(ids, longest[..., None, None], axis=1))
+    return ids
+
+
 def a_key_of_another_token(query, gates, layer, page_table, lengths, tail):
     """In the first sequence's first page, which all its queries select, for one KV head."""
     keys = np.array(layer.key)
@@ -223,15 +249,26 @@ def test_another_block_counts_as_selected_only_where_it_is_as_important_but_for_
         check_other_choice(0.99)
 
 
-@pytest.mark.parametrize("spec, interpret", SPECS)
-def test_refresh_and_reuse_equal_reference(spec, interpret, kernel_seed):
+@pytest.mark.parametrize("spec, group, mode, interpret", SPECS)
+def test_refresh_and_reuse_equal_reference(spec, group, mode, interpret, kernel_seed):
     arguments = arguments_of(spec, kernel_seed)
     reuse = spec.name in REUSED or not interpret
-    out, selection, *again = run(spec, arguments, config_of(spec), interpret, reuse)
-    check(spec, arguments, out, selection)
+    out, selection, *again = run(spec, arguments, config_of(spec, group, mode), interpret, reuse)
+    shared = check_shared(spec, arguments, selection, group) if mode == "shared" else None
+    check(spec, arguments, out, selection, shared)
     if reuse:
-        check(spec, arguments, *again)
+        check(spec, arguments, *again, shared)
         np.testing.assert_array_equal(again[1].ids, selection.ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_chunk_of_a_prompt_equals_reference_with_the_config_that_a_call_takes(dtype, kernel_seed):
+    spec = dataclasses.replace(next(spec for spec in specs.TESTS if spec.name == "chain-512"), dtype=dtype)
+    arguments, config = arguments_of(spec, kernel_seed), configure(spec.sparsity, spec.shape)
+    out, selection, *again = run(spec, arguments, config, False, reuse=True)
+    check(spec, arguments, out, selection)
+    check(spec, arguments, *again)
 
 
 @pytest.mark.slow
@@ -302,24 +339,13 @@ def test_any_tile_gives_the_same(tile, interpret, kernel_seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interpret", PLACES)
 @pytest.mark.parametrize("spec", [CHAIN_8, TREE], ids=lambda spec: spec.name)
-def test_shared_index_gives_a_group_the_blocks_of_its_longest_prefix(spec, interpret, kernel_seed):
+def test_shared_index_gives_a_group_the_blocks_of_its_longest_prefix(spec, kernel_seed):
+    """On a GPU all specs do."""
     arguments = arguments_of(spec, kernel_seed)
-    group = 4
-    positions = np.asarray(arguments[-1].positions)
-    longest = np.empty_like(positions)
-    for b in range(len(positions)):
-        for start in range(0, spec.width, group):
-            members = range(start, min(start + group, spec.width))
-            longest[b, start : start + group] = max(members, key=lambda t: (positions[b, t], t))
-    out, selection = run(spec, arguments, config_of(spec, group, mode="shared"), interpret)
-    ids = np.asarray(selection.ids)
-    _, *own = reference.attend(spec.sparsity, *jax.tree.map(np.asarray, arguments))
-    assert_selected(spec, ids, *(np.take_along_axis(array, longest[..., None, None], axis=1) for array in own))
-    np.testing.assert_array_equal(ids, np.take_along_axis(ids, longest[..., None, None], axis=1))
+    out, selection = run(spec, arguments, config_of(spec, SHARED, mode="shared"), interpret=True)
     # A shallower query never sees tokens after its own, even in a block that another selected.
-    check(spec, arguments, out, selection, selected=ids)
+    check(spec, arguments, out, selection, selected=check_shared(spec, arguments, selection, SHARED))
 
 
 @pytest.mark.parametrize("interpret", PLACES)

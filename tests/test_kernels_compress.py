@@ -24,10 +24,23 @@ PLACES = [
 # In the interpreter, whose programs take a second or two to compile: one of each kind.
 INTERPRETED = ("tree-of-two-row-tiles", "linear-plain", "odd-sizes", "bfloat16-of-float32-weights")
 RAGGED = next(spec for spec in specs.TESTS if spec.name == "ragged")
+# A GPU takes every spec in both dtypes.
 SPECS = [
     *[pytest.param(spec, True, id=f"{spec.name}-interpret") for spec in specs.TESTS if spec.name in INTERPRETED],
-    *[pytest.param(spec, False, id=f"{spec.name}-gpu", marks=pytest.mark.gpu) for spec in specs.TESTS],
-]
+    *[pytest.param(dataclasses.replace(spec, dtype=dtype), False, id=f"{spec.name}-{dtype}-gpu", marks=pytest.mark.gpu)
+      for spec in specs.TESTS for dtype in ("float32", "bfloat16")],
+]  # fmt: skip
+
+
+def run(arguments, interpret, config=None):
+    """The kernels' results; what nobody writes is NaN where they are interpreted, and is likely to be on a GPU."""
+    function = jax.jit(lambda *a: compress(*a, config=config, interpret=interpret))
+    arguments = jax.tree.map(jnp.asarray, arguments)
+    if interpret:
+        return function(*arguments)
+    compiled = function.lower(*arguments).compile()
+    jax.block_until_ready(jnp.full((1 << 24,), jnp.nan)).delete()
+    return compiled(*arguments)
 
 
 def assert_close_where_used(spec, arguments, results):
@@ -43,40 +56,36 @@ def assert_close_where_used(spec, arguments, results):
 
 
 @pytest.mark.parametrize("spec, interpret", SPECS)
-def test_equals_reference(spec, interpret):
+def test_equals_reference(spec, interpret, kernel_seed):
     """Whatever is in rings, tails and unused slots that no block names: it is NaN."""
-    arguments = spec.arguments()
-    results = jax.jit(lambda *a: compress(*a, interpret=interpret))(*jax.tree.map(jnp.asarray, arguments))
-    assert_close_where_used(spec, arguments, results)
+    arguments = spec.arguments(kernel_seed)
+    assert_close_where_used(spec, arguments, run(arguments, interpret))
 
 
 def test_where_no_block_ends_nothing_is_computed():
     spec = next(spec for spec in specs.TESTS if spec.name == "nothing-ends")
-    results = jax.jit(lambda *a: compress(*a, interpret=True))(*jax.tree.map(jnp.asarray, spec.arguments()))
-    assert all(np.isnan(array).all() for array in results)  # as interpret mode leaves what nobody writes
+    assert all(np.isnan(array).all() for array in run(spec.arguments(), interpret=True))
 
 
 def test_programs_of_several_steps_equal_reference():
     spec = next(spec for spec in specs.TESTS if spec.name == "odd-sizes")
     config, arguments = CompressConfig(16, 16, 3, 1, 4, 2), spec.arguments()
     assert (config.share(spec.shape), config.parts(spec.shape)) == (3, 3)
-    results = jax.jit(lambda *a: compress(*a, config=config, interpret=True))(*jax.tree.map(jnp.asarray, arguments))
-    assert_close_where_used(spec, arguments, results)
+    assert_close_where_used(spec, arguments, run(arguments, True, config))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", specs.BENCHMARKS[1::5], ids=lambda spec: spec.name)
-def test_every_config_equals_reference_and_itself(spec):
+def test_every_config_equals_reference_and_itself(spec, kernel_seed):
     spec = dataclasses.replace(spec, used=tuple(min(spec.slots, 1 + b % 3) for b in range(len(spec.used))))
-    arguments = spec.arguments(seed=1)
+    arguments = spec.arguments(kernel_seed)
     expected = None
     for config in (None, *CompressConfig.search_space(spec.shape)[::11]):
-        function = jax.jit(lambda *a, config=config: compress(*a, config=config))
-        results = function(*jax.device_put(arguments))
+        results = run(arguments, False, config)
         if expected is None:
             assert_close_where_used(spec, arguments, results)
             expected = results
-        again = function(*jax.device_put(arguments))
+        again = run(arguments, False, config)
         used = arguments[2] < spec.nodes
         for actual, same, wanted in zip(results, again, expected, strict=True):
             actual, same, wanted = (np.asarray(array)[used] for array in (actual, same, wanted))
@@ -181,9 +190,9 @@ class Phi:
             self.weight = normal(heads, block * dim, dim) / 6
 
 
-def layer_and_tail(dtype="float32", slots=None, **switches):
+def layer_and_tail(dtype="float32", slots=None, seed=0, **switches):
     """A layer with random φ and cache, and a random tree behind two sequences, in which blocks end."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     nsa = tiny_nsa(**switches)
     heads, dim, batch = nsa.num_kv_heads, nsa.head_dim, 2
 
@@ -210,8 +219,8 @@ def layer_and_tail(dtype="float32", slots=None, **switches):
     ],
     ids=str,
 )
-def test_a_layers_entries_are_those_of_xla(switches, interpret):
-    nsa, phi, entries, layer, tail = layer_and_tail(**switches)
+def test_a_layers_entries_are_those_of_xla(switches, interpret, kernel_seed):
+    nsa, phi, entries, layer, tail = layer_and_tail(**switches, seed=kernel_seed)
     assert kernels.compresses(nsa, phi[0], layer, tail)
     starts = jnp.take_along_axis(tail.positions, jnp.minimum(tail.slot, 6), axis=1) + 1 - nsa.compress_block
     arguments = (nsa, RopeConfig(), *phi, layer, *entries, tail, starts)

@@ -23,9 +23,9 @@ BF16 = dataclasses.replace(TREE, name="tree-bf16", dtype="bfloat16", dim=64)
 @pytest.mark.slow
 @pytest.mark.parametrize("interpret", PLACES)
 @pytest.mark.parametrize("name", ["tree-28-wide", "shared-kv", "past-capacity"])
-def test_equals_reference(name, interpret):
+def test_equals_reference(name, interpret, kernel_seed):
     spec = SPECS[name]
-    arguments = spec.arguments()
+    arguments = spec.arguments(kernel_seed)
     check(spec, arguments, *run(spec, arguments, None, interpret, deterministic=True))
 
 
@@ -89,8 +89,8 @@ BITS = [
 
 
 @pytest.mark.parametrize("spec, interpret", BITS)
-def test_a_node_has_the_bits_of_decoding_its_path(spec, interpret):
-    arguments = spec.arguments()
+def test_a_node_has_the_bits_of_decoding_its_path(spec, interpret, kernel_seed):
+    arguments = spec.arguments(kernel_seed)
     function = out_of(spec.sparsity, interpret)
     out, selection = jax.tree.map(np.asarray, function(*arguments))
     for node in (1, 3, spec.width - 1):
@@ -100,8 +100,8 @@ def test_a_node_has_the_bits_of_decoding_its_path(spec, interpret):
 
 
 @pytest.mark.parametrize("interpret", PLACES)
-def test_neighbours_in_the_batch_change_no_bit(interpret):
-    arguments = CHAIN.arguments()
+def test_neighbours_in_the_batch_change_no_bit(interpret, kernel_seed):
+    arguments = CHAIN.arguments(kernel_seed)
     function = out_of(CHAIN.sparsity, interpret)
     out = np.asarray(function(*arguments)[0])
     query, gates, layer, page_table, lengths, tail = arguments

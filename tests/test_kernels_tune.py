@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from pallas_kernels import _dispatch, report, tune, tuned
-from pallas_kernels.attention import AttentionConfig
+from pallas_kernels.attention import MAX_GROUP, AttentionConfig
 from pallas_kernels.attention import specs as attention_specs
 from pallas_kernels.commit import CommitConfig, commit
 from pallas_kernels.commit import specs as commit_specs
@@ -358,7 +358,12 @@ def test_slug():
     assert tuned.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
 
-def test_the_search_reaches_coupled_fields_one_axis_at_a_time():
+def test_a_prompts_chunk_is_tuned_in_groups_that_the_kernels_take():
+    names = [task.name for task in tune.tasks(["B1-T512-H32x8"])]
+    assert names == [f"B1-T512-H32x8-L64K-C{group}" for group in (8, MAX_GROUP, 1)]
+
+
+def test_the_search_goes_along_one_axis_at_a_time():
     space = AttentionConfig.search_space(SPEC.sparsity, SPEC.shape)
     times = {}
     for configs in tune.descend(space, times):

@@ -183,10 +183,11 @@ def _tree(parents: list[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any
 
 
 def benchmark(
-    batch: int, width: int, context: int, heads: tuple[int, int] = (32, 8), overlap: float = 0.7
+    batch: int, width: int, context: int, heads: tuple[int, int] = (32, 8), overlap: float | None = 0.7
 ) -> AttentionSpec:
     """A layer of the published defaults (l = 32, d = 16, l' = 64, n = 16, w = 512, D = 128) in bfloat16."""
-    name = f"B{batch}-T{width}-H{heads[0]}x{heads[1]}-L{context // 1024}K-o{round(100 * overlap)}"
+    name = f"B{batch}-T{width}-H{heads[0]}x{heads[1]}-L{context // 1024}K"
+    name += "" if overlap is None else f"-o{round(100 * overlap)}"
     lengths = (context - width,) * batch
     return AttentionSpec(name, width, lengths, heads, 128, Sparsity(), overlap=overlap, dtype="bfloat16")
 
@@ -215,6 +216,7 @@ TESTS = [
     _chain("chain-40", 40, 300, 5),
     _chain("chain-70-beyond-local", 70, 260),
     _chain("chain-128", 128, 150, heads=(2, 1)),
+    _chain("chain-512", 512, 300, heads=(2, 1)),
     AttentionSpec("tree", 8, (200, 0, 7), tree=_TREE),
     AttentionSpec("tree-28-wide", 28, (123, 64), tree=_WIDE),
     AttentionSpec("tree-shared-kv", 8, (200, 37), tree=_TREE, shared_kv=True),
@@ -245,4 +247,4 @@ BENCHMARKS = [
     for context in (16384, 65536)
     for batch in (1, 8, 32)
     for width in (1, 4, 8, 16, 64)
-]
+] + [benchmark(1, 512, 65536, overlap=None)]  # a chunk of a prompt, of more queries than have a direction each
