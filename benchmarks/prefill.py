@@ -2,7 +2,8 @@
 
 With --dense also what dense causal attention of the same heads takes for the whole prompt, by JAX's fastest public call
 (jax.nn.dot_product_attention: cuDNN on a GPU, else XLA): a layer's time, times layers, without projections; and, on a
-GPU, the prefill's time in NSA's kernels, from a traced run.
+GPU, from a traced run, the time in attention's launches, nsa_kernel_seconds (φ and commit are not in it), and that in
+all kernels.
 
     python benchmarks/prefill.py --preset 8b --tokens 65536 --dense --out
 """

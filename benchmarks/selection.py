@@ -4,8 +4,9 @@
     python benchmarks/selection.py --tune                     # every config of the search space
     python benchmarks/selection.py --interpret --tiny         # does the script run? (on a CPU)
 
-All times in µs. ``link`` is the cost of the operation that makes one call depend on the one before; it is taken off the
-others. ``floor`` is the kernel's fraction of the speed at which its bytes could move.
+All times in µs. ``config``: the kernel's is what a call takes on the device, "tuned" where ``specsa tune`` has measured
+one, else "heuristic"; with --tune "searched". ``link`` is the cost of the operation that makes one call depend on the
+one before; it is taken off the others. ``floor`` is the kernel's fraction of the speed at which its bytes could move.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import harness
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tuned
 from pallas_kernels.selection import SelectionConfig, select_blocks, specs
 
 
@@ -27,12 +29,19 @@ def link(positions, ids):
     return jax.lax.optimization_barrier(positions + (least >> 31))
 
 
-def variants(spec: specs.SelectionSpec, tune: bool, interpret: bool):
+def chosen(spec: specs.SelectionSpec, tune: bool, interpret: bool) -> tuple[str, list[SelectionConfig]]:
+    """The configs to measure, and where they are from."""
+    sizes = spec.rows, spec.shape[-1]
+    if tune:
+        return "searched", SelectionConfig.search_space(*sizes)
+    # As ``select_blocks`` does.
+    found = None if interpret else tuned.lookup_selection(jax.devices()[0].device_kind, *sizes)
+    return ("tuned", [found]) if found else ("heuristic", [SelectionConfig.heuristic(*sizes)])
+
+
+def variants(spec: specs.SelectionSpec, configs: list[SelectionConfig], interpret: bool):
     """Name → function of (importance, positions) that gives ids."""
     select = partial(select_blocks, **spec.counts)
-    configs = [SelectionConfig.heuristic(spec.rows, spec.shape[-1])]
-    if tune:
-        configs = SelectionConfig.search_space(spec.rows, spec.shape[-1])
     functions = {
         f"pallas {config.num_warps}w": partial(select, implementation="pallas", interpret=interpret, config=config)
         for config in configs
@@ -49,7 +58,8 @@ def run(spec: specs.SelectionSpec, args: argparse.Namespace) -> list[dict]:
     arguments = [spec.arguments(seed) for seed in range(1 if args.tiny else 8)]
     buffers = [jax.device_put(scores) for scores, _ in arguments]
     positions = jax.device_put(arguments[0][1])
-    functions = variants(spec, args.tune, args.interpret)
+    source, configs = chosen(spec, args.tune, args.interpret)
+    functions = variants(spec, configs, args.interpret)
 
     # No figures from a wrong kernel.
     expected = jax.jit(functions["xla"])(buffers[0], positions)
@@ -68,7 +78,8 @@ def run(spec: specs.SelectionSpec, args: argparse.Namespace) -> list[dict]:
         timing = harness.measure(step, positions, buffers, **sizes)
         times = {field: value - empty for field, value in dataclasses.asdict(timing).items()}
         floor = harness.floor_fraction(spec.bytes, times)
-        rows.append({"case": spec.name, "variant": name, **times, "link": empty, "floor": floor})
+        config = source if name.startswith("pallas") else ""
+        rows.append({"case": spec.name, "variant": name, "config": config, **times, "link": empty, "floor": floor})
     return rows
 
 

@@ -24,12 +24,15 @@ import plots
 import pytest
 import readme_table
 import real_selections
+import selection
 import steps
 import strict
 import train_target
 import workloads
 
 from pallas_kernels.attention import specs
+from pallas_kernels.selection import SelectionConfig
+from pallas_kernels.selection import specs as selection_specs
 from specsa_jax import checkpoints, model, precision
 from specsa_jax.calibration import Calibration, CalibrationError
 from specsa_jax.checkpoints.records import AtContext, Measurement, Records, Searched
@@ -316,6 +319,18 @@ def test_a_step_without_kernels_to_see_stands_beside_those_of_the_same_step():
     assert rows[0]["kernel_us"] == 100.0 and rows[0]["launches"] == 3.0
     assert rows[0]["overhead"] == pytest.approx(-0.1) and rows[2]["overhead"] == 0.2
     assert "kernel_us" not in rows[1]
+
+
+def test_selection_is_measured_with_the_config_that_a_call_takes_on_its_device(monkeypatch):
+    spec = next(spec for spec in selection_specs.BENCHMARKS if spec.name == "B1-T8-H8-N1024")
+    ours = [SelectionConfig.heuristic(spec.rows, spec.shape[-1])]
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="Abacus 9000")])
+    assert selection.chosen(spec, tune=False, interpret=False) == ("heuristic", ours)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="NVIDIA H200")])
+    source, configs = selection.chosen(spec, tune=False, interpret=False)
+    assert source == "tuned" and len(configs) == 1 and configs != ours
+    assert selection.chosen(spec, tune=False, interpret=True) == ("heuristic", ours)
+    assert selection.chosen(spec, tune=True, interpret=False)[0] == "searched"
 
 
 def test_recorded_selections_are_shared_as_they_were():
