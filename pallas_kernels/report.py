@@ -1,40 +1,48 @@
 """Compiles kernels for an H200 on any machine: ``python -m pallas_kernels.report [NAME ...]`` (parts of spec names).
 
-Registers, spills (stack) and shared memory. Needs PyPI's ``triton``, on x86-64 Linux. That is not the Triton inside
-XLA, so the resources listed are a lead, not a proof. 16 heads per KV head take it a minute a kernel.
+Registers, spills (stack) and shared memory of what a call on an H200 runs: with the config that was measured there
+(``tuned``), where there is one for the call, else with the heuristic's. Needs PyPI's ``triton``, on x86-64 Linux. That
+is not the Triton inside XLA, so the resources listed are a lead, not a proof. A kernel takes it some seconds, all of
+them more than an hour.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import os
+import platform
 import re
+import shlex
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
+from jax.extend.backend import get_backend
 from jax.interpreters import mlir
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect
 
-from pallas_kernels.attention import AttentionConfig, attend
+from pallas_kernels import tuned
+from pallas_kernels.attention import attend, configure
 from pallas_kernels.attention import specs as attention_specs
-from pallas_kernels.commit import CommitConfig, commit
+from pallas_kernels.commit import commit
 from pallas_kernels.commit import specs as commit_specs
 from pallas_kernels.compress import compress
 from pallas_kernels.compress import specs as compress_specs
-from pallas_kernels.selection import SelectionConfig, select_blocks, specs
+from pallas_kernels.selection import select_blocks, specs
 
-H200 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H200", None, "gpu"))
+KIND = "NVIDIA H200"
+H200 = AbstractMesh((), (), abstract_device=AbstractDevice(KIND, None, "gpu"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +54,22 @@ class Kernel:
     grid: tuple[int, int, int]
     num_warps: int
     num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A benchmarked call.
+
+    Attributes:
+      name: its operation's and its spec's; of attention with the group, or "deterministic".
+      config: where its tuning parameters are from: "tuned", "heuristic", or "fixed".
+      function, shapes: the call, and what gives its arguments' shapes.
+    """
+
+    name: str
+    config: str
+    function: Callable[..., Any]
+    shapes: Callable[[], tuple[Any, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +114,12 @@ def compile_sm90(kernel: Kernel) -> Resources:
 def verification(
     spec: attention_specs.AttentionSpec, group: int | None = None, deterministic: bool = False
 ) -> Callable[..., Any]:
-    """A refresh layer, and a layer that reuses its selection, as one function: six launches."""
+    """A refresh layer, and a layer that reuses its selection, as one function, with an H200's config: six launches, or
+    seven."""
     config = None
     if not deterministic:
-        config = AttentionConfig.heuristic(spec.sparsity, spec.shape, group)
+        with use_abstract_mesh(H200):
+            config = configure(spec.sparsity, spec.shape, group)
 
     def layers(*arguments: Any) -> Any:
         call = partial(attend, spec.sparsity, *arguments, config=config, deterministic=deterministic)
@@ -103,26 +129,63 @@ def verification(
     return layers
 
 
-def programs() -> Iterator[tuple[str, Callable[..., Any], tuple[Any, ...]]]:
-    """Every benchmarked call: its name, function and argument shapes."""
+def programs() -> Iterator[Program]:
+    """Every benchmarked call, as an H200 runs it; of attention also that of queries alone, and of class strict."""
+
+    def source(found: Any) -> str:
+        return "heuristic" if found is None else "tuned"
+
     for layer in attention_specs.BENCHMARKS:
-        for group in (None, 1) if layer.width > 1 else (1,):
-            yield (
-                f"attention/{layer.name}-C{AttentionConfig.heuristic(layer.sparsity, layer.shape, group).group}",
-                verification(layer, group),
-                layer.abstract(),
-            )
-        yield f"attention/{layer.name}-deterministic", verification(layer, deterministic=True), layer.abstract()
+        groups: dict[int, int | None] = {}  # and how a call asks for them
+        with use_abstract_mesh(H200):
+            for asked in (None, 1):
+                groups.setdefault(configure(layer.sparsity, layer.shape, asked).group, asked)
+        for group, asked in groups.items():
+            config = source(tuned.lookup(KIND, layer.sparsity, layer.shape, asked))
+            name = f"attention/{layer.name}-C{group}"
+            yield Program(name, config, verification(layer, asked), layer.abstract)
+        name = f"attention/{layer.name}-deterministic"
+        yield Program(name, "fixed", verification(layer, deterministic=True), layer.abstract)
     for spec in specs.BENCHMARKS:
-        for config in SelectionConfig.search_space(spec.rows, spec.shape[-1]):
-            select: Any = partial(select_blocks, implementation="pallas", config=config)
-            yield f"selection/{spec.name}", partial(select, **spec.counts), spec.abstract()
+        config = source(tuned.lookup_selection(KIND, spec.rows, spec.shape[-1]))
+        counts: dict[str, Any] = spec.counts
+        yield Program(f"selection/{spec.name}", config, partial(select_blocks, **counts), spec.abstract)
     for case in commit_specs.BENCHMARKS:
-        for own in CommitConfig.search_space(case.shape):
-            write = partial(commit, compress_block=case.block, config=own)
-            yield f"commit/{case.name}", write, case.abstract()
+        config = source(tuned.lookup_commit(KIND, case.shape))
+        yield Program(f"commit/{case.name}", config, partial(commit, compress_block=case.block), case.abstract)
     for blocks in compress_specs.BENCHMARKS:
-        yield f"compress/{blocks.name}", compress, blocks.abstract()
+        config = source(tuned.lookup_compress(KIND, blocks.shape))
+        yield Program(f"compress/{blocks.name}", config, compress, blocks.abstract)
+
+
+def environment(command: Sequence[str]) -> dict[str, str | int | None]:
+    """What the figures depend on, as in other result files (``benchmarks/harness.py``)."""
+    return {
+        "device": "sm_90, compiled on a CPU by PyPI's triton, run nowhere",
+        "cpus": os.cpu_count(),
+        "triton": version("triton"),
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "backend": get_backend().platform_version,
+        "python": platform.python_version(),
+        "commit": _commit(Path(__file__).parents[1]),
+        "command": shlex.join(command),
+    }
+
+
+def _commit(root: Path) -> str | None:
+    """The short hash, with ``-dirty`` where files other than results differ; None where ``root`` is no clone."""
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):  # no git, or a clone without commits
+        return None
 
 
 def _triton_calls(operation):
@@ -155,27 +218,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         "names", nargs="*", metavar="NAME", help="parts of programs' names, e.g. B8-T8-H32x8; none: all"
     )
     parser.add_argument("--json", type=Path, help="a file for the rows, written anew after each program")
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
-    wanted = [one for one in programs() if not args.names or any(part in one[0] for part in args.names)]
+    wanted = [one for one in programs() if not args.names or any(part in one.name for part in args.names)]
     if not wanted:
         parser.exit(2, f"error: names: got {', '.join(args.names)}, expected parts of programs' names\n")
-    if importlib.util.find_spec("triton") is None:
+    try:
+        about = environment([Path(__file__).name, *argv])
+    except PackageNotFoundError:
         parser.exit(2, "error: triton is not installed: pip install triton (x86-64 Linux)\n")
     rows: list[dict[str, Any]] = []
     known: dict[tuple[Any, ...], Resources] = {}  # programs share kernels
-    print(f"{'program':48}{'kernel':32}{'grid':>16}{'warps':>7}{'registers':>11}{'stack B':>9}{'shared B':>10}")
-    for name, function, shapes in wanted:
-        for kernel in kernels(lower(function, *shapes)):
+    print(f"{'program':48}{'config':>10}  {'kernel':32}{'grid':>16}{'warps':>7}{'registers':>11}{'stack B':>9}"
+          f"{'shared B':>10}")  # fmt: skip
+    for program in wanted:
+        for kernel in kernels(lower(program.function, *program.shapes())):
             code = kernel.module, kernel.num_warps, kernel.num_stages
             if code not in known:
                 known[code] = compile_sm90(kernel)
             used, grid = known[code], "x".join(map(str, kernel.grid))
-            rows.append({"program": name, "kernel": kernel.name, "grid": grid, "warps": kernel.num_warps,
-                         "stages": kernel.num_stages, **dataclasses.asdict(used)})  # fmt: skip
-            print(f"{name:48}{kernel.name:32}{grid:>16}{kernel.num_warps:>7}"
+            rows.append({"program": program.name, "config": program.config, "kernel": kernel.name, "grid": grid,
+                         "warps": kernel.num_warps, "stages": kernel.num_stages,
+                         **dataclasses.asdict(used)})  # fmt: skip
+            print(f"{program.name:48}{program.config:>10}  {kernel.name:32}{grid:>16}{kernel.num_warps:>7}"
                   f"{used.registers:>11}{used.stack:>9}{used.shared:>10}", flush=True)  # fmt: skip
         if args.json is not None:
-            text = json.dumps({"triton": version("triton"), "jax": jax.__version__, "rows": rows}, indent=1)
+            text = json.dumps({**about, "rows": rows}, indent=1)
             part = args.json.with_name(args.json.name + ".part")
             part.write_text(text + "\n", encoding="utf-8")
             os.replace(part, args.json)

@@ -1,17 +1,22 @@
 """Every kernel lowers for an H200 on a machine without a GPU: interpret mode accepts what Triton does not."""
 
 import dataclasses
+import json
 import re
 from functools import partial
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import use_abstract_mesh
 
 from pallas_kernels import report, tuned
-from pallas_kernels.attention import attend
+from pallas_kernels.attention import AttentionConfig, attend, configure
 from pallas_kernels.attention import specs as attention_specs
+from pallas_kernels.commit import specs as commit_specs
+from pallas_kernels.compress import specs as compress_specs
 from pallas_kernels.selection import SelectionConfig, select_blocks, specs
 from specsa_jax import model
 from specsa_jax.cache import create_cache, make_tail, topology
@@ -40,6 +45,41 @@ def test_the_report_knows_which_programs_there_are(capsys):
     assert stopped.value.code == 2 and "names: got no-such-program, expected" in capsys.readouterr().err
 
 
+def test_the_report_compiles_what_an_h200_runs():
+    """With its measured configs, where there are any."""
+    programs = {program.name: program for program in report.programs()}
+    for spec in attention_specs.BENCHMARKS:
+        with use_abstract_mesh(report.H200):
+            group = configure(spec.sparsity, spec.shape).group
+        assert {f"attention/{spec.name}-{form}" for form in (f"C{group}", "C1", "deterministic")} <= set(programs)
+    for benchmarks, kind in ((specs, "selection"), (commit_specs, "commit"), (compress_specs, "compress")):
+        assert {f"{kind}/{spec.name}" for spec in benchmarks.BENCHMARKS} <= set(programs)
+    name = "B32-T8-H32x8-L64K-o70"
+    for form, config in (("C8", "tuned"), ("C1", "heuristic"), ("deterministic", "fixed")):
+        assert programs[f"attention/{name}-{form}"].config == config
+    [spec] = [spec for spec in attention_specs.BENCHMARKS if spec.name == name]
+    splits = [config(spec.sparsity, spec.shape).selected.splits
+              for config in (partial(tuned.lookup, "NVIDIA H200"), AttentionConfig.heuristic)]  # fmt: skip
+    program = programs[f"attention/{name}-C8"]
+    kernels = report.kernels(report.lower(program.function, *program.shapes()))
+    assert kernels[2].name == "nsa_selected" and kernels[2].grid[2] == splits[0] != splits[1]
+
+
+def test_the_reports_file_says_what_its_figures_depend_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "version", lambda name: "3.9.0")
+    monkeypatch.setattr(report, "compile_sm90", lambda kernel: report.Resources(32, 0, 2048))
+    path = tmp_path / "file.json"
+    report.main(["selection/B1-T1-H8-N256", "commit/B1-A1", "--json", str(path)])
+    data = json.loads(path.read_text())
+    assert set(data) == {*harness.environment(), "triton", "rows"}
+    assert data["commit"] == harness.environment()["commit"]
+    assert data["command"] == f"report.py selection/B1-T1-H8-N256 commit/B1-A1 --json {path}"
+    rows = {row["program"]: row for row in data["rows"]}
+    assert rows["selection/B1-T1-H8-N256"]["config"] == "tuned" and rows["commit/B1-A1"]["config"] == "heuristic"
+    assert {"kernel", "grid", "warps", "stages", "registers", "stack", "shared"} <= set(rows["commit/B1-A1"])
+    assert "heuristic" in capsys.readouterr().out
+
+
 def test_selection_compiles_for_sm90():
     pytest.importorskip("triton")
     for spec in specs.BENCHMARKS[-3:]:
@@ -53,7 +93,7 @@ MOST_STACK = 256
 PRODUCT_LENGTHS = re.compile(r"tt\.dot [^\n]*: tensor<\d+x(\d+)x")
 LAUNCHES = ["nsa_compressed_window", "nsa_selection", "nsa_selected", "nsa_merge", "nsa_compressed_selected_window",
             "nsa_merge"]  # fmt: skip
-# A single token, groups of one and of several row tiles. Not 16 heads per KV head: Triton takes a minute for those.
+# A single token, groups of one and of several row tiles. Not 16 heads per KV head, which take Triton much longer.
 # The group None stands for the deterministic form.
 REPRESENTATIVE = [("B1-T1-H32x8-L64K-o70", 1), ("B8-T8-H32x8-L64K-o70", 8), ("B1-T64-H32x8-L64K-o70", 64),
                   ("B8-T8-H32x8-L64K-o70", None)]  # fmt: skip
@@ -142,13 +182,6 @@ def arithmetic(batch, parents, pages, backend):
     return [(kernel.name, kernel.num_warps, FLOATS.findall(kernel.module)) for kernel in report.kernels(lowered)]
 
 
-def test_a_token_alone_and_a_tree_in_a_batch_have_the_same_arithmetic_in_the_strict_class():
-    """In class exact they have not, or this could not fail."""
-    alone, together = (1, [-1], 16), (8, [-1] + [max(0, node - 3) for node in range(16)], 100)
-    strict = Backend("pallas", deterministic=True, width=MAX_NODES)
-    one, many = arithmetic(*alone, strict), arithmetic(*together, strict)
-    assert one == many and all(len(floats) > 20 for *_, floats in one)
-    assert arithmetic(*alone, Backend("pallas")) != arithmetic(*together, Backend("pallas"))
 def test_deterministic_arithmetic_follows_the_width_of_the_page_table_but_not_the_batch():
     """Of T, M and one kind of tree. The wider table is one over which heads are summed in two halves."""
     modules = []
@@ -162,3 +195,10 @@ def test_deterministic_arithmetic_follows_the_width_of_the_page_table_but_not_th
     assert [name for (name, *_), own, other in zip(one, one, long, strict=True) if own != other] == ["nsa_selection"]
 
 
+def test_a_token_alone_and_a_tree_in_a_batch_have_the_same_arithmetic_in_the_strict_class():
+    """In class exact they have not, or this could not fail."""
+    alone, together = (1, [-1], 16), (8, [-1] + [max(0, node - 3) for node in range(16)], 100)
+    strict = Backend("pallas", deterministic=True, width=MAX_NODES)
+    one, many = arithmetic(*alone, strict), arithmetic(*together, strict)
+    assert one == many and all(len(floats) > 20 for *_, floats in one)
+    assert arithmetic(*alone, Backend("pallas")) != arithmetic(*together, Backend("pallas"))
