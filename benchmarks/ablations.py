@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", default=["edit", "code"], choices=WORKLOADS)
     parser.add_argument("--context", type=harness.count, default=16384 if gpu else 4096, help="the new tokens included")
     parser.add_argument("--batch", type=harness.count, default=1)
-    parser.add_argument("--new-tokens", type=harness.count, default=256 if gpu else 96)
+    parser.add_argument("--new-tokens", type=harness.count, default=2048 if gpu else 96)
     parser.add_argument("--prompts", type=harness.count, default=2, help="batches of prompts, one after the other")
     parser.add_argument("--repeats", type=harness.count, default=2, help="timed runs of each")
     args = parser.parse_args()
