@@ -136,6 +136,7 @@ def test_streamed_text_adds_up_and_equals_the_unstreamed(engine, held_out):
     assert "".join(chunk.text for chunk in seen if chunk.index == 1) == pieces[1]
 
 
+@pytest.mark.slow
 def test_a_stop_string_ends_its_sequence_alone_and_is_cut_off(engine, held_out):
     prompts = cut(held_out, 2, (1, 2), seed=5)
     free = engine.generate(prompts, max_new_tokens=24)

@@ -320,6 +320,7 @@ def test_reused_specs_exist():
     assert len(JOINED) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interpret", PLACES)
 @pytest.mark.parametrize(
     "spec, group", [(CHAIN_8, 1), (CHAIN_8, 3), (TREE, 1), (TREE, 2)],
@@ -331,6 +332,7 @@ def test_any_group_gives_the_same(spec, group, interpret, kernel_seed):
     check(spec, arguments, out, selection)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interpret", PLACES)
 @pytest.mark.parametrize("tile", [16, 128])
 def test_any_tile_gives_the_same(tile, interpret, kernel_seed):
