@@ -32,15 +32,17 @@ SPECS = [
 ]  # fmt: skip
 
 
-def run(arguments, interpret, config=None):
-    """The kernels' results; what nobody writes is NaN where they are interpreted, and is likely to be on a GPU."""
-    function = jax.jit(lambda *a: compress(*a, config=config, interpret=interpret))
+def compiled(arguments, interpret, config=None):
+    """What runs the kernels; what nobody writes is NaN where they are interpreted, and is likely to be on a GPU."""
     arguments = jax.tree.map(jnp.asarray, arguments)
-    if interpret:
-        return function(*arguments)
-    compiled = function.lower(*arguments).compile()
-    jax.block_until_ready(jnp.full((1 << 24,), jnp.nan)).delete()
-    return compiled(*arguments)
+    program = jax.jit(lambda *a: compress(*a, config=config, interpret=interpret)).lower(*arguments).compile()
+
+    def run():
+        if not interpret:
+            jax.block_until_ready(jnp.full((1 << 24,), jnp.nan)).delete()
+        return program(*arguments)
+
+    return run
 
 
 def assert_close_where_used(spec, arguments, results):
@@ -59,19 +61,19 @@ def assert_close_where_used(spec, arguments, results):
 def test_equals_reference(spec, interpret, kernel_seed):
     """Whatever is in rings, tails and unused slots that no block names: it is NaN."""
     arguments = spec.arguments(kernel_seed)
-    assert_close_where_used(spec, arguments, run(arguments, interpret))
+    assert_close_where_used(spec, arguments, compiled(arguments, interpret)())
 
 
 def test_where_no_block_ends_nothing_is_computed():
     spec = next(spec for spec in specs.TESTS if spec.name == "nothing-ends")
-    assert all(np.isnan(array).all() for array in run(spec.arguments(), interpret=True))
+    assert all(np.isnan(array).all() for array in compiled(spec.arguments(), interpret=True)())
 
 
 def test_programs_of_several_steps_equal_reference():
     spec = next(spec for spec in specs.TESTS if spec.name == "odd-sizes")
     config, arguments = CompressConfig(16, 16, 3, 1, 4, 2), spec.arguments()
     assert (config.share(spec.shape), config.parts(spec.shape)) == (3, 3)
-    assert_close_where_used(spec, arguments, run(arguments, True, config))
+    assert_close_where_used(spec, arguments, compiled(arguments, True, config)())
 
 
 @pytest.mark.gpu
@@ -81,11 +83,12 @@ def test_every_config_equals_reference_and_itself(spec, kernel_seed):
     arguments = spec.arguments(kernel_seed)
     expected = None
     for config in (None, *CompressConfig.search_space(spec.shape)[::11]):
-        results = run(arguments, False, config)
+        run = compiled(arguments, False, config)
+        results = run()
         if expected is None:
             assert_close_where_used(spec, arguments, results)
             expected = results
-        again = run(arguments, False, config)
+        again = run()
         used = arguments[2] < spec.nodes
         for actual, same, wanted in zip(results, again, expected, strict=True):
             actual, same, wanted = (np.asarray(array)[used] for array in (actual, same, wanted))
