@@ -106,3 +106,13 @@ def test_those_that_are_left_may_be_those_that_accepted_nothing():
     pace.observe(lengths, lengths + [64 * 5, 64, 64], np.zeros(3, bool), 64, 0.1)
     pace.observe(lengths + 64, lengths + 128, np.array([True, False, False]), 64, 0.0)
     assert 0 < pace.tokens_per_step(np.float64(3.0), 2) <= 2 * 3.0
+
+
+def test_before_anything_is_seen_the_last_of_a_batch_is_expected_to_have_bad_luck():
+    drafts, none = np.array([4.0]), np.array([1.0])
+    pace = Pace(np.full(32, 640), 512)
+    assert pace.tokens_per_step(none, 32)[0] == pytest.approx(32)  # there is no luck without drafts
+    assert 0.5 * 32 * 4 < pace.tokens_per_step(drafts, 32)[0] < 0.95 * 32 * 4
+    # Long texts even it out.
+    assert pace.tokens_per_step(drafts, 32)[0] < Pace(np.full(32, 8320), 8192).tokens_per_step(drafts, 32)[0] < 32 * 4
+    assert Pace(np.full(32, 640)).tokens_per_step(drafts, 32)[0] == 32 * 4  # where lengths are not known

@@ -13,6 +13,7 @@ _HALF_LIFE = 128.0  # steps after which evidence counts half
 # often begins to (of 32 greedy texts of a trained model, those that accepted least at first accepted like the others 64
 # to 128 tokens on). Else one slow beginning in a batch would speak for a whole text.
 _LASTS = 128.0
+_SPREAD = 1.0  # of what a sequence accepts in a step, before any has been seen: as of a geometric law
 _LATE = 0.9  # sequences that need so much of what the slowest needs may be the last by bad luck
 
 
@@ -22,13 +23,15 @@ class Pace:
     Args:
       ends: int [B], tokens of each sequence at the most, its prompt included (that an end token comes before is not
         foreseen); None: nothing is known of single sequences.
+      new_tokens: that each may give when the call begins; 0: not known, and nobody's luck is foreseen at first.
     """
 
-    def __init__(self, ends: np.ndarray | None):
+    def __init__(self, ends: np.ndarray | None, new_tokens: int = 0):
         self._ends = ends
         size = 0 if ends is None else len(ends)
-        self._accepted, self._steps, self._spread = np.zeros(size), 0.0, 0.0
-        self._left, self._pace = np.zeros(0), np.zeros(0)  # of those that run
+        self._accepted, self._steps, self._spread = np.zeros(size), 0.0, _SPREAD
+        first = size if new_tokens else 0
+        self._left, self._pace = np.full(first, float(new_tokens)), np.ones(first)  # of those that run
 
     def observe(self, since: np.ndarray, known: np.ndarray, done: np.ndarray, steps: int, spread: float) -> None:
         """``steps`` took sequences from ``since`` int [B] tokens to ``known`` int [B]; ``done`` bool [B] are over.
@@ -55,7 +58,7 @@ class Pace:
 
     def tokens_per_step(self, length: np.ndarray, running: int) -> np.ndarray:
         """Tokens [...] that ``running`` sequences gain in a step, on average until the last of them is done;
-        ``length`` [...]: what one of them gains on average now. Before anything was observed of so many: ``running`` ·
+        ``length`` [...]: what one of them gains on average now. Where nothing is known of so many: ``running`` ·
         ``length``."""
         if len(self._left) != running:
             return running * length

@@ -109,7 +109,8 @@ class Plan:
         self._compiled, self._compile_seconds, self._shortest = compiled, compile_seconds, shortest
         self._counted = {} if counted is None else counted
         self.words = {candidate.strategy: candidate.describe() for candidate in candidates}
-        self._pace = Pace(None if lengths is None or batch == 1 else lengths + new_tokens // batch)
+        each = new_tokens // batch
+        self._pace = Pace(None if lengths is None or batch == 1 else lengths + each, each)
         self._factors: dict[Strategy, float] = {}
         self._factor = 1.0
         self.decisions: list[Decision] = []
