@@ -3,7 +3,7 @@
 Registers, spills (stack) and shared memory of what a call on an H200 runs: with the config that was measured there
 (``tuned``), where there is one for the call, else with the heuristic's. Needs PyPI's ``triton``, on x86-64 Linux. That
 is not the Triton inside XLA, so the resources listed are a lead, not a proof. A kernel takes it some seconds, all of
-them more than an hour.
+them three quarters of an hour.
 """
 
 from __future__ import annotations
