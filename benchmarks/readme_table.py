@@ -74,7 +74,7 @@ def prefill(result: Result) -> Lines:
         if "dense_seconds" in row:
             dense = f"; dense attention alone {row['dense_seconds']:.1f} s ({row['dense_implementation']})"
         if "nsa_kernel_seconds" in row:
-            dense += f", NSA's kernels {row['nsa_kernel_seconds']:.1f} s"
+            dense += f", attention's launches {row['nsa_kernel_seconds']:.1f} s"
         yield (
             f"prefill of {row['tokens']:,} tokens, {row['preset']}",
             f"{row['seconds']:.1f} s, {row['peak_bytes'] / 1e9:.1f} GB at most{dense}",
