@@ -13,7 +13,7 @@ from reference_params import random_params, random_tokens, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from specsa_jax import Engine, PrecisionError, PromptError, PromptLookup, Strategy
+from specsa_jax import Engine, PrecisionError, PromptError, PromptLookup, SamplingParams, Strategy
 from specsa_jax.admission import Bound
 from specsa_jax.checkpoints import records
 from specsa_jax.decoding import Counts
@@ -366,3 +366,20 @@ def test_watchers_and_drafters_must_fit():
     with pytest.raises(ValueError, match="drafter: got model:another, expected its model:another among the watchers"):
         Watching(model, ())
     assert str(Watching(model, (model,))) == "model:another"
+
+
+def test_a_plan_knows_whether_most_of_a_batch_samples(monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def plan(self, *arguments, drawn, **options):
+        raise Asked(drawn)
+
+    monkeypatch.setattr(space.Space, "plan", plan)
+    engine = tiny_engine()
+    rows = [random_tokens(CONFIG, 12, seed=seed).tolist() for seed in range(3)]
+    for temperatures, drawn in (((0.0, 0.0, 0.0), False), ((0.7, 0.0, 0.0), False), ((0.7, 0.0, 0.3), True)):
+        sampling = [SamplingParams(temperature=temperature) for temperature in temperatures]
+        with pytest.raises(Asked) as caught:
+            engine.generate(rows, 4, strategy="auto", sampling=sampling)
+        assert caught.value.args == (drawn,)

@@ -211,3 +211,14 @@ def test_what_others_decode_shows_how_lookup_would_fare():
         segment(CANDIDATES[0].strategy, 158)
     assert [(int(since[0]), int(known[0])) for since, known in looked] == [(154, 158)] and own > 0
     assert not make(0.1, switch=False, replayed=lookup).wants_text
+
+
+def test_a_call_of_a_large_batch_begins_with_the_luck_of_its_last_sequence_in_mind():
+    known = make(0.0, batch=32, new_tokens=32 * 256, lengths=np.full(32, 64)).decisions[0].options
+    unknown = make(0.0, batch=32, new_tokens=32 * 256).decisions[0].options
+    for some, others in zip(*(sorted(found, key=lambda one: one.strategy) for found in (known, unknown)), strict=True):
+        assert some.strategy == others.strategy and some.acceptance_length == others.acceptance_length
+        if some.strategy == "autoregressive":
+            assert some.tokens_per_second == pytest.approx(others.tokens_per_second)
+        else:
+            assert some.tokens_per_second < 0.97 * others.tokens_per_second

@@ -102,7 +102,7 @@ def attend_deterministic(
     """Output [B, T, Hq, D] of the tail's queries, whose bits depend on nothing but their own prefixes and paths.
 
     The kernels promise that for calls of one T, M, kind of tree, and width of the page table. So a tail is padded to
-    ``width`` nodes, with as many slots, and is a tree whatever it is; what is padding costs programs that end at once.
+    ``width`` nodes, with as many slots, and is a tree whatever it is; what is padding costs programs that read no keys.
     ``width`` 0: it is a chain, as long as all others.
     """
     size = tail.positions.shape[1]

@@ -189,7 +189,8 @@ def _ordered(bench: Bench) -> Iterator[Task]:
     middle = contexts[(len(contexts) - 1) // 2]
     places = [(batch, context) for batch in bench.batches for context in contexts]
     behind, pallas = bench.behind_text(), bench.engine.implementation == "pallas"
-    corners = (*CORNERS, *LONG) if pallas else CORNERS
+    deepest = bench.engine.config.nsa.select_block  # a draft is no deeper than a page
+    corners = (*CORNERS, *(width for width in LONG if pallas and width <= deepest + 1))
     # One chain speaks for the drafter's others: the third token of a chain fares alike in all.
     chains: dict[str, str] = {}
     for name, tree in sorted(bench.drafts, key=lambda draft: parse_tree(draft[1]).nodes):
