@@ -40,7 +40,7 @@ FILE = Path(__file__).with_name("recorded_texts.npz")
 PROFILE = Path(__file__).with_name("recorded_profile.json")
 KINDS = [(workload, temperature) for temperature in (0.0, 0.7) for workload in ("prose", "code", "edit")]
 SEQUENCES, PROMPT, NEW_TOKENS = 32, 1024, 512
-TREES = ("chain:4", "chain:16", "chain:32")
+TREES = ("chain:4", "chain:16", "chain:32", "chain:63")
 CALL_SECONDS = 1e-3
 CONFIG = PRESETS["embedded"]
 

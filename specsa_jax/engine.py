@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import os
 import statistics
-import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,6 +42,7 @@ from specsa_jax.planning.predict import Acceptance
 from specsa_jax.planning.profile import Profile
 from specsa_jax.planning.space import Space
 from specsa_jax.prompts import PromptError, encode, stop_texts, token_row, whole_number
+from specsa_jax.reading import Reader
 from specsa_jax.results import Chunk, Output, Result, Stream, stats_of
 from specsa_jax.runtime import Runtime, signature
 from specsa_jax.sampling import SamplingParams, batch_sampling
@@ -323,32 +323,21 @@ class Engine(Runtime):
         size: CacheBytes,
         watched: bool,
     ) -> Generator[Chunk, None, Result]:
-        params = batch_sampling(sampling)
-        state = self.initial_state(rows, pages, max_new_tokens)
+        reader = Reader(self, rows, pages, max_new_tokens, choice.precision)
         course: Plan | Fixed
         if isinstance(choice, Strategy):
-            course, observer = Fixed(choice), choice.drafter
+            course = Fixed(choice)
+            reader.start(choice.drafter)
         else:
             # Of a batch the most: one plan serves all.
             drawn = sum(one.temperature > 0 for one in sampling) * 2 > len(sampling)
-            course = self._plan(choice, rows, max_new_tokens, state, drawn=drawn)
-            observer = Watching(None, course.watchers)
-        state = state._replace(draft=self.draft_state(observer, len(rows), pages.shape[1]))
-        longest = max(len(row) for row in rows)
-        chunk = self.chunk(longest, course.strategy.precision)
-        few = np.int32(max(1, 1024 // chunk))  # so that Ctrl-C is heard during a long prefill
-        prefill, compiled, shown = self.prefill_program(state, chunk, observer, course.strategy.precision)
-        compiled += self.decode_program(course.strategy, state, params)[1]
-
-        begun = time.perf_counter()
-        for _ in range(0, longest, int(few) * chunk):
-            state = jax.block_until_ready(prefill(self.params, state, few, **shown))
-        prefill_seconds = time.perf_counter() - begun
+            course = self._plan_meanwhile(choice, rows, max_new_tokens, reader, drawn)
+        state = reader.finish()
 
         outputs = [Output(self.tokenizer, len(row), stop, self.end_tokens) for row in rows]
         limits = np.array([len(row) + max_new_tokens for row in rows])
         known, finished, left = limits - max_new_tokens, np.zeros(len(rows), bool), len(rows) * max_new_tokens
-        segments = Segments(self, state, params, course, streamed=watched)
+        segments = Segments(self, state, batch_sampling(sampling), course, streamed=watched)
         del state  # the loop is given it
         while not finished.all():
             read, before = segments.run(left), known
@@ -364,10 +353,30 @@ class Engine(Runtime):
             left = int((limits - known)[~finished].sum())
             segments.tell(read, finished, int((known - before).sum()), left)
         assert segments.totals is not None
-        stats = stats_of(course, rows, outputs, segments.totals, prefill_seconds, segments.seconds,
-                         compiled + segments.compile_seconds, size)  # fmt: skip
+        stats = stats_of(course, rows, outputs, segments.totals, reader.seconds, segments.seconds,
+                         reader.compile_seconds + segments.compile_seconds, size)  # fmt: skip
         generations = (output.generation(read.logprobs[index]) for index, output in enumerate(outputs))
         return Result(tuple(generations), stats)
+
+    def _plan_meanwhile(
+        self, found: Space, rows: list[np.ndarray], max_new_tokens: int, reader: Reader, drawn: bool
+    ) -> Plan:
+        """A plan, made while the device begins to read the prompts: shown to who watched in the last such call, if
+        there was one. Should others be to watch now, it begins anew."""
+        key = signature(reader.state)
+        before = found.watched.get(key)
+        if before is not None:
+            reader.start(Watching(None, before))
+        course = self._plan(found, rows, max_new_tokens, reader.state, drawn=drawn)
+        hidden = before == course.watchers and reader.is_busy
+        if before != course.watchers:
+            reader.start(Watching(None, course.watchers))
+            found.watched[key] = course.watchers
+        if hidden:
+            course.seconds = 0.0  # nobody has waited for it
+        elif before is not None:
+            reader.seconds -= course.seconds  # which are counted as planning
+        return course
 
     def _plan(
         self, found: Space, rows: list[np.ndarray], max_new_tokens: int, state: State, *, replays: bool = True,

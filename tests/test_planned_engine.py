@@ -26,6 +26,7 @@ from specsa_jax.planning.plan import Plan
 from specsa_jax.planning.planner import Candidate, Planner, cheapest
 from specsa_jax.planning.predict import Acceptance
 from specsa_jax.planning.profile import Point, Prior, Profile, StepTime
+from specsa_jax.reading import Reader
 from specsa_jax.schedule import Sharing
 
 CONFIG = tiny_model(layers=2)
@@ -275,6 +276,47 @@ def test_watching_ends_where_it_is_not_worth_its_time(drafting_for_itself, guard
     assert all("model" not in option.strategy for option in planned.stats.plan[-1].options) or len(others) == 1
     assert engine.decoder.traces[STATEFUL[1].strategy] == 1  # the program of the first call, which knows no state
     assert {isinstance(one.drafter, Watching) for one in guarded} == {True, False}
+
+
+@pytest.mark.slow
+def test_a_call_is_planned_while_its_prompts_are_read(drafting_for_itself, monkeypatch):
+    """As soon as it is known who watched in such a call before; if others are to watch, reading begins anew. What a
+    plan takes is counted once, or not at all while the device is busy."""
+    engine, events = drafting_for_itself, []
+    alone = engine.generate(prompts(1), 50, strategy=STATEFUL[1].strategy)
+    start, plan = Reader.start, engine._plan
+
+    def counted_start(self, observer):
+        events.append(len(observer.watchers))
+        start(self, observer)
+
+    def slow_plan(*arguments, **options):
+        events.append("plan")
+        course = plan(*arguments, **options)
+        course.seconds = 1000.0
+        return course
+
+    monkeypatch.setattr(Reader, "start", counted_start)
+    monkeypatch.setattr(engine, "_plan", slow_plan)
+
+    def call(busy=True):
+        monkeypatch.setattr(Reader, "is_busy", busy)
+        events.clear()
+        result = engine.generate(prompts(1), 50, strategy="auto")
+        assert result[0].tokens.tolist() == alone[0].tokens.tolist()
+        return events, result.stats.planning_seconds, result.stats.prefill_seconds
+
+    seen, planning, reading = call()
+    assert seen == ["plan", 1] and planning >= 1000 and 0 < reading < 500  # nothing was known: one after the other
+    seen, planning, reading = call()
+    assert seen == [1, "plan"] and 0 < planning < 500 and 0 < reading < 500
+    seen, planning, reading = call(busy=False)
+    assert seen == [1, "plan"] and planning >= 1000 and planning + reading < 1500
+    monkeypatch.setattr(plans, "_WORTH_WATCHING", math.inf)
+    seen, planning, reading = call()
+    assert seen == [1, "plan", 0] and planning >= 1000 and planning + reading < 1500
+    seen, planning, reading = call()
+    assert seen == [0, "plan"] and 0 < planning < 500 and 0 < reading < 500
 
 
 @pytest.mark.slow

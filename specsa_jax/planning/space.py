@@ -101,6 +101,15 @@ class Space:
         return self._priced[key]
 
     @functools.cached_property
+    def watched(self) -> dict[Any, tuple[Drafter, ...]]:
+        """Who watched from the beginning of the last call, by what its programs depend on."""
+        return {}
+
+    @property
+    def precision(self) -> Precision:
+        return self.candidates[0].strategy.precision
+
+    @functools.cached_property
     def watching(self) -> list[tuple[Drafter, ...]]:
         """Sets of drafters that may watch when a call begins: nobody, one, or, last, all that keep a state. With three
         and more of these there are others, which are not worth compiling ahead."""
