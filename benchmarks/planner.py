@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", type=place, default=[(1, 4096), (1, 32768), (8, 4096), (8, 32768)] if gpu
                         else [(1, 256), (1, 1024), (8, 256)], help="BATCH:CONTEXT")  # fmt: skip
     parser.add_argument("--space", nargs="*", help="DRAFTER@TREE: of the planner; none: all that there is")
-    parser.add_argument("--temperatures", type=harness.number, nargs="+", default=[0.0])
+    parser.add_argument("--temperatures", type=harness.number, nargs="+", default=[0.0, 0.7])
     # What planning takes is a matter of the call: a GPU gives a small model's 4096 tokens in a tenth of a second.
     parser.add_argument("--new-tokens", type=harness.count, default=24576 if gpu else 128)
     parser.add_argument(

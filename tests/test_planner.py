@@ -222,3 +222,16 @@ def test_a_call_of_a_large_batch_begins_with_the_luck_of_its_last_sequence_in_mi
             assert some.tokens_per_second == pytest.approx(others.tokens_per_second)
         else:
             assert some.tokens_per_second < 0.97 * others.tokens_per_second
+
+
+def test_a_segment_shows_how_much_more_steps_vary_than_if_they_did_not_depend_on_each_other():
+    """Of 100 steps of each of two sequences half give all four drafted tokens and half none, in whatever order: as
+    varied as independent ones, each of which stands if the one before does."""
+    plan = make(0.1, batch=2, new_tokens=4000, lengths=np.full(2, 64), segment=100)
+    plan._take(CANDIDATES[2].strategy)
+    steps = plan._length = 100
+    drafted, accepted = np.array([0, 0, 0, 0, 2 * steps]), np.array([steps, 0, 0, 0, steps])
+    known = np.full(2, 64 + 3 * steps)
+    plan.look((), known, np.zeros(2, bool))
+    plan.observe(Counts(np.array(steps), drafted, accepted, np.array(0)), 1.0, 6 * steps, 2, 4000 - 6 * steps)
+    assert plan._pace._bursts == pytest.approx(1.0, abs=0.1)

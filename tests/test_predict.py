@@ -52,6 +52,21 @@ def test_drafts_for_drawn_tokens_are_expected_to_fare_worse_than_the_greedy_prio
     assert drawn.gain("lookup", "chain:4", 4) == pytest.approx(3.5, abs=0.02)
 
 
+def test_the_spread_of_a_draft_is_that_of_steps_that_do_not_depend_on_each_other():
+    """Of simulated ones, with a draft in seven of ten."""
+    rng, chances = np.random.default_rng(4), np.array([0.9, 0.8, 0.95, 0.5])
+    stood, there = np.cumprod(rng.random((40_000, 4)) < chances, axis=1).sum(axis=1), rng.random(40_000) < 0.7
+    acceptance = Acceptance()
+    acceptance.add("lookup", "chain:4", *histogram(4, stood[there].tolist(), draftless=int((~there).sum())))
+    stood = stood * there
+    for depth in (2, 4):
+        seen = np.minimum(stood, depth)
+        assert acceptance.spread("lookup", "chain:4", depth) == pytest.approx(seen.var() / seen.mean() ** 2, rel=0.02)
+    sure = Acceptance()
+    sure.add("lookup", "chain:4", *histogram(4, [4] * 1000), worth=1e9)
+    assert sure.spread("lookup", "chain:4", 4) == pytest.approx(0.0, abs=1e-3)
+
+
 def test_old_evidence_fades():
     acceptance = Acceptance()
     acceptance.add("lookup", "chain:4", *histogram(4, [4] * 100))

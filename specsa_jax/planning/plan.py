@@ -182,7 +182,8 @@ class Plan:
         """
         expected = [self._expected(candidate, running, rate, shift) for candidate in candidates]
         # All at once: between two segments the device waits for this.
-        tokens = self._pace.tokens_per_step(np.array([length for length, _ in expected]), running).tolist()
+        lengths, spreads = np.array([length for length, _ in expected]), np.array([*map(self._spread, candidates)])
+        tokens = self._pace.tokens_per_step(lengths, running, spreads).tolist()
         return [
             Option(self.words[one.strategy], length, seconds, many / seconds, self._compiled(one.strategy))
             for one, (length, seconds), many in zip(candidates, expected, tokens, strict=True)
@@ -204,6 +205,12 @@ class Plan:
             some = 1.0 - (1.0 - rate) ** running
             seconds = some * self.step_seconds(candidate, strategy.width) + (1.0 - some) * seconds
         return length, seconds * self._factors.get(strategy, self._factor)
+
+    def _spread(self, candidate: Candidate) -> float:
+        """Of the drafted tokens that stand in a step (:meth:`specsa_jax.planning.predict.Acceptance.spread`)."""
+        if candidate.drafter == "none":
+            return 0.0
+        return self.acceptance.spread(candidate.drafter, candidate.strategy.tree, candidate.strategy.template.depth)
 
     def step_seconds(self, candidate: Candidate, width: int) -> float:
         """Of drafting and verifying ``width`` tokens; 1: of a step without a draft, the search for one included."""
@@ -315,7 +322,8 @@ class Plan:
             self._learn(*seen)
             _, known, done = self._text
             if self._looked is not None and len(known) > 1:
-                self._pace.observe(self._looked, known, done, int(seen[0].steps), _spread(seen[0].accepted))
+                spread, expected = _spread(seen[0].accepted), self._spread(self.chosen)
+                self._pace.observe(self._looked, known, done, int(seen[0].steps), spread, expected)
             self._try_others()
             self._seen = (None, 0.0, 0)
             if running:

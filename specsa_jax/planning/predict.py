@@ -21,6 +21,7 @@ _PRIOR_STEPS, _GUESS_STEPS, _HALF_LIFE = 4.0, 4.0, 16.0
 # A draft in every second step, of which each token stands with this chance. Where nothing is known.
 _GUESSED_RATE, _GUESSED_CHANCE = 0.5, 0.6
 _POSITIONS = 64  # a path is no longer than a page
+_ODD, _TINY = 2 * np.arange(1, _POSITIONS + 1) - 1, 1e-9  # k² is the sum of the first k odd numbers
 # Priors are of greedy texts. Where tokens are drawn, the most probable one is not always it, and a text repeats itself
 # less: so much of each chance is expected to be left (anything from 0.75 to 0.9 does: benchmarks/planner_replay.py).
 _DRAWN = 0.85
@@ -57,7 +58,7 @@ class _Counts:
 
 
 _Expected = dict[tuple[str, str], tuple[np.ndarray, np.ndarray, float]]  # chances, their log-odds, what they are worth
-_Gains = dict[tuple[str, str], list[float]]
+_Gains = dict[tuple[str, str], tuple[list[float], list[float]]]  # of a draft, by depth: see :meth:`Acceptance._drafted`
 
 
 def family(tree: str) -> str:
@@ -76,7 +77,7 @@ class Acceptance:
         self._tables: dict[bool, tuple[_Expected, _Gains]] = {False: ({}, {}), True: ({}, {})}
         self._known, self._unseen = self._tables[False]
         self._shifts: dict[str, float] = {}  # of a drafter, the shift in log-odds that live evidence shows
-        # What :meth:`rate` and :meth:`gains` have answered since evidence came; a plan asks for each candidate.
+        # What :meth:`rate` and :meth:`_drafted` have answered since evidence came; a plan asks for each candidate.
         self._rates: dict[str, float] = {}
         self._gains: _Gains = {}
         for prior in priors:
@@ -133,12 +134,24 @@ class Acceptance:
         return expected[:depth]
 
     def gain(self, drafter: str, tree: str, depth: int) -> float:
-        """Drafted tokens that are expected to stand where there is a draft. All depths are computed at once."""
+        """Drafted tokens that are expected to stand where there is a draft."""
+        return self._drafted(drafter, tree)[0][min(depth, _POSITIONS) - 1]
+
+    def spread(self, drafter: str, tree: str, depth: int) -> float:
+        """Variance of the drafted tokens that stand in a step, with a draft or without, over the square of their mean;
+        as if steps did not depend on each other."""
+        return max(0.0, self._drafted(drafter, tree)[1][min(depth, _POSITIONS) - 1] / self.rate(drafter) - 1.0)
+
+    def _drafted(self, drafter: str, tree: str) -> tuple[list[float], list[float]]:
+        """Of the tokens that stand where there is a draft, the mean, and the mean square over the mean's; [64] each, by
+        depth: all depths are computed at once."""
         key = drafter, family(tree)
         gains = self._gains if key in self._live or self._shift(drafter) else self._unseen
         if key not in gains:
-            gains[key] = np.cumsum(np.cumprod(self.chances(drafter, tree, _POSITIONS))).tolist()
-        return gains[key][min(depth, _POSITIONS) - 1]
+            stands = np.cumprod(self.chances(drafter, tree, _POSITIONS))  # that so many do, or more
+            mean, square = np.cumsum(stands), np.cumsum(_ODD * stands)
+            gains[key] = mean.tolist(), (square / np.maximum(mean, _TINY) ** 2).tolist()
+        return gains[key]
 
     def length(self, drafter: str, tree: str, depth: int) -> float:
         """Expected tokens that a sequence gains in a step, the target's own included."""
