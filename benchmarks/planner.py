@@ -9,8 +9,8 @@ groups that the kernels choose, which are no slower than none; the planner may t
 seconds.
 
 In bfloat16 steps of different widths round differently, so what is sampled soon differs between strategies, and greedy
-text from some near-tie on; a text that repeats itself and one that does not differ more than strategies do. The
-planner on the very same texts: planner_replay.py.
+text from some near-tie on; a text that repeats itself and one that does not differ more than strategies do. In float32
+texts are the same (``identical``); and planner_replay.py has recorded ones.
 
     specsa profile embedded --budget 600 --out profile.json
     python benchmarks/planner.py --profile profile.json --out
@@ -130,6 +130,8 @@ def main() -> None:
     parser = harness.arguments(__doc__, rows=True)
     parser.add_argument("--checkpoint", default="embedded")
     parser.add_argument("--profile", help="a file of specsa profile; default: the checkpoint's own, if there is one")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as the device has it; with it, a "
+                        "--profile of another one is taken all the same")  # fmt: skip
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--cells", nargs="+", type=place, default=[(1, 4096), (1, 32768), (8, 4096), (8, 32768)] if gpu
                         else [(1, 256), (1, 1024), (8, 256)], help="BATCH:CONTEXT")  # fmt: skip
@@ -145,12 +147,14 @@ def main() -> None:
     args.space = default_space(args.checkpoint) if args.space is None else args.space
     check_names(args.space, args.checkpoint)
 
-    engine = Engine.from_pretrained(args.checkpoint, profile=args.profile)
+    engine = Engine.from_pretrained(args.checkpoint, profile=args.profile, dtype=args.dtype,
+                                    allow_mismatch=args.dtype is not None)  # fmt: skip
     planner = choosing(args.space)
     strategies: dict[str, Any] = {"planner": planner, **fixed(engine, planner)}
-    rows = harness.Rows(args, AXES, checkpoint=args.checkpoint, dtype=str(engine.dtype), new_tokens=args.new_tokens,
-                        implementation=engine.implementation, profiled=engine.profile is not None,
-                        space=args.space)  # fmt: skip
+    suffix = f"_{args.dtype}" if args.dtype else ""
+    rows = harness.Rows(args, AXES, suffix, checkpoint=args.checkpoint, dtype=str(engine.dtype),
+                        new_tokens=args.new_tokens, implementation=engine.implementation,
+                        profiled=engine.profile is not None, space=args.space)  # fmt: skip
     for batch, context in args.cells:
         for temperature in args.temperatures:
             for workload in args.workloads:
