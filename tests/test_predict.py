@@ -7,7 +7,7 @@ import pytest
 from profiles import histogram
 
 from specsa_jax import PromptLookup
-from specsa_jax.drafting import Context, parse_tree
+from specsa_jax.drafting import Context, parse_tree, prompt_lookup
 from specsa_jax.planning import replay
 from specsa_jax.planning.predict import Acceptance
 from specsa_jax.planning.profile import Prior
@@ -114,8 +114,10 @@ def test_of_a_large_batch_some_texts_are_walked_far_enough_for_whole_drafts():
     assert drafted[16] == accepted[16] == drafted.sum() == replay.PLACES  # of four of them
 
 
+@pytest.mark.parametrize("many", [0, 1 << 40], ids=["long matches first", "all pairs"])
 @pytest.mark.parametrize("drafter", [PromptLookup(), PromptLookup(max_ngram=3, min_ngram=1), PromptLookup(64, 5)])
-def test_a_replay_on_the_host_drafts_what_the_loop_would(drafter):
+def test_a_replay_on_the_host_drafts_what_the_loop_would(drafter, many, monkeypatch):
+    monkeypatch.setattr(prompt_lookup, "_MANY", many)
     texts = np.random.default_rng(1).integers(0, 3, (40, 50)).astype(np.int32)
     texts[:20, 30:], known = texts[:20, :20], np.arange(5, 45).astype(np.int32)
     context = Context(jnp.asarray(texts), jnp.asarray(known), jnp.ones(40, bool), *[None] * 5)
@@ -125,3 +127,19 @@ def test_a_replay_on_the_host_drafts_what_the_loop_would(drafter):
     np.testing.assert_array_equal(valid, draft.valid)
     np.testing.assert_array_equal(chains[valid], draft.tokens[valid])
     assert 0 < valid.sum() < valid.size or drafter.min_ngram == 1
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"_NEAR": 20}, {"_FACTOR": np.uint64(0)}], ids=["", "near", "one name for all"]
+)
+def test_a_replay_at_many_places_of_a_text_that_goes_round_is_that_at_each(changed, monkeypatch):
+    random, drafter = np.random.default_rng(2), PromptLookup()
+    text = np.concatenate([random.integers(0, 9, 60), np.tile(random.integers(0, 9, 13), 12), random.integers(0, 9, 9)])
+    text, known = text.astype(np.int32), np.arange(1, 200, dtype=np.int32)
+    each = [drafter.replay(text, known[index : index + 1], 8) for index in range(len(known))]
+    for name, value in {"_MANY": 0, **changed}.items():
+        monkeypatch.setattr(prompt_lookup, name, value)
+    chains, valid = drafter.replay(text, known, 8)
+    np.testing.assert_array_equal(valid, np.concatenate([one[1] for one in each]))
+    np.testing.assert_array_equal(chains[valid], np.concatenate([one[0] for one in each])[valid])
+    assert 140 < valid[:, 0].sum() < len(known)

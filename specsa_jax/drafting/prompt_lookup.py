@@ -16,6 +16,9 @@ import numpy as np
 from specsa_jax.drafting.base import Context, Draft, Drafter, top
 from specsa_jax.drafting.tree import TreeTemplate
 
+# So many pairs of a place and an end are in a text that goes round, where the longest matches are not far back; and an
+# odd factor by whose powers n-grams are named.
+_MANY, _NEAR, _FACTOR = 1 << 16, 1024, np.uint64(0x9E3779B97F4A7C15)
 # Of a token's weight, this much stays per step down: a continuation is less sure the longer it goes on.
 _DECAY = 0.9
 
@@ -60,12 +63,15 @@ class PromptLookup(Drafter):
                 ends = least + np.flatnonzero(wanted[text[least - 1 : -1]])
             else:
                 ends = ends[wanted[text[ends - back]]]
-        same = np.ones((count, len(ends)), bool)
-        for back, tokens in enumerate(suffix, 1):
-            same &= text[ends - back] == tokens[:, None]
-        place, match = np.nonzero(same & (ends < known[:, None]))
-        end = ends[match]
         latest = np.zeros(count, np.int64)  # behind the best match, 0 without one
+        if count * len(ends) > _MANY:
+            latest = self._longest(text, known, ends[ends > known.min() - _NEAR])
+        left = np.flatnonzero(latest == 0)
+        same = np.ones((len(left), len(ends)), bool)
+        for back, tokens in enumerate(suffix, 1):
+            same &= text[ends - back] == tokens[left, None]
+        place, match = np.nonzero(same & (ends < known[left, None]))
+        place, end = left[place], ends[match]
         latest[place] = end  # of several of one place the last holds; then those that match for longer
         for back in range(self.min_ngram + 1, self.max_ngram + 1):
             longer = (end >= back) & (text[end - back] == text[known[place] - back])
@@ -74,6 +80,29 @@ class PromptLookup(Drafter):
         source = latest[:, None] + np.arange(depth) % np.maximum(known - latest, 1)[:, None]
         chains = text[np.minimum(source, len(text) - 1)]
         return chains, np.broadcast_to(latest[:, None] > 0, chains.shape)
+
+    def _longest(self, text: np.ndarray, known: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """int64 [N]: of ``ends`` the last before each place of ``known`` behind an n-gram as long as any is compared, 0
+        without one. Sorted, so that no pair is looked at by itself."""
+        size, backs = len(text) + 1, np.arange(1, self.max_ngram + 1)
+        ends, long = ends[ends >= self.max_ngram], known >= self.max_ngram
+        factors = np.cumprod(np.full(self.max_ngram, _FACTOR))
+
+        def names(places: np.ndarray) -> np.ndarray:
+            return (text[np.maximum(places[:, None] - backs, 0)].astype(np.uint64) * factors).sum(axis=1)
+
+        wanted, group = np.unique(names(known), return_inverse=True)
+        found = names(ends)
+        at = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
+        hit = wanted[at] == found
+        at, ends = at[hit], ends[hit]
+        order = np.argsort(at, kind="stable")
+        ranked = np.concatenate([[-1], at[order] * size + ends[order]])
+        before = ranked[np.searchsorted(ranked, group * size + known) - 1]
+        latest = np.where(long & (before // size == group), before % size, 0)
+        # Two n-grams may have one name.
+        same = text[np.maximum(latest[:, None] - backs, 0)] == text[np.maximum(known[:, None] - backs, 0)]
+        return np.where(same.all(axis=1), latest, 0)
 
     def propose(self, params: Any, state: Any, context: Context, template: TreeTemplate) -> Draft:
         """The longest match wins, then the most recent; a match that overlaps the end continues periodically.
