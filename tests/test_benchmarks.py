@@ -289,16 +289,20 @@ EVENTS = [
 
 
 def test_on_recorded_texts_the_planner_keeps_up_with_the_best_chain():
-    """Of 32 greedy texts some repeat themselves from the beginning, others only later."""
+    """Of 32 greedy texts some repeat themselves from the beginning, others only later: long drafts look too good to
+    whoever forgets that the last of 32 has bad luck."""
     profile = planner_replay.read(planner_replay.PROFILE)
     costs = planner_replay.Costs.from_profile(profile, planner_replay.CONFIG)
-    priors = planner_replay.Acceptance(profile.priors)
-    texts = planner_replay.load()["prose", 0.0]
-    found = planner_replay.compare(texts, 32, 4096, costs, priors)
-    assert {one["tokens"] for one in found.values()} == {32 * 512}
-    assert found["autoregressive"]["steps"] == 512 > found["lookup chain:32"]["steps"]
-    seconds = {name: one["seconds"] for name, one in found.items()}
-    assert seconds.pop("planner") < 1.1 * min(seconds.values()) < 0.5 * seconds["autoregressive"]
+    priors, recorded, ratios = planner_replay.Acceptance(profile.priors), planner_replay.load(), []
+    for workload in ("prose", "code", "edit"):
+        found = planner_replay.compare(recorded[workload, 0.0], 32, 65536, costs, priors)
+        assert {one["tokens"] for one in found.values()} == {32 * 512}
+        assert found["autoregressive"]["steps"] == 512 > found["lookup chain:32"]["steps"]
+        seconds = {name: one["seconds"] for name, one in found.items()}
+        planned = seconds.pop("planner")
+        assert planned < 0.6 * seconds["autoregressive"]
+        ratios.append(min(seconds.values()) / planned)
+    assert np.exp(np.mean(np.log(ratios))) > 0.92
 
 
 def test_overhead_is_step_time_over_kernels():

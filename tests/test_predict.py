@@ -105,6 +105,13 @@ def test_a_walk_is_the_steps_that_lookup_would_have_taken():
     assert accepted.tolist() == [2, 0, 2, 1, 1] and drafted.tolist() == [2, 0, 1, 0, 3]
 
 
+def test_a_replay_sees_what_a_long_prompt_copies_from_its_beginning():
+    prompt = np.random.default_rng(3).integers(0, 1000, 60_000).astype(np.int32)
+    prompt[-1000:] = prompt[:1000]
+    drafted, accepted = replay.replay([prompt], PromptLookup(), 16)
+    assert drafted[16] == accepted[16] == drafted.sum() == replay.PLACES
+
+
 def test_of_a_large_batch_some_texts_are_walked_far_enough_for_whole_drafts():
     row = np.array([1, 2, 3, 4, 5] * 4000, np.int32)  # longer than what is looked up in
     texts, since, known = np.stack([row] * 32), np.full(32, 19000), np.full(32, 19500)

@@ -10,8 +10,9 @@ import numpy as np
 from specsa_jax.drafting import Drafter
 
 PLACES, SPAN = 32, 256  # drafts of all prompts together; spread over so many last tokens of each
-# What the time of looking up grows with: tokens of a long text, and texts of a batch.
-RECENT, PROMPTS, TEXTS = 16384, 4, 4
+# What the time of looking up grows with: tokens of a long text, and texts of a batch; of prompts, on which the device
+# works meanwhile, and of what is decoded, for which it waits.
+PROMPT, PROMPTS, RECENT, TEXTS = 65536, 4, 16384, 4
 # Steps of decoding that a replay counts for: few, since what a model makes of a text repeats itself more than the text.
 WORTH = 2.0
 
@@ -25,9 +26,9 @@ def places(lengths: np.ndarray, depth: int) -> np.ndarray:
 
 def replay(rows: Sequence[np.ndarray], drafter: Drafter, depth: int) -> tuple[np.ndarray, np.ndarray]:
     """Histograms float [depth + 1] of the drafts of chains on prompts int32 [T], at most PROMPTS of them, and the last
-    RECENT tokens of each: by depth, and by tokens that stood."""
+    PROMPT tokens of each: by depth, and by tokens that stood."""
     drafted, accepted = np.zeros(depth + 1), np.zeros(depth + 1)
-    rows = [rows[index][-RECENT:] for index in some(len(rows), PROMPTS)]
+    rows = [rows[index][-PROMPT:] for index in some(len(rows), PROMPTS)]
     for row, known in zip(rows, places(np.array([len(row) for row in rows]), depth).T, strict=True):
         more = fates(row, known, *drafter.replay(row, known, depth))
         drafted, accepted = drafted + more[0], accepted + more[1]
