@@ -2,7 +2,9 @@
 
 Rows that agree in ``--by`` are one: the first file's counts, so the newest comes first and a file that is there already
 last. The joined file has the first one's commit, and rows of another carry their own; its ``command`` is that of all
-parts from which a row is left. Files of another script, device or model are refused. planner.py's sums are taken again.
+parts from which a row is left. Files of another script, device or model are refused. planner.py's sums are taken again;
+of end_to_end.py texts are left out, and classes that were measured without class exact get their speed-up over that of
+the same commit.
 
     python benchmarks/join.py part1.json part2.json --by workload,context,batch,strategy --out FILE
     python benchmarks/join.py new.json FILE --by case,variant --out FILE                # FILE's other rows stay
@@ -56,7 +58,24 @@ def joined(results: Sequence[tuple[str, Result]], by: Sequence[str]) -> Result:
         found["note"] = next((result["note"] for _, result in results if "note" in result), NOTE)
     if script_of(first) == "planner":
         found |= planner.summary(found["rows"])
+    if script_of(first) == "end_to_end":
+        _complete(found["rows"])
     return found | {"rows": found.pop("rows")}
+
+
+def _complete(rows: Sequence[Result]) -> None:
+    """Speed-ups of end_to_end.py's rows, over decoding one token at a time in class exact; their texts go."""
+    axes = ("context", "batch", "temperature", "workload", "commit")
+
+    def point(row: Result) -> tuple[Any, ...]:
+        return tuple(row.get(axis) for axis in axes)
+
+    one = {point(row): row["tokens_per_second"] for row in rows
+           if (row["precision"], row["strategy"]) == ("exact", "none") and "tokens_per_second" in row}  # fmt: skip
+    for row in rows:
+        row.pop("tokens", None)
+        if "speedup" not in row and "tokens_per_second" in row and point(row) in one:
+            row["speedup"] = row["tokens_per_second"] / one[point(row)]
 
 
 def main() -> None:

@@ -447,6 +447,22 @@ def test_joined_files_keep_the_newest_rows_and_say_what_each_is_of():
         join.joined([("new", new)], ["case", "batch"])
 
 
+def test_joined_end_to_end_files_have_speedups_over_class_exact_of_their_commit():
+    def row(precision, strategy, speed, **more):
+        return {"precision": precision, "context": 4096, "batch": 1, "temperature": 0.0, "workload": "code",
+                "strategy": strategy, "tokens_per_second": speed, "tokens": ["1 2"], **more}  # fmt: skip
+
+    def part(commit, rows):
+        return result("end_to_end", rows) | {"commit": commit, "command": "end_to_end.py --out"}
+
+    exact, strict_class = part("b2", [row("exact", "none", 100.0)]), part("b2", [row("strict", "chain:4", 250.0)])
+    old = part("a1", [row("approx", "none", 90.0), row("approx", "chain:4", 90.0, speedup=1.5)])
+    by = ["precision", "context", "batch", "temperature", "workload", "strategy"]
+    rows = join.joined([("exact", exact), ("strict", strict_class), ("old", old)], by)["rows"]
+    assert [one.get("speedup") for one in rows] == [1.0, 2.5, None, 1.5]
+    assert not any("tokens" in one for one in rows)
+
+
 def test_the_strict_benchmark_goes_on_only_with_a_run_like_its_own(tmp_path):
     out, settings, rows = (
         tmp_path / "strict.json",
