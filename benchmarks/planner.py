@@ -88,7 +88,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         cells.setdefault(tuple(row[axis] for axis in AXES[:-1]), {})[row["strategy"]] = row
     names = [name for name in next(iter(cells.values())) if all(name in each for each in cells.values())]
-    best = {key: min((r for n, r in each.items() if n != "planner"), key=lambda r: r["seconds"])
+    best = {key: max((r for n, r in each.items() if n != "planner"), key=lambda r: r["tokens_per_second"])
             for key, each in cells.items()}  # fmt: skip
     total = sum(row["tokens"] for row in best.values())
     speed = {
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="embedded")
     parser.add_argument("--profile", help="a file of specsa profile; default: the checkpoint's own, if there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as the device has it; with it, a "
-                        "--profile of another one is taken all the same")  # fmt: skip
+                        "--profile of another dtype or device is taken too")  # fmt: skip
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--cells", nargs="+", type=place, default=[(1, 4096), (1, 32768), (8, 4096), (8, 32768)] if gpu
                         else [(1, 256), (1, 1024), (8, 256)], help="BATCH:CONTEXT")  # fmt: skip

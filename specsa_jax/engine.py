@@ -363,17 +363,18 @@ class Engine(Runtime):
     ) -> Plan:
         """A plan, made while the device begins to read the prompts: shown to who watched in the last such call, if
         there was one. Should others be to watch now, it begins anew."""
-        key = signature(reader.state)
-        before = found.watched.get(key)
+        key = signature(reader.state), drawn
+        before = found.watched_last.get(key)
         if before is not None:
             reader.start(Watching(None, before))
         course = self._plan(found, rows, max_new_tokens, reader.state, drawn=drawn)
-        hidden = before == course.watchers and reader.is_busy
+        # Of a plan that was there before the device had read what it was sent, nobody has waited.
+        hidden = before is not None and reader.is_busy and (before == course.watchers or not course.watchers)
         if before != course.watchers:
             reader.start(Watching(None, course.watchers))
-            found.watched[key] = course.watchers
+            found.watched_last[key] = course.watchers
         if hidden:
-            course.seconds = 0.0  # nobody has waited for it
+            course.seconds = 0.0
         elif before is not None:
             reader.seconds -= course.seconds  # which are counted as planning
         return course

@@ -30,7 +30,7 @@ class Reader:
 
     Attributes:
       state: what has been sent to the device so far gives.
-      seconds: since the first :meth:`start`, of reading everything; compilation is in ``compile_seconds`` alone.
+      seconds: from the first :meth:`start` to the end; compilation is in ``compile_seconds`` alone.
     """
 
     def __init__(
@@ -41,26 +41,42 @@ class Reader:
         self._longest = max(len(row) for row in rows)
         self._chunk = runtime.chunk(self._longest, precision)
         self._calls, self._begun = 0, 0.0
-        self._prefill: Callable[[State], State]
+        self._prefill: Callable[..., State]
+        self._few = np.int32(0)
         self.state = self._initial()
         self.seconds = self.compile_seconds = 0.0
 
     def start(self, observer: Drafter | None) -> None:
-        """Sends the first chunks to the device, and does not wait. ``observer`` is shown what is read; begins anew if
-        another one was."""
-        if self._calls:
+        """Sends the first chunks to the device, and does not wait. ``observer`` is shown what is read.
+
+        Anew if it had been started; but where nobody is to be shown what is read any more, reading goes on.
+        """
+        again = self._calls > 0
+        if again and (observer is None or not observer.observes):
+            self._compile(observer)
+            return
+        if again:
             jax.block_until_ready(self.state)  # its memory is wanted again
             del self.state
             self.state = self._initial()
-        runtime, state = self._runtime, self.state
-        state = state._replace(draft=runtime.draft_state(observer, *self._pages.shape))
-        program, compiled, shown = runtime.prefill_program(state, self._chunk, observer, self._precision)
-        few = np.int32(max(1, _TOKENS.get(jax.default_backend(), 1024) // self._chunk))
-        self._prefill = functools.partial(_read, program, runtime.params, few, shown)
-        self._calls = -(-self._longest // (int(few) * self._chunk))
+        self._compile(observer)
+        few = max(1, _TOKENS.get(jax.default_backend(), 1024) // self._chunk)
+        self._few, self._calls = np.int32(few), -(-self._longest // (few * self._chunk))
+        self._begun = self._begun or time.perf_counter()
+        self._send(self.state)
+
+    def _compile(self, observer: Drafter | None) -> None:
+        """The program for ``observer``, whose state, before any token, takes the place of the one before."""
+        runtime = self._runtime
+        self.state = self.state._replace(draft=runtime.draft_state(observer, *self._pages.shape))
+        program, compiled, shown = runtime.prefill_program(self.state, self._chunk, observer, self._precision)
+        self._prefill = functools.partial(program, **shown)
         self.compile_seconds += compiled
-        self._begun = self._begun + compiled if self._begun else time.perf_counter()
-        self.state = self._prefill(state)
+        if self._begun:
+            self._begun += compiled
+
+    def _send(self, state: State) -> None:
+        self.state = self._prefill(self._runtime.params, state, self._few)
 
     @property
     def is_busy(self) -> bool:
@@ -71,12 +87,8 @@ class Reader:
     def finish(self) -> State:
         """Waits until everything is read. Gives the state away."""
         for _ in range(1, self._calls):
-            self.state = self._prefill(jax.block_until_ready(self.state))
+            self._send(jax.block_until_ready(self.state))
         state = jax.block_until_ready(self.state)
         del self.state
         self.seconds += time.perf_counter() - self._begun
         return state
-
-
-def _read(program: Callable[..., State], params: Any, few: np.int32, shown: dict[str, Any], state: State) -> State:
-    return program(params, state, few, **shown)

@@ -55,8 +55,8 @@ class Stats:
       acceptance_per_position: for the first drafted token of a path, the second, …: of the steps that drafted one
         there, the fraction in which one stood.
       prefill_seconds, decode_seconds, compile_seconds: wall time.
-      planning_seconds: of the planner's own work, in none of the others; without what it did while the device was
-        reading the prompts; ``plan``: its decisions, in their order.
+      planning_seconds: of the planner's own work, in none of the others; without the first plan, where it was ready
+        before the device had read the prompts. ``plan``: its decisions, in their order.
       cache: bytes that the cache takes.
     """
 

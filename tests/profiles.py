@@ -71,6 +71,9 @@ class SlopeCosts:
     def draft(self, *args):
         return 0.0
 
+    def watching(self, *args):
+        return 0.0
+
 
 def histogram(depth, lengths, draftless=0):
     drafted = np.zeros(depth + 1)

@@ -305,6 +305,28 @@ def test_on_recorded_texts_the_planner_keeps_up_with_the_best_chain():
     assert np.exp(np.mean(np.log(ratios))) > 0.92
 
 
+def test_on_recorded_texts_chains_of_one_length_tell_what_those_of_others_gain():
+    recorded = planner_replay.load()
+    for kind in (("prose", 0.0), ("code", 0.7)):
+        texts, found = recorded[kind], {}
+        for depth in (4, 16, 63):
+            drafted, accepted = np.zeros(depth + 1), np.zeros(depth + 1)
+            for reach, stands, at, end in zip(texts.reach, texts.stands, texts.lengths, texts.ends, strict=True):
+                while at < end:
+                    stood = min(stands[at], depth)
+                    drafted[min(reach[at], depth)] += 1
+                    accepted[stood] += 1
+                    at += 1 + stood
+            found[depth] = drafted, accepted
+        for seen in (4, 16, 63):
+            acceptance = planner_replay.Acceptance()
+            acceptance.add("lookup", f"chain:{seen}", *found[seen], worth=1e6)
+            for depth, (drafted, accepted) in found.items():
+                steps, outlook = drafted.sum(), acceptance.outlook("lookup", f"chain:{depth}", depth)
+                assert outlook.length == pytest.approx(1 + accepted @ np.arange(depth + 1) / steps, rel=0.05)
+                assert outlook.share == pytest.approx(1 - drafted[0] / steps, abs=0.03)
+
+
 def test_overhead_is_step_time_over_kernels():
     found = overhead.figures(EVENTS, 10, 99.0)
     assert found["kernel_us"] == 90.0 and found["launches"] == 3.0 and found["overhead"] == pytest.approx(0.1)

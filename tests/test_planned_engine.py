@@ -4,6 +4,7 @@ import dataclasses
 import math
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -233,6 +234,18 @@ STATEFUL = [
 ]  # fmt: skip
 
 
+def test_nobody_watches_who_costs_more_to_be_shown_a_prompt_than_drafting_is_worth():
+    costs = SlopeCosts(0.1)
+
+    def watchers(seconds, new_tokens):
+        costs.watching = lambda batch, tokens: seconds
+        return Plan(Planner(), STATEFUL, costs, Acceptance(), batch=1, context=64, layers=1, compiled=lambda _: True,
+                    compile_seconds=0.0, new_tokens=new_tokens).watchers  # fmt: skip
+
+    assert watchers(0.0, 100) == (MODEL,) == watchers(50.0, 10_000)
+    assert watchers(50.0, 100) == ()
+
+
 @pytest.fixture
 def drafting_for_itself(monkeypatch):
     """An engine whose target may draft for itself, as a draft model."""
@@ -282,13 +295,21 @@ def test_watching_ends_where_it_is_not_worth_its_time(drafting_for_itself, guard
 def test_a_call_is_planned_while_its_prompts_are_read(drafting_for_itself, monkeypatch):
     """As soon as it is known who watched in such a call before; if others are to watch, reading begins anew. What a
     plan takes is counted once, or not at all while the device is busy."""
-    engine, events = drafting_for_itself, []
+    engine, events, states = drafting_for_itself, [], []
     alone = engine.generate(prompts(1), 50, strategy=STATEFUL[1].strategy)
     start, plan = Reader.start, engine._plan
 
     def counted_start(self, observer):
         events.append(len(observer.watchers))
+        initial = self._initial
+
+        def again():
+            states.append(1)
+            return initial()
+
+        self._initial = again
         start(self, observer)
+        self._initial = initial
 
     def slow_plan(*arguments, **options):
         events.append("plan")
@@ -299,11 +320,13 @@ def test_a_call_is_planned_while_its_prompts_are_read(drafting_for_itself, monke
     monkeypatch.setattr(Reader, "start", counted_start)
     monkeypatch.setattr(engine, "_plan", slow_plan)
 
-    def call(busy=True):
+    def call(busy=True, **options):
         monkeypatch.setattr(Reader, "is_busy", busy)
         events.clear()
-        result = engine.generate(prompts(1), 50, strategy="auto")
-        assert result[0].tokens.tolist() == alone[0].tokens.tolist()
+        states.clear()
+        result = engine.generate(prompts(1), 50, strategy="auto", **options)
+        if not options:
+            assert result[0].tokens.tolist() == alone[0].tokens.tolist()
         return events, result.stats.planning_seconds, result.stats.prefill_seconds
 
     seen, planning, reading = call()
@@ -311,12 +334,30 @@ def test_a_call_is_planned_while_its_prompts_are_read(drafting_for_itself, monke
     seen, planning, reading = call()
     assert seen == [1, "plan"] and 0 < planning < 500 and 0 < reading < 500
     seen, planning, reading = call(busy=False)
-    assert seen == [1, "plan"] and planning >= 1000 and planning + reading < 1500
+    assert seen == [1, "plan"] and planning >= 1000 and planning + reading < 500  # as reading took no such time here
+    assert call(temperature=0.8)[0] == ["plan", 1]  # others may be worth watching where tokens are drawn
     monkeypatch.setattr(plans, "_WORTH_WATCHING", math.inf)
     seen, planning, reading = call()
-    assert seen == [1, "plan", 0] and planning >= 1000 and planning + reading < 1500
+    assert seen == [1, "plan", 0] and 0 < planning < 500 and 0 < reading < 500
+    assert len(states) == 0  # it went on with what was read
     seen, planning, reading = call()
     assert seen == [0, "plan"] and 0 < planning < 500 and 0 < reading < 500
+    monkeypatch.setattr(plans, "_WORTH_WATCHING", 0.0)
+    seen, planning, reading = call()
+    assert seen == [0, "plan", 1] and planning >= 1000 and planning + reading < 500
+    assert len(states) == 1  # what was read had not been shown
+
+
+def test_a_reader_is_busy_until_the_device_is_done():
+    engine = tiny_engine(ONE)
+    rows = [np.asarray(row, np.int32) for row in prompts(1)]
+    reader = Reader(engine, rows, engine.plan_pages(rows, 8, Strategy(None))[0], 8, "exact")
+    reader.start(None)
+    assert reader.is_busy in (True, False)
+    jax.block_until_ready(reader.state)
+    assert not reader.is_busy
+    state = reader.finish()
+    assert state.cache.lengths.tolist() == [len(rows[0]) - 1] and reader.seconds > 0
 
 
 @pytest.mark.slow

@@ -48,7 +48,8 @@ def run(plan, accepted_of, slope, segments=12, remaining=1000):
 def test_it_drafts_as_far_as_drafts_stand():
     assert run(make(0.1), lambda step: 16, 0.1)[-1] == "chain:16"
     assert run(make(0.1), lambda step: 0, 0.1, segments=24)[-100:].count("none") > 80  # it tries again, briefly
-    assert run(make(0.1), lambda step: 2, 0.1)[-1] == "chain:2"
+    used = run(make(0.1), lambda step: 2, 0.1)[-60:]
+    assert used.count("chain:2") > 36 and "chain:16" not in used  # as above, of longer ones
 
 
 def test_a_batch_is_as_fast_as_its_slowest_sequence():
@@ -198,9 +199,9 @@ def test_what_others_decode_shows_how_lookup_would_fare():
         counts = np.eye(depth + 1, dtype=int)[0] * steps  # without a draft, each of them
         plan.look(text if plan.wants_text else (), np.array([known]), np.array([False]))
         plan.observe(Counts(np.array(steps), counts, counts, np.array(0)), float(steps), steps, 1, 1000)
-        return plan.acceptance.gain("lookup", "chain:16", 16)
+        return plan.acceptance.length("lookup", "chain:16", 16)
 
-    before = plan.acceptance.gain("lookup", "chain:16", 16)
+    before = plan.acceptance.length("lookup", "chain:16", 16)
     assert segment(CANDIDATES[0].strategy, 90) > before + 2  # however long the segment was
     own = segment(CANDIDATES[1].strategy, 154)
     assert not plan.wants_text or plan.strategy.drafter is None
@@ -222,16 +223,3 @@ def test_a_call_of_a_large_batch_begins_with_the_luck_of_its_last_sequence_in_mi
             assert some.tokens_per_second == pytest.approx(others.tokens_per_second)
         else:
             assert some.tokens_per_second < 0.97 * others.tokens_per_second
-
-
-def test_a_segment_shows_how_much_more_steps_vary_than_if_they_did_not_depend_on_each_other():
-    """Of 100 steps of each of two sequences half give all four drafted tokens and half none, in whatever order: as
-    varied as independent ones, each of which stands if the one before does."""
-    plan = make(0.1, batch=2, new_tokens=4000, lengths=np.full(2, 64), segment=100)
-    plan._take(CANDIDATES[2].strategy)
-    steps = plan._length = 100
-    drafted, accepted = np.array([0, 0, 0, 0, 2 * steps]), np.array([steps, 0, 0, 0, steps])
-    known = np.full(2, 64 + 3 * steps)
-    plan.look((), known, np.zeros(2, bool))
-    plan.observe(Counts(np.array(steps), drafted, accepted, np.array(0)), 1.0, 6 * steps, 2, 4000 - 6 * steps)
-    assert plan._pace._bursts == pytest.approx(1.0, abs=0.1)

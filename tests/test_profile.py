@@ -14,6 +14,8 @@ import pytest
 from profiles import CONFIG, HERE, counted, full_profile, profile
 
 from specsa_jax.planning import show
+from specsa_jax.planning.outlook import of_drafts
+from specsa_jax.planning.predict import logit, sigmoid
 from specsa_jax.planning.profile import (
     ProfileError,
     default_path,
@@ -172,11 +174,11 @@ def test_of_all_drafters_the_one_wins_whose_drafts_are_worth_their_time():
     rates, stood = {"lookup": 0.9, "head": 1.0}, {"lookup": 0.3, "head": 0.7}
 
     class Acceptance:
-        def rate(self, drafter):
-            return rates[drafter]
-
         def chances(self, drafter, tree, depth):
             return np.full(depth, stood[drafter])
+
+        def outlook(self, drafter, tree, depth, shift):
+            return of_drafts(sigmoid(logit(np.full(64, stood[drafter])) + shift), rates[drafter], depth)
 
     def best(mean, batch=1, among=drafts):
         return show.best_drafts(PerToken(), Acceptance(), among, batch, (512, 2048), mean).tolist()

@@ -103,6 +103,10 @@ class Costs:
         """Of reading prompts of ``tokens`` tokens, ``batch`` of them together."""
         return self._count_prefill(batch, tokens) * self._misses["prefill"]((batch, tokens), ())
 
+    def watching(self, batch: int, tokens: int) -> float:
+        """What reading prompts takes longer where a drafter is shown them: as much as a layer more, which a head is."""
+        return self.prefill(batch, tokens) / self.config.layers
+
     @functools.cached_property
     def _known(self) -> dict[Any, float]:
         """What was asked before."""

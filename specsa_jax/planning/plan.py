@@ -23,6 +23,7 @@ from specsa_jax.decoding import Counts, add_counts
 from specsa_jax.drafting import Drafter
 from specsa_jax.planning import replay
 from specsa_jax.planning.costs import Costs
+from specsa_jax.planning.outlook import Outlook
 from specsa_jax.planning.pace import Pace
 from specsa_jax.planning.planner import Candidate, Decision, Option, Planner, timed_as, watched, watching
 from specsa_jax.planning.predict import Acceptance
@@ -37,6 +38,7 @@ _NEWEST = 0.5
 # A strategy that has not run yet is taken to be off by this power of what those that have are off by: with a profile a
 # strategy that is slower than predicted is a reason to try others; counted times are all off together.
 _SHARED_MEASURED, _SHARED_COUNTED = 0.8, 1.0
+_ALONE = Outlook(1.0, 0.0, 0.0)
 # Of a segment's time, what choosing may take.
 _SHARE = 0.01
 # As long as the strategy stays, a segment has so many times the steps of the one before, up to so many times those of
@@ -141,10 +143,9 @@ class Plan:
         speeds = {}
         for one, option in zip(candidates, self.options(candidates, self.batch), strict=True):
             beside = () if one.watcher is None else (one.watcher,)  # programs are those in which it watches
-            ready = self._compiled(watching(one.strategy, beside))
-            speeds[one] = 1.0 / (
-                1.0 / option.tokens_per_second + (0.0 if ready else self._compile_seconds / new_tokens)
-            )  # fmt: skip
+            once = 0.0 if self._compiled(watching(one.strategy, beside)) else self._compile_seconds
+            once += self.costs.watching(self.batch, self.context) if beside else 0.0
+            speeds[one] = 1.0 / (1.0 / option.tokens_per_second + once / new_tokens)
         enough = _WORTH_WATCHING * max(speeds.values())
         own = (one.watcher for one in candidates if speeds[one] >= enough)
         return tuple(dict.fromkeys(one for one in own if one is not None))
@@ -180,37 +181,30 @@ class Plan:
 
         ``rate`` and ``shift`` (log-odds of each position's chance) replace and move what acceptance is expected.
         """
-        expected = [self._expected(candidate, running, rate, shift) for candidate in candidates]
+        outlooks = [self._outlook(candidate, rate, shift) for candidate in candidates]
         # All at once: between two segments the device waits for this.
-        lengths, spreads = np.array([length for length, _ in expected]), np.array([*map(self._spread, candidates)])
+        lengths, spreads = np.array([one.length for one in outlooks]), np.array([one.spread for one in outlooks])
         tokens = self._pace.tokens_per_step(lengths, running, spreads).tolist()
+        seconds = [self._seconds(*each, running) for each in zip(candidates, (o.share for o in outlooks), strict=True)]
         return [
-            Option(self.words[one.strategy], length, seconds, many / seconds, self._compiled(one.strategy))
-            for one, (length, seconds), many in zip(candidates, expected, tokens, strict=True)
+            Option(self.words[one.strategy], outlook.length, taken, many / taken, self._compiled(one.strategy))
+            for one, outlook, taken, many in zip(candidates, outlooks, seconds, tokens, strict=True)
         ]
 
-    def _expected(self, candidate: Candidate, running: int, rate: float | None, shift: float) -> tuple[float, float]:
-        """Tokens that a sequence gains in a step, and the step's seconds."""
-        strategy, name = candidate.strategy, candidate.drafter
-        length, seconds = 1.0, self.step_seconds(candidate, 1)
-        if name != "none":
-            rate, depth = self.acceptance.rate(name) if rate is None else rate, strategy.template.depth
-            if shift:
-                chances = np.clip(self.acceptance.chances(name, strategy.tree, depth), 1e-6, 1 - 1e-6)
-                gain = float(np.cumprod(1.0 / (1.0 + (1.0 / chances - 1.0) * math.exp(-shift))).sum())
-            else:
-                gain = self.acceptance.gain(name, strategy.tree, depth)
-            length += rate * gain
-            # Where nobody in the batch has a draft, a step decodes one token.
-            some = 1.0 - (1.0 - rate) ** running
-            seconds = some * self.step_seconds(candidate, strategy.width) + (1.0 - some) * seconds
-        return length, seconds * self._factors.get(strategy, self._factor)
-
-    def _spread(self, candidate: Candidate) -> float:
-        """Of the drafted tokens that stand in a step (:meth:`specsa_jax.planning.predict.Acceptance.spread`)."""
+    def _outlook(self, candidate: Candidate, rate: float | None, shift: float) -> Outlook:
         if candidate.drafter == "none":
-            return 0.0
-        return self.acceptance.spread(candidate.drafter, candidate.strategy.tree, candidate.strategy.template.depth)
+            return _ALONE
+        tree, depth = candidate.strategy.tree, candidate.strategy.template.depth
+        return self.acceptance.outlook(candidate.drafter, tree, depth, rate, shift)
+
+    def _seconds(self, candidate: Candidate, share: float, running: int) -> float:
+        """Of a step, where ``share`` of the running sequences' steps have a draft."""
+        seconds = self.step_seconds(candidate, 1)
+        if candidate.drafter != "none":
+            # Where nobody in the batch has a draft, a step decodes one token.
+            some = 1.0 - (1.0 - share) ** running
+            seconds = some * self.step_seconds(candidate, candidate.strategy.width) + (1.0 - some) * seconds
+        return seconds * self._factors.get(candidate.strategy, self._factor)
 
     def step_seconds(self, candidate: Candidate, width: int) -> float:
         """Of drafting and verifying ``width`` tokens; 1: of a step without a draft, the search for one included."""
@@ -322,8 +316,7 @@ class Plan:
             self._learn(*seen)
             _, known, done = self._text
             if self._looked is not None and len(known) > 1:
-                spread, expected = _spread(seen[0].accepted), self._spread(self.chosen)
-                self._pace.observe(self._looked, known, done, int(seen[0].steps), spread, expected)
+                self._pace.observe(self._looked, known, done, int(seen[0].steps), _spread(seen[0].accepted))
             self._try_others()
             self._seen = (None, 0.0, 0)
             if running:
@@ -345,7 +338,7 @@ class Plan:
         candidate = self.chosen
         # Steps without a draft are cheaper: the time is compared with what such a mixture should have taken.
         rate = float(np.sum(counts.drafted[1:])) / sequence_steps
-        _, expected = self._expected(candidate, max(1, round(sequence_steps / steps)), rate, 0.0)
+        expected = self._seconds(candidate, rate, max(1, round(sequence_steps / steps)))
         self._count(candidate, counts)
         known = self._factors.get(self.strategy, self._factor)
         ratio = known * (seconds / steps) / expected

@@ -2,7 +2,8 @@
 
 Evidence is counted per drafter and family (all chains are one: the third token of a chain of 4 fares as that of a chain
 of 8), per position: of the drafts that came to a position, how many stood there. A prior counts for little, so that a
-few steps outweigh it; and what one family shows moves the others of its drafter, as they draft for the same text.
+few steps outweigh it; and what one family shows moves the others of its drafter, as they draft for the same text. What
+follows for drafts of another depth: :mod:`specsa_jax.planning.outlook`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from specsa_jax.planning.outlook import POSITIONS, Outlook, of_copies, of_drafts
 from specsa_jax.planning.profile import Prior
 
 # Sequence steps that a prior is worth; that the guess is worth where there is no prior; and the steps after which live
 # evidence counts half: the acceptance of a text changes along it.
 _PRIOR_STEPS, _GUESS_STEPS, _HALF_LIFE = 4.0, 4.0, 16.0
-# A draft in every second step, of which each token stands with this chance. Where nothing is known.
+# A draft in every second step, of which each token stands with this chance, as drafts so deep show. Where nothing is
+# known.
 _GUESSED_RATE, _GUESSED_CHANCE = 0.5, 0.6
-_POSITIONS = 64  # a path is no longer than a page
-_ODD, _TINY = 2 * np.arange(1, _POSITIONS + 1) - 1, 1e-9  # k² is the sum of the first k odd numbers
+_GUESSED_DEPTH = 16
 # Priors are of greedy texts. Where tokens are drawn, the most probable one is not always it, and a text repeats itself
 # less: so much of each chance is expected to be left (anything from 0.75 to 0.9 does: benchmarks/planner_replay.py).
 _DRAWN = 0.85
@@ -29,12 +31,14 @@ _DRAWN = 0.85
 
 @dataclasses.dataclass
 class _Counts:
-    """Sequence steps, those with a draft; per position, float [64], drafts that came to it, and those that stood."""
+    """Sequence steps, those with a draft, and these drafts' depths together; per position, float [64], drafts that came
+    to it, and those that stood."""
 
     steps: float = 0.0
     drafted: float = 0.0
-    tried: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(_POSITIONS))
-    stood: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(_POSITIONS))
+    depths: float = 0.0
+    tried: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(POSITIONS))
+    stood: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(POSITIONS))
 
     def add(self, drafted: Sequence[float] | np.ndarray, accepted: Sequence[float] | np.ndarray, weight: float) -> None:
         """Histograms over sequence steps by the draft's depth, and by accepted tokens, as ``decoding.Counts``."""
@@ -43,6 +47,7 @@ class _Counts:
         self.steps += weight * at_least[0][0]
         if reach > 1:
             deep, stood = at_least
+            self.depths += weight * float(deep[1:].sum())
             if len(deep) != reach:
                 deep = np.pad(deep, (0, max(0, reach - len(deep))))[:reach]
             self.drafted += weight * deep[1]
@@ -53,12 +58,14 @@ class _Counts:
     def scale(self, factor: float) -> None:
         self.steps *= factor
         self.drafted *= factor
+        self.depths *= factor
         self.tried *= factor
         self.stood *= factor
 
 
-_Expected = dict[tuple[str, str], tuple[np.ndarray, np.ndarray, float]]  # chances, their log-odds, what they are worth
-_Gains = dict[tuple[str, str], tuple[list[float], list[float]]]  # of a draft, by depth: see :meth:`Acceptance._drafted`
+# Chances, their log-odds, what they are worth, and the depth of the drafts that showed them.
+_Expected = dict[tuple[str, str], tuple[np.ndarray, np.ndarray, float, float]]
+_Outlooks = dict[tuple[str, str, int], Outlook]
 
 
 def family(tree: str) -> str:
@@ -73,13 +80,13 @@ class Acceptance:
         self._prior: dict[tuple[str, str], _Counts] = collections.defaultdict(_Counts)
         self._live: dict[tuple[str, str], _Counts] = collections.defaultdict(_Counts)
         self._scale = 1.0  # of the chances that priors give
-        # By key, what is expected without live evidence, and the gains then; of greedy texts, and of drawn ones.
-        self._tables: dict[bool, tuple[_Expected, _Gains]] = {False: ({}, {}), True: ({}, {})}
+        # By key, what is expected without live evidence, and outlooks then; of greedy texts, and of drawn ones.
+        self._tables: dict[bool, tuple[_Expected, _Outlooks]] = {False: ({}, {}), True: ({}, {})}
         self._known, self._unseen = self._tables[False]
         self._shifts: dict[str, float] = {}  # of a drafter, the shift in log-odds that live evidence shows
-        # What :meth:`rate` and :meth:`_drafted` have answered since evidence came; a plan asks for each candidate.
+        # What :meth:`rate` and :meth:`outlook` have answered since evidence came; a plan asks for each candidate.
         self._rates: dict[str, float] = {}
-        self._gains: _Gains = {}
+        self._outlooks: _Outlooks = {}
         for prior in priors:
             self._prior[prior.drafter, family(prior.tree)].add(prior.drafted, prior.accepted, 1.0)
 
@@ -112,10 +119,10 @@ class Acceptance:
     def _changed(self) -> None:
         self._shifts.clear()
         self._rates.clear()
-        self._gains.clear()
+        self._outlooks.clear()
 
     def rate(self, drafter: str) -> float:
-        """The fraction of a sequence's steps in which ``drafter`` has a draft."""
+        """The fraction of a sequence's steps in which ``drafter`` has a draft, of drafts as deep as were seen."""
         if drafter not in self._rates:
             (prior_steps, prior_drafted), (steps, drafted) = _pooled(self._prior, drafter), _pooled(self._live, drafter)
             worth = min(_PRIOR_STEPS, prior_steps) or _GUESS_STEPS
@@ -124,52 +131,59 @@ class Acceptance:
         return self._rates[drafter]
 
     def chances(self, drafter: str, tree: str, depth: int) -> np.ndarray:
-        """float [depth]: the chance that a drafted token stands, given that those before it on its path do."""
+        """float [depth]: the chance that a drafted token stands, given that those before it on its path do; of drafts
+        as deep as were seen."""
+        return self._chances(drafter, tree)[0][:depth]
+
+    def outlook(self, drafter: str, tree: str, depth: int, rate: float | None = None, shift: float = 0.0) -> Outlook:
+        """What a sequence's steps with this draft are expected to give.
+
+        ``rate`` and ``shift`` (log-odds of each chance) replace and move what is known, for what might be.
+        """
+        if rate is not None or shift:
+            return self._outlook(drafter, tree, depth, self.rate(drafter) if rate is None else rate, shift)
+        seen = any(name == drafter for name, _ in self._live) or self._shift(drafter)
+        table, key = self._outlooks if seen else self._unseen, (drafter, family(tree), depth)
+        if key not in table:
+            table[key] = self._outlook(drafter, tree, depth, self.rate(drafter), 0.0)
+        return table[key]
+
+    def length(self, drafter: str, tree: str, depth: int) -> float:
+        """Expected tokens that a sequence gains in a step, the target's own included."""
+        return self.outlook(drafter, tree, depth).length
+
+    def _outlook(self, drafter: str, tree: str, depth: int, rate: float, shift: float) -> Outlook:
+        chances, seen = self._chances(drafter, tree)
+        if shift:
+            chances = sigmoid(logit(chances) + shift)
+        if drafter.partition(":")[0] == "lookup" and family(tree) == "chain":
+            return of_copies(chances, rate, depth, min(POSITIONS, max(1, round(seen))))
+        return of_drafts(chances, rate, depth)
+
+    def _chances(self, drafter: str, tree: str) -> tuple[np.ndarray, float]:
+        """float [64], and the mean depth of the drafts that showed them."""
         key = drafter, family(tree)
-        _, odds, worth = self._expected(key)
+        _, odds, worth, seen = self._expected(key)
         expected = sigmoid(odds + self._shift(drafter))
         if key in self._live:
             live = self._live[key]
             expected = (expected * worth + live.stood) / (worth + live.tried)
-        return expected[:depth]
+            seen = (seen * worth + live.depths) / (worth + live.drafted)
+        return expected, seen
 
-    def gain(self, drafter: str, tree: str, depth: int) -> float:
-        """Drafted tokens that are expected to stand where there is a draft."""
-        return self._drafted(drafter, tree)[0][min(depth, _POSITIONS) - 1]
-
-    def spread(self, drafter: str, tree: str, depth: int) -> float:
-        """Variance of the drafted tokens that stand in a step, with a draft or without, over the square of their mean;
-        as if steps did not depend on each other."""
-        return max(0.0, self._drafted(drafter, tree)[1][min(depth, _POSITIONS) - 1] / self.rate(drafter) - 1.0)
-
-    def _drafted(self, drafter: str, tree: str) -> tuple[list[float], list[float]]:
-        """Of the tokens that stand where there is a draft, the mean, and the mean square over the mean's; [64] each, by
-        depth: all depths are computed at once."""
-        key = drafter, family(tree)
-        gains = self._gains if key in self._live or self._shift(drafter) else self._unseen
-        if key not in gains:
-            stands = np.cumprod(self.chances(drafter, tree, _POSITIONS))  # that so many do, or more
-            mean, square = np.cumsum(stands), np.cumsum(_ODD * stands)
-            gains[key] = mean.tolist(), (square / np.maximum(mean, _TINY) ** 2).tolist()
-        return gains[key]
-
-    def length(self, drafter: str, tree: str, depth: int) -> float:
-        """Expected tokens that a sequence gains in a step, the target's own included."""
-        return 1.0 + self.rate(drafter) * self.gain(drafter, tree, depth)
-
-    def _expected(self, key: tuple[str, str]) -> tuple[np.ndarray, np.ndarray, float]:
-        """Chances [64] before live evidence, their log-odds, and the drafts that they are worth."""
+    def _expected(self, key: tuple[str, str]) -> tuple[np.ndarray, np.ndarray, float, float]:
+        """Chances [64] before live evidence, their log-odds, the drafts that they are worth, and the depth of these."""
         if key not in self._known:
             prior = self._prior.get(key) or self._prior.get((key[0], "chain"))
-            chances, worth = np.full(_POSITIONS, _GUESSED_CHANCE), _GUESS_STEPS
+            chances, worth, seen = np.full(POSITIONS, _GUESSED_CHANCE), _GUESS_STEPS, float(_GUESSED_DEPTH)
             if prior is not None and prior.tried[0]:
                 chances = (prior.stood + _GUESSED_CHANCE) / (prior.tried + 1.0)
                 # Behind the last position with evidence, as there.
                 last = int(np.flatnonzero(prior.tried >= 4)[-1]) if (prior.tried >= 4).any() else 0
                 chances[last + 1 :] = chances[last]
-                worth = min(_PRIOR_STEPS, float(prior.tried[0]))
+                worth, seen = min(_PRIOR_STEPS, float(prior.tried[0])), prior.depths / prior.drafted
             chances = self._scale * chances
-            self._known[key] = chances, logit(chances), worth
+            self._known[key] = chances, logit(chances), worth, seen
         return self._known[key]
 
     def _shift(self, drafter: str) -> float:

@@ -13,8 +13,9 @@ PLACES, SPAN = 32, 256  # drafts of all prompts together; spread over so many la
 # What the time of looking up grows with: tokens of a long text, and texts of a batch; of prompts, on which the device
 # works meanwhile, and of what is decoded, for which it waits.
 PROMPT, PROMPTS, RECENT, TEXTS = 65536, 4, 16384, 4
-# Steps of decoding that a replay counts for: few, since what a model makes of a text repeats itself more than the text.
-WORTH = 2.0
+# Steps of decoding that a replay counts for: few, since what a model makes of a text repeats itself more than the text
+# (0.5 to 2 do: benchmarks/planner_replay.py).
+WORTH = 1.0
 
 
 def places(lengths: np.ndarray, depth: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from specsa_jax.checkpoints.store import write_text
 from specsa_jax.config import ModelConfig
 from specsa_jax.drafting import parse_tree
 from specsa_jax.planning.costs import Costs
-from specsa_jax.planning.predict import Acceptance, logit, sigmoid
+from specsa_jax.planning.predict import Acceptance, logit
 from specsa_jax.planning.profile import Point, Profile, StepTime
 from specsa_jax.planning.space import profiled
 from specsa_jax.schedule import Sharing
@@ -114,12 +114,14 @@ def best_drafts(
       chances: that a chain's first token stands: the mean of the drafters, in log-odds.
     """
     templates = [parse_tree(tree) for _, tree in drafts]
-    odds = [logit(acceptance.chances(*draft, t.depth)) for draft, t in zip(drafts, templates, strict=True)]
     firsts = [logit(acceptance.chances(drafter, "chain:1", 1)) for drafter in dict(drafts)]
     moved = logit(np.asarray(chances)) - np.mean(firsts)
-    gains = np.stack([sigmoid(one + moved[:, None]).cumprod(axis=1).sum(axis=1) for one in odds], axis=1)
-    rates = np.array([acceptance.rate(drafter) for drafter, _ in drafts])
-    some = 1.0 - (1.0 - rates) ** batch  # where nobody in the batch has a draft, a step decodes one token
+    outlooks = np.array([
+        [acceptance.outlook(*draft, t.depth, shift=shift) for draft, t in zip(drafts, templates, strict=True)]
+        for shift in moved.tolist()
+    ])  # fmt: skip
+    lengths, shares = outlooks[..., 0], outlooks[..., 1]
+    some = 1.0 - (1.0 - shares) ** batch  # where nobody in the batch has a draft, a step decodes one token
     best = np.empty((len(chances), len(contexts)), int)
     for column, context in enumerate(contexts):
         one = costs.step(Point(batch, context, 1))
@@ -128,7 +130,7 @@ def best_drafts(
              costs.draft(*names, t.nodes + 1, batch, context))
             for names, t in zip(drafts, templates, strict=True)
         ]).T  # fmt: skip
-        speeds = (1.0 + rates * gains) / (some * whole + (1.0 - some) * one + draft)
+        speeds = lengths / (some * whole + (1.0 - some) * one + draft)
         best[:, column] = np.pad(speeds, ((0, 0), (0, 1)), constant_values=1.0 / one).argmax(axis=1)
     return best
 

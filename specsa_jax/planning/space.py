@@ -101,8 +101,8 @@ class Space:
         return self._priced[key]
 
     @functools.cached_property
-    def watched(self) -> dict[Any, tuple[Drafter, ...]]:
-        """Who watched from the beginning of the last call, by what its programs depend on."""
+    def watched_last(self) -> dict[Any, tuple[Drafter, ...]]:
+        """Who watched from the beginning of the last call, by the shapes of its programs and whether it sampled."""
         return {}
 
     @property
