@@ -9,6 +9,7 @@ accept all of a draft, and one more.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -49,21 +50,37 @@ def of_copies(chances: np.ndarray, rate: float, depth: int, seen: int) -> Outloo
     # The chance of a run to go on, far from its beginning: as in the deeper half.
     half = seen // 2
     lasts = (stands[-1] / stands[half - 1]) ** (1 / (seen - half)) if half else float(chances[0])
-    lasts = float(np.clip(lasts, _LEAST_LASTING, _MOST_LASTING))
+    lasts = min(max(float(lasts), _LEAST_LASTING), _MOST_LASTING)
     # A step that accepts all that was seen is followed by another of its run, if its last token, too, is the copy's.
     once = 1 - min(float(stands[-1]), _MOST_WHOLE) * lasts  # runs for each step
-    size = (depth + 1) * -(-seen // (depth + 1))  # whole drafts, at least as many tokens as were seen
-    goes = lasts ** np.arange(1, size + 1)  # a run goes so far
-    goes *= stands[-1] * (lasts**-seen - lasts) / once
-    goes[:seen] = np.maximum((stands - stands[-1] * lasts ** np.arange(2, seen + 2)) / once, goes[seen - 1])
-    place = np.arange(1, size + 1) % (depth + 1)  # in the draft; 0: the token behind it
-    beyond = goes[-1] / (1 - lasts ** (depth + 1))  # drafts from there on
-    steps = 1 + float(goes[place == 0][:-1].sum()) + beyond  # of a run
-    square = float(np.maximum(0, 2 * place - 1) @ goes)
-    square += beyond * float(_ODD[:depth] @ lasts ** np.arange(1, depth + 1))
+    places = _places(depth, seen)
+    powers = lasts**places.tokens
+    goes = powers * (stands[-1] * (lasts**-seen - lasts) / once)  # a run goes so far
+    goes[:seen] = np.maximum((stands - (stands[-1] * lasts) * powers[:seen]) / once, goes[seen - 1])
+    beyond = goes[-1] / (1 - lasts ** (depth + 1))  # drafts behind the last place
+    steps = 1 + float(places.begins @ goes) + beyond  # of a run
+    square = float(places.odd @ goes) + beyond * float(_ODD[:depth] @ powers[:depth])
     share = 1 - (1 - rate) / once / steps
     length = min((1 + float(stands.sum())) / once / steps, 1 + share * depth)
     return _outlook(length - 1, share, square / steps)
+
+
+class _Places(NamedTuple):
+    """Of the tokens of a run, in whole drafts, at least as many as were seen: their numbers, from 1 on; 1 where another
+    draft begins behind it, but behind the last; and 2·k − 1 where it is the k-th of a draft."""
+
+    tokens: np.ndarray
+    begins: np.ndarray
+    odd: np.ndarray
+
+
+@functools.lru_cache
+def _places(depth: int, seen: int) -> _Places:
+    tokens = np.arange(1, (depth + 1) * -(-seen // (depth + 1)) + 1)
+    place = tokens % (depth + 1)  # in the draft; 0: the token behind it
+    begins = (place == 0).astype(float)
+    begins[-1] = 0.0
+    return _Places(tokens, begins, np.maximum(0, 2 * place - 1).astype(float))
 
 
 def _outlook(mean: float, share: float, square: float) -> Outlook:
