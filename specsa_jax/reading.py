@@ -53,7 +53,10 @@ class Reader:
         """
         again = self._calls > 0
         if again and (observer is None or not observer.observes):
-            self._compile(observer)
+            if self._calls == 1:  # all of it was sent
+                self.state = self.state._replace(draft=())
+            else:
+                self._compile(observer)
             return
         if again:
             jax.block_until_ready(self.state)  # its memory is wanted again

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -289,20 +290,19 @@ EVENTS = [
 
 
 def test_on_recorded_texts_the_planner_keeps_up_with_the_best_chain():
-    """Of 32 greedy texts some repeat themselves from the beginning, others only later: long drafts look too good to
-    whoever forgets that the last of 32 has bad luck."""
+    """Of 32 greedy texts some repeat themselves from the beginning, others only later."""
     profile = planner_replay.read(planner_replay.PROFILE)
     costs = planner_replay.Costs.from_profile(profile, planner_replay.CONFIG)
     priors, recorded, ratios = planner_replay.Acceptance(profile.priors), planner_replay.load(), []
-    for workload in ("prose", "code", "edit"):
-        found = planner_replay.compare(recorded[workload, 0.0], 32, 65536, costs, priors)
+    for workload, batch, context in itertools.product(("prose", "code", "edit"), (8, 32), (4096, 65536)):
+        found = planner_replay.compare(recorded[workload, 0.0], batch, context, costs, priors)
         assert {one["tokens"] for one in found.values()} == {32 * 512}
-        assert found["autoregressive"]["steps"] == 512 > found["lookup chain:32"]["steps"]
+        assert found["autoregressive"]["steps"] == 32 // batch * 512 > found["lookup chain:32"]["steps"]
         seconds = {name: one["seconds"] for name, one in found.items()}
         planned = seconds.pop("planner")
         assert planned < 0.6 * seconds["autoregressive"]
         ratios.append(min(seconds.values()) / planned)
-    assert np.exp(np.mean(np.log(ratios))) > 0.92
+    assert np.exp(np.mean(np.log(ratios))) > 0.97
 
 
 def test_on_recorded_texts_chains_of_one_length_tell_what_those_of_others_gain():

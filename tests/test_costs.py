@@ -32,6 +32,7 @@ def test_counted_costs_grow_with_tokens_batch_and_context():
     dropped = dataclasses.replace(few, keep_compressed=False)
     assert costs.step(Point(1, 8192, 5, sharing=dropped)) < costs.step(Point(1, 8192, 5, sharing=few))
     assert costs.prefill(1, 1024) < costs.prefill(1, 2048) < costs.prefill(2, 2048)
+    assert costs.watching(2, 2048) == pytest.approx(2 * costs.prefill(2, 2048) / costs.config.layers)
     assert not costs.measured
 
 

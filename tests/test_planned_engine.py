@@ -14,7 +14,7 @@ from reference_params import random_params, random_tokens, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from specsa_jax import Engine, PrecisionError, PromptError, PromptLookup, SamplingParams, Strategy
+from specsa_jax import Engine, PrecisionError, PromptError, PromptLookup, SamplingParams, Strategy, reading
 from specsa_jax.admission import Bound
 from specsa_jax.checkpoints import records
 from specsa_jax.decoding import Counts
@@ -24,7 +24,7 @@ from specsa_jax.planning import plan as plans
 from specsa_jax.planning import space
 from specsa_jax.planning.costs import Costs
 from specsa_jax.planning.plan import Plan
-from specsa_jax.planning.planner import Candidate, Planner, cheapest
+from specsa_jax.planning.planner import Candidate, Planner, cheapest, watching
 from specsa_jax.planning.predict import Acceptance
 from specsa_jax.planning.profile import Point, Prior, Profile, StepTime
 from specsa_jax.reading import Reader
@@ -348,16 +348,49 @@ def test_a_call_is_planned_while_its_prompts_are_read(drafting_for_itself, monke
     assert len(states) == 1  # what was read had not been shown
 
 
-def test_a_reader_is_busy_until_the_device_is_done():
+@pytest.mark.slow
+def test_a_reader_goes_on_without_a_watcher_in_the_middle_and_begins_anew_with_one(drafting_for_itself, monkeypatch):
+    engine = drafting_for_itself
+    monkeypatch.setattr(reading, "_TOKENS", {"cpu": 16})
+    engine.prefill_chunk = 16
+    rows = [random_tokens(ONE, 90, seed=2)]
+    pages, _ = engine.plan_pages(rows, 8, watching(STATEFUL[0].strategy, (MODEL,)))
+
+    def read(*observers):
+        reader, calls = Reader(engine, rows, pages, 8, "exact"), []
+        for watchers in observers:
+            reader.start(Watching(None, watchers))
+            send = reader._send
+            reader._send = lambda state, send=send: (calls.append(1), send(state))
+        state = reader.finish()
+        assert not jax.tree.leaves(reader.__dict__.get("state", ())) and reader.seconds > 0
+        return jax.tree.map(np.asarray, (state.cache, state.known)), state.draft, len(calls)
+
+    plain, nothing, several = read(())
+    assert several >= 3 and nothing == ()
+    shown, own, _ = read((MODEL,))
+    for found, draft, _ in (read((MODEL,), ()), read((), (MODEL,))):
+        jax.tree.map(np.testing.assert_array_equal, found, plain)
+        assert draft == () or all(map(np.array_equal, jax.tree.leaves(draft), jax.tree.leaves(own)))
+    jax.tree.map(np.testing.assert_array_equal, shown, plain)
+
+
+def test_a_reader_is_busy_until_what_it_sent_is_ready():
     engine = tiny_engine(ONE)
     rows = [np.asarray(row, np.int32) for row in prompts(1)]
     reader = Reader(engine, rows, engine.plan_pages(rows, 8, Strategy(None))[0], 8, "exact")
-    reader.start(None)
-    assert reader.is_busy in (True, False)
-    jax.block_until_ready(reader.state)
+
+    class Lengths:
+        ready = False
+
+        def is_ready(self):
+            return self.ready
+
+    lengths = Lengths()
+    reader.state = reader.state._replace(cache=reader.state.cache._replace(lengths=lengths))
+    assert reader.is_busy
+    lengths.ready = True
     assert not reader.is_busy
-    state = reader.finish()
-    assert state.cache.lengths.tolist() == [len(rows[0]) - 1] and reader.seconds > 0
 
 
 @pytest.mark.slow

@@ -47,9 +47,10 @@ def run(plan, accepted_of, slope, segments=12, remaining=1000):
 
 def test_it_drafts_as_far_as_drafts_stand():
     assert run(make(0.1), lambda step: 16, 0.1)[-1] == "chain:16"
-    assert run(make(0.1), lambda step: 0, 0.1, segments=24)[-100:].count("none") > 80  # it tries again, briefly
+    assert run(make(0.1), lambda step: 0, 0.1, segments=24)[-100:].count("none") > 70  # it tries again, briefly
+    # A copy that always parts after two tokens is no copy's way: it tries what comes next, but nothing long.
     used = run(make(0.1), lambda step: 2, 0.1)[-60:]
-    assert used.count("chain:2") > 36 and "chain:16" not in used  # as above, of longer ones
+    assert set(used) == {"chain:2", "chain:4"}
 
 
 def test_a_batch_is_as_fast_as_its_slowest_sequence():
@@ -212,14 +213,3 @@ def test_what_others_decode_shows_how_lookup_would_fare():
         segment(CANDIDATES[0].strategy, 158)
     assert [(int(since[0]), int(known[0])) for since, known in looked] == [(154, 158)] and own > 0
     assert not make(0.1, switch=False, replayed=lookup).wants_text
-
-
-def test_a_call_of_a_large_batch_begins_with_the_luck_of_its_last_sequence_in_mind():
-    known = make(0.0, batch=32, new_tokens=32 * 256, lengths=np.full(32, 64)).decisions[0].options
-    unknown = make(0.0, batch=32, new_tokens=32 * 256).decisions[0].options
-    for some, others in zip(*(sorted(found, key=lambda one: one.strategy) for found in (known, unknown)), strict=True):
-        assert some.strategy == others.strategy and some.acceptance_length == others.acceptance_length
-        if some.strategy == "autoregressive":
-            assert some.tokens_per_second == pytest.approx(others.tokens_per_second)
-        else:
-            assert some.tokens_per_second < 0.97 * others.tokens_per_second

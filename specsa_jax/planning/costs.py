@@ -104,8 +104,9 @@ class Costs:
         return self._count_prefill(batch, tokens) * self._misses["prefill"]((batch, tokens), ())
 
     def watching(self, batch: int, tokens: int) -> float:
-        """What reading prompts takes longer where a drafter is shown them: as much as a layer more, which a head is."""
-        return self.prefill(batch, tokens) / self.config.layers
+        """What reading prompts takes longer where a drafter is shown them: as much as two layers more (of a head, which
+        has one and the products with the features: end_to_end.json)."""
+        return 2 * self.prefill(batch, tokens) / self.config.layers
 
     @functools.cached_property
     def _known(self) -> dict[Any, float]:

@@ -38,7 +38,7 @@ _NEWEST = 0.5
 # A strategy that has not run yet is taken to be off by this power of what those that have are off by: with a profile a
 # strategy that is slower than predicted is a reason to try others; counted times are all off together.
 _SHARED_MEASURED, _SHARED_COUNTED = 0.8, 1.0
-_ALONE = Outlook(1.0, 0.0, 0.0)
+_ALONE = Outlook(1.0, 0.0)
 # Of a segment's time, what choosing may take.
 _SHARE = 0.01
 # As long as the strategy stays, a segment has so many times the steps of the one before, up to so many times those of
@@ -112,7 +112,7 @@ class Plan:
         self._counted = {} if counted is None else counted
         self.words = {candidate.strategy: candidate.describe() for candidate in candidates}
         each = new_tokens // batch
-        self._pace = Pace(None if lengths is None or batch == 1 else lengths + each, each)
+        self._pace = Pace(None if lengths is None or batch == 1 else lengths + each)
         self._factors: dict[Strategy, float] = {}
         self._factor = 1.0
         self.decisions: list[Decision] = []
@@ -183,8 +183,7 @@ class Plan:
         """
         outlooks = [self._outlook(candidate, rate, shift) for candidate in candidates]
         # All at once: between two segments the device waits for this.
-        lengths, spreads = np.array([one.length for one in outlooks]), np.array([one.spread for one in outlooks])
-        tokens = self._pace.tokens_per_step(lengths, running, spreads).tolist()
+        tokens = self._pace.tokens_per_step(np.array([one.length for one in outlooks]), running).tolist()
         seconds = [self._seconds(*each, running) for each in zip(candidates, (o.share for o in outlooks), strict=True)]
         return [
             Option(self.words[one.strategy], outlook.length, taken, many / taken, self._compiled(one.strategy))

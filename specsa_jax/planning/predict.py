@@ -1,9 +1,11 @@
 """How many drafted tokens will stand: from a profile's priors, from replays on the prompt, from what decoding shows.
 
-Evidence is counted per drafter and family (all chains are one: the third token of a chain of 4 fares as that of a chain
-of 8), per position: of the drafts that came to a position, how many stood there. A prior counts for little, so that a
-few steps outweigh it; and what one family shows moves the others of its drafter, as they draft for the same text. What
-follows for drafts of another depth: :mod:`specsa_jax.planning.outlook`.
+Evidence is counted per drafter and family (all chains are one: the third token of a head's chain of 4 fares as that of
+its chain of 8), per position: of the drafts that came to a position, how many stood there. A prior counts for little,
+so that a few steps outweigh it; and what one family shows moves the others of its drafter, as they draft for the same
+text. Copies are another matter (:mod:`specsa_jax.planning.outlook`): chains of each length have evidence of their own,
+and what follows from each for the length that is asked for weighs as many tokens as it is of. What copies and drafts
+itself where there is nothing to copy (``lookup+head``) is taken for a head.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from specsa_jax.planning.outlook import POSITIONS, Outlook, of_copies, of_drafts
+from specsa_jax.planning.outlook import POSITIONS, Outlook, far, of_copies, of_drafts, together
 from specsa_jax.planning.profile import Prior
 
 # Sequence steps that a prior is worth; that the guess is worth where there is no prior; and the steps after which live
@@ -24,6 +26,7 @@ _PRIOR_STEPS, _GUESS_STEPS, _HALF_LIFE = 4.0, 4.0, 16.0
 # known.
 _GUESSED_RATE, _GUESSED_CHANCE = 0.5, 0.6
 _GUESSED_DEPTH = 16
+_FORGOTTEN = 0.05  # steps
 # Priors are of greedy texts. Where tokens are drawn, the most probable one is not always it, and a text repeats itself
 # less: so much of each chance is expected to be left (anything from 0.75 to 0.9 does: benchmarks/planner_replay.py).
 _DRAWN = 0.85
@@ -73,6 +76,11 @@ def family(tree: str) -> str:
     return "chain" if tree.startswith("chain:") else tree
 
 
+def copies(drafter: str, tree: str) -> bool:
+    """Whether the tokens of such drafts fare alike, however deep they lie."""
+    return drafter.partition(":")[0] == "lookup" and family(tree) == "chain"
+
+
 class Acceptance:
     """What is known of the acceptance of drafts on one text. ``priors``: of a profile."""
 
@@ -107,7 +115,7 @@ class Acceptance:
         steps = float(np.sum(drafted))
         if steps:
             weight = 1.0 if worth is None else worth / steps
-            self._live[drafter, family(tree)].add(drafted, accepted, weight)
+            self._live[drafter, tree if copies(drafter, tree) else family(tree)].add(drafted, accepted, weight)
             self._changed()
 
     def decay(self, steps: int) -> None:
@@ -133,7 +141,7 @@ class Acceptance:
     def chances(self, drafter: str, tree: str, depth: int) -> np.ndarray:
         """float [depth]: the chance that a drafted token stands, given that those before it on its path do; of drafts
         as deep as were seen."""
-        return self._chances(drafter, tree)[0][:depth]
+        return self._chances(drafter, tree)[:depth]
 
     def outlook(self, drafter: str, tree: str, depth: int, rate: float | None = None, shift: float = 0.0) -> Outlook:
         """What a sequence's steps with this draft are expected to give.
@@ -141,35 +149,58 @@ class Acceptance:
         ``rate`` and ``shift`` (log-odds of each chance) replace and move what is known, for what might be.
         """
         if rate is not None or shift:
-            return self._outlook(drafter, tree, depth, self.rate(drafter) if rate is None else rate, shift)
+            return self._outlook(drafter, tree, depth, rate, shift)
         seen = any(name == drafter for name, _ in self._live) or self._shift(drafter)
         table, key = self._outlooks if seen else self._unseen, (drafter, family(tree), depth)
         if key not in table:
-            table[key] = self._outlook(drafter, tree, depth, self.rate(drafter), 0.0)
+            table[key] = self._outlook(drafter, tree, depth, None, 0.0)
         return table[key]
 
     def length(self, drafter: str, tree: str, depth: int) -> float:
         """Expected tokens that a sequence gains in a step, the target's own included."""
         return self.outlook(drafter, tree, depth).length
 
-    def _outlook(self, drafter: str, tree: str, depth: int, rate: float, shift: float) -> Outlook:
-        chances, seen = self._chances(drafter, tree)
-        if shift:
-            chances = sigmoid(logit(chances) + shift)
-        if drafter.partition(":")[0] == "lookup" and family(tree) == "chain":
-            return of_copies(chances, rate, depth, min(POSITIONS, max(1, round(seen))))
-        return of_drafts(chances, rate, depth)
+    def _outlook(self, drafter: str, tree: str, depth: int, rate: float | None, shift: float) -> Outlook:
+        def moved(chances: np.ndarray) -> np.ndarray:
+            return sigmoid(logit(chances) + shift) if shift else chances
 
-    def _chances(self, drafter: str, tree: str) -> tuple[np.ndarray, float]:
-        """float [64], and the mean depth of the drafts that showed them."""
-        key = drafter, family(tree)
-        _, odds, worth, seen = self._expected(key)
-        expected = sigmoid(odds + self._shift(drafter))
-        if key in self._live:
-            live = self._live[key]
-            expected = (expected * worth + live.stood) / (worth + live.tried)
-            seen = (seen * worth + live.depths) / (worth + live.drafted)
-        return expected, seen
+        if not copies(drafter, tree):
+            return of_drafts(
+                moved(self._chances(drafter, tree)), self.rate(drafter) if rate is None else rate, depth
+            )  # fmt: skip
+        stretches = self._stretches(drafter)
+        deepest = max(seen for *_, seen in stretches)
+        goes_on = far(moved(self._chances(drafter, tree)), deepest)
+        parts = []
+        for steps, own, chances, seen in stretches:
+            chances, own = moved(chances), own if rate is None else rate
+            parts.append((steps, of_drafts(chances, own, seen), of_copies(chances, own, depth, seen, goes_on)))
+        return together(parts)
+
+    def _stretches(self, drafter: str) -> list[tuple[float, float, np.ndarray, int]]:
+        """Of a drafter that copies, by the length of its chains, the prior's first: steps that it is worth, the share
+        of these that had a draft, chances [64], and the length."""
+        chances, odds, _, seen = self._expected((drafter, "chain"))
+        prior_steps, drafted = _pooled(self._prior, drafter)
+        rate = drafted / prior_steps if prior_steps else _GUESSED_RATE
+        found = [(min(_PRIOR_STEPS, prior_steps) or _GUESS_STEPS, rate, chances, min(POSITIONS, round(seen)))]
+        for (name, tree), live in self._live.items():
+            if name == drafter and copies(name, tree) and live.steps > _FORGOTTEN:
+                own = (chances + live.stood) / (1.0 + live.tried)
+                depth = min(POSITIONS, int(tree.partition(":")[2]))
+                found.append((live.steps, (rate + live.drafted) / (1.0 + live.steps), own, depth))
+        if shift := self._shift(drafter):
+            found[0] = (found[0][0], rate, sigmoid(odds + shift), found[0][3])
+        return found
+
+    def _chances(self, drafter: str, tree: str) -> np.ndarray:
+        """float [64]. Of copies, of chains of all lengths together."""
+        _, odds, worth, _ = self._expected((drafter, family(tree)))
+        tried, stood = np.full(POSITIONS, worth), sigmoid(odds + self._shift(drafter)) * worth
+        for (name, other), live in self._live.items():
+            if name == drafter and family(other) == family(tree):
+                tried, stood = tried + live.tried, stood + live.stood
+        return stood / tried
 
     def _expected(self, key: tuple[str, str]) -> tuple[np.ndarray, np.ndarray, float, float]:
         """Chances [64] before live evidence, their log-odds, the drafts that they are worth, and the depth of these."""
