@@ -199,8 +199,8 @@ def planner(result: Result) -> Lines:
         of_best = [cell.pop("planner") / max(cell.values()) for cell in cells.values()]
         yield (
             f"the planner over {len(cells)} cells, {called(result['checkpoint'])}",
-            f"{result['planner_over_default']:.2f}x lookup chain:4, {result['planner_of_best']:.2f} of the best fixed "
-            f"strategy of each cell ({min(of_best):.2f} to {max(of_best):.2f}); planning "
+            f"{result['planner_over_default']:.2f}x lookup chain:4, {result['planner_of_best_by_cell']:.2f} of the "
+            f"best fixed strategy by cell ({min(of_best):.2f} to {max(of_best):.2f}; geometric mean); planning "
             f"{100 * result['planning_share']:.1f} % of decoding",
         )
 
