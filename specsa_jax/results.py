@@ -56,7 +56,7 @@ class Stats:
         there, the fraction in which one stood.
       prefill_seconds, decode_seconds, compile_seconds: wall time.
       planning_seconds: of the planner's own work, in none of the others; without the first plan, where it was ready
-        before the device had read the prompts. ``plan``: its decisions, in their order.
+        before the device had read what it was sent of the prompts. ``plan``: its decisions, in their order.
       cache: bytes that the cache takes.
     """
 

@@ -69,6 +69,13 @@ def test_a_copys_other_depths_follow_from_its_runs_and_a_heads_from_its_position
     assert acceptance.outlook("lookup", "chain:16", 16, shift=-9.0).length < 1.2
 
 
+def test_chains_deeper_than_what_is_counted_by_position_are_evidence_too():
+    acceptance = Acceptance()
+    before = acceptance.length("lookup", "chain:100", 100)
+    acceptance.add("lookup", "chain:100", *histogram(100, [100] * 50))
+    assert 3 * before < acceptance.length("lookup", "chain:100", 100) <= 101
+
+
 def test_old_evidence_fades():
     acceptance = Acceptance()
     acceptance.add("lookup", "chain:4", *histogram(4, [4] * 100))

@@ -45,7 +45,7 @@ class _Counts:
 
     def add(self, drafted: Sequence[float] | np.ndarray, accepted: Sequence[float] | np.ndarray, weight: float) -> None:
         """Histograms over sequence steps by the draft's depth, and by accepted tokens, as ``decoding.Counts``."""
-        at_least = [np.cumsum(np.asarray(x, float)[::-1])[::-1] for x in (drafted, accepted)]
+        at_least = [np.cumsum(np.asarray(x, float)[::-1])[::-1][: POSITIONS + 1] for x in (drafted, accepted)]
         reach = len(at_least[1])
         self.steps += weight * at_least[0][0]
         if reach > 1:
@@ -181,8 +181,8 @@ class Acceptance:
         """Of a drafter that copies, by the length of its chains, the prior's first: steps that it is worth, the share
         of these that had a draft, chances [64], and the length."""
         chances, odds, _, seen = self._expected((drafter, "chain"))
-        prior_steps, drafted = _pooled(self._prior, drafter)
-        rate = drafted / prior_steps if prior_steps else _GUESSED_RATE
+        prior = self._prior.get((drafter, "chain")) or _Counts()
+        rate, prior_steps = prior.drafted / prior.steps if prior.steps else _GUESSED_RATE, prior.steps
         found = [(min(_PRIOR_STEPS, prior_steps) or _GUESS_STEPS, rate, chances, min(POSITIONS, round(seen)))]
         for (name, tree), live in self._live.items():
             if name == drafter and copies(name, tree) and live.steps > _FORGOTTEN:
