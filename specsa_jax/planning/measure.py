@@ -191,7 +191,7 @@ def _ordered(bench: Bench) -> Iterator[Task]:
     behind, pallas = bench.behind_text(), bench.engine.implementation == "pallas"
     deepest = bench.engine.config.nsa.select_block  # a draft is no deeper than a page
     corners = (*CORNERS, *(width for width in LONG if pallas and width <= deepest + 1))
-    # One chain speaks for the drafter's others: the third token of a chain fares alike in all.
+    # One chain speaks for the drafter's others: what those give follows from it (specsa_jax/planning/outlook.py).
     chains: dict[str, str] = {}
     for name, tree in sorted(bench.drafts, key=lambda draft: parse_tree(draft[1]).nodes):
         template = parse_tree(tree)

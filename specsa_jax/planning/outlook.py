@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-POSITIONS = 64  # a path is no longer than a page
+POSITIONS = 64  # of a draft, by which evidence is counted; usual pages have as many tokens, and paths no more
 _MOST_WHOLE, _LEAST_GOING_ON, _MOST_GOING_ON = 0.999, 0.05, 0.9995
 
 
