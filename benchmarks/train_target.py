@@ -33,7 +33,6 @@ import json
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -44,7 +43,7 @@ import harness
 from specsa_jax import checkpoints
 from specsa_jax.checkpoints import draft_head
 from specsa_jax.config import PRESETS, RopeConfig
-from specsa_jax.training import is_held_out
+from specsa_jax.training import data, is_held_out
 
 # Shares of --seconds: the short and the long context, the draft head; the rest measures. Of a training run's share a
 # part goes on tokenizing and compiling; what no limit holds (held-out losses, processes that start) takes SPARE.
@@ -57,17 +56,15 @@ LONGEST = 65536
 
 def sources(megabytes: float, tiny: bool) -> list[str]:
     """Directories and files to train on: the standard library, then packages by name while they fit ``megabytes``."""
-    stdlib, site = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
     if tiny:
-        return [str(stdlib / name) for name in ("asyncio", "email", "json", "unittest")]
-    sites = sorted({site, *(Path(path) for path in sys.path if path.endswith(("site-packages", "dist-packages")))})
+        return [str(data.locate("stdlib") / name) for name in ("asyncio", "email", "json", "unittest")]
     left, chosen = megabytes * 1e6, ["stdlib"]
-    for package in sorted((path for site in sites if site.is_dir() for path in site.iterdir()), key=lambda p: p.name):
+    for package in sorted(data.locate(data.INSTALLED).iterdir()):
         if package.is_dir() and not package.name.endswith((".dist-info", ".data", "__pycache__")):
             size = sum(file.stat().st_size for file in package.glob("**/*.py") if file.is_file())
             if 0 < size <= left:
                 left -= size
-                chosen.append(str(package))
+                chosen.append(data.INSTALLED + package.name)
     return chosen
 
 
@@ -162,7 +159,7 @@ class Recipe:
         """Their paths, each within its directory of the data."""
         found = []
         for source in self.data:
-            root = Path(sysconfig.get_path("stdlib") if source == "stdlib" else source)
+            root = data.locate(source)
             paths = (path.relative_to(root).as_posix() for path in sorted(root.glob("**/*.py")))
             found += [f"{root.name}/{path}" for path in paths
                       if is_held_out(path, HOLDOUT) and not (source == "stdlib" and "-packages/" in path)]  # fmt: skip

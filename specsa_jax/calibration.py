@@ -84,7 +84,7 @@ def read_calibration(
     checkpoint: str | os.PathLike[str], tokenizer: Tokenizer, paths: Sequence[str] = (), glob: str = "**/*.py"
 ) -> Calibration:
     """The text of files and directories (of these, the files that match ``glob``); without ``paths``, the files that
-    the checkpoint's card says were held out of its training.
+    the checkpoint's card says were held out of its training, of packages as far as they are installed here.
 
     Raises CalibrationError: no such path, no text, a file that is not UTF-8, a card that names no files.
     """
@@ -96,7 +96,7 @@ def read_calibration(
             documents = [corpus.Document("", text, True) for text in dict.fromkeys(texts) if text]
             source = ", ".join(sources.data)
         else:
-            sources = _card_sources(store.read_json(where / "metadata.json"))
+            sources = _installed(_card_sources(store.read_json(where / "metadata.json")))
             documents = corpus.read_corpus(sources).split(held_out=True)
             source = f"held-out files of {', '.join(sources.data)}"
     except TrainingError as error:
@@ -130,6 +130,12 @@ def _read(file: Path) -> str:
         raise CalibrationError(f"calibration text: {file}: not UTF-8 at byte {error.start} ({error.reason})") from error
     except OSError as error:
         raise CalibrationError(f"calibration text: {file}: cannot be read: {error.strerror}") from error
+
+
+def _installed(sources: _Sources) -> _Sources:
+    """Without packages that this machine lacks: what was held out of the others is held out all the same."""
+    here = (one for one in sources.data if not one.startswith(corpus.INSTALLED) or corpus.locate(one).is_dir())
+    return dataclasses.replace(sources, data=tuple(here) or sources.data)
 
 
 def _card_sources(card: dict[str, Any]) -> _Sources:

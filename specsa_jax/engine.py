@@ -44,7 +44,7 @@ from specsa_jax.planning.space import Space
 from specsa_jax.prompts import PromptError, encode, stop_texts, token_row, whole_number
 from specsa_jax.reading import Reader
 from specsa_jax.results import Chunk, Output, Result, Stream, stats_of
-from specsa_jax.runtime import Runtime, signature
+from specsa_jax.runtime import Runtime, bucket, signature
 from specsa_jax.sampling import SamplingParams, batch_sampling
 from specsa_jax.schedule import Sharing, parse_schedule
 from specsa_jax.segments import Segments
@@ -71,7 +71,7 @@ class Engine(Runtime):
       checkpoint: the directory that keeps what was measured of the model (:mod:`specsa_jax.checkpoints.records`).
       profile: what planners go by (:mod:`specsa_jax.planning`), or its file; None: the checkpoint's own for this kind
         of device, if there is one, else counted bytes and measured bandwidth; so too where it has no step times.
-        ProfileError for one of another model, device, dtype or implementation.
+        ProfileError for a file of another model, device, dtype or implementation.
       allow_mismatch: take a profile's file all the same, if it is of this model.
     """
 
@@ -292,12 +292,12 @@ class Engine(Runtime):
         precision = planner.precision or self.precision
         check_bound(Strategy(None, precision=precision), Sharing(), bound)
         profile, _ = self.profile, self.costs  # measured now where there is no profile, once
-        drafters = planner.drafters or (() if profile is None else space.profiled(profile, self.config))
-        key = drafters, precision
+        usual = () if profile is None else space.profiled(profile, self.config)
+        drafters, named = planner.drafters or usual or space.DRAFTERS, bool(planner.drafters)
+        key = drafters, named, precision
         if key not in self._candidates:
-            found = space.candidates(drafters, self.config, str(self.checkpoint or ""), precision)
+            found = space.candidates(drafters, self.config, str(self.checkpoint or ""), precision, named)
             for candidate in found:
-                self.decoder.check(candidate.strategy)
                 self.load_drafter(candidate.strategy.drafter)
             self._candidates[key] = found
         approximate = precision == "approx" and bound.given
@@ -386,7 +386,7 @@ class Engine(Runtime):
         """A plan for these prompts; ``replays``, ``drawn``, ``watchers`` as :meth:`Space.plan`."""
         capacity = state.cache.page_table.shape[1] * self.config.nsa.select_block
         # XLA's path computes over whole page tables.
-        context = capacity if self.implementation == "xla" else int(np.mean([len(row) for row in rows]))
+        context = capacity if self.implementation == "xla" else bucket(int(np.mean([len(row) for row in rows])))
         return found.plan(
             self.costs, self._priors, rows, max_new_tokens, context=context, layers=self.config.layers,
             compiled=self.ready.setdefault(signature(state), set()).__contains__,

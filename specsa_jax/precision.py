@@ -155,6 +155,18 @@ def upper_bound(means: np.ndarray, confidence: float) -> float:
     return float(means.mean()) - spread * min(student, hall)
 
 
+def _rows(
+    engine: Engine, calibration: Calibration, contexts: Sequence[int], tokens: int, windows: int, part: Part
+) -> dict[int, np.ndarray]:
+    """Places of the text by context, the shortest first."""
+    most = engine.max_length - 1 - tokens
+    for context in contexts:
+        if context > most:
+            raise CalibrationError(f"contexts: got {context}, expected at most {most}: of the model's "
+                                   f"{engine.max_length} tokens {tokens} are scored behind it")  # fmt: skip
+    return {context: calibration.windows(context, tokens, windows, part) for context in sorted(set(contexts))}
+
+
 def measure(
     engine: Engine,
     strategies: Sequence[Strategy],
@@ -182,8 +194,8 @@ def measure(
 
     Returns the measurements, one for each strategy.
 
-    Raises ValueError for strategies without an approximation, CalibrationError for text too small to state anything,
-    CapacityError for contexts that do not fit, all before any work.
+    Raises ValueError for strategies without an approximation, CalibrationError for text too small to state anything and
+    contexts beyond the model's, CapacityError for those that do not fit, all before any work.
     """
     batch = whole_number("batch", batch)
     if not 0.5 <= confidence < 1:
@@ -203,7 +215,7 @@ def measure(
         raise ValueError(f"{'contexts' if kinds else 'strategies'}: got none, expected at least one")
     # By pass width: strategies of one width share the exact laws that they are compared with.
     widths = {width: [kind for kind in dict.fromkeys(kinds) if kind[1] == width] for _, width in kinds}
-    rows = {context: calibration.windows(context, tokens, windows, part) for context in sorted(set(contexts))}
+    rows = _rows(engine, calibration, contexts, tokens, windows, part)
     for context, taken in rows.items():
         engine.check_fits([taken[0, : context + 1]] * batch, tokens)
     total = sum(-(-len(taken) // batch) for taken in rows.values()) * (len(set(kinds)) + len(widths))
@@ -253,7 +265,7 @@ def search(
         raise ValueError(
             f"refresh: got {refresh!r}, expected 1 to {layers - 1}: fewer than the model's {layers} layers"
         )
-    rows = {context: calibration.windows(context, tokens, windows, "search") for context in sorted(set(contexts))}
+    rows = _rows(engine, calibration, contexts, tokens, windows, "search")
     if not rows:
         raise ValueError("contexts: got none, expected at least one")
     for context, taken in rows.items():

@@ -15,9 +15,9 @@ from specsa_jax.drafting import Drafter
 from specsa_jax.runtime import Runtime
 from specsa_jax.strategy import Precision
 
-# Tokens of each prompt that a call of the compiled prefill reads, by backend: so few that Ctrl-C is heard, and on a GPU
-# so many that it is busy for longer than a plan takes.
-_TOKENS = {"cpu": 1024, "gpu": 4096}
+# Tokens of each prompt that a call of the compiled prefill reads, by backend: so few that Ctrl-C is heard; and calls
+# that are sent at once to begin with: a GPU is busy with so many for longer than a plan takes.
+_TOKENS, _AHEAD = {"cpu": 1024, "gpu": 4096}, 2
 
 
 class Reader:
@@ -40,7 +40,7 @@ class Reader:
         self._runtime, self._precision, self._pages = runtime, precision, pages
         self._longest = max(len(row) for row in rows)
         self._chunk = runtime.chunk(self._longest, precision)
-        self._calls, self._begun = 0, 0.0
+        self._calls, self._sent, self._begun = 0, 0, 0.0
         self._prefill: Callable[..., State]
         self._few = np.int32(0)
         self.state = self._initial()
@@ -51,9 +51,9 @@ class Reader:
 
         Anew if it had been started; but where nobody is to be shown what is read any more, reading goes on.
         """
-        again = self._calls > 0
+        again = self._sent > 0
         if again and (observer is None or not observer.observes):
-            if self._calls == 1:  # all of it was sent
+            if self._sent == self._calls:
                 self.state = self.state._replace(draft=())
             else:
                 self._compile(observer)
@@ -65,8 +65,9 @@ class Reader:
         self._compile(observer)
         few = max(1, _TOKENS.get(jax.default_backend(), 1024) // self._chunk)
         self._few, self._calls = np.int32(few), -(-self._longest // (few * self._chunk))
-        self._begun = self._begun or time.perf_counter()
-        self._send(self.state)
+        self._begun, self._sent = self._begun or time.perf_counter(), 0
+        for _ in range(min(_AHEAD, self._calls)):
+            self._send(self.state)
 
     def _compile(self, observer: Drafter | None) -> None:
         """The program for ``observer``, whose state, before any token, takes the place of the one before."""
@@ -80,6 +81,7 @@ class Reader:
 
     def _send(self, state: State) -> None:
         self.state = self._prefill(self._runtime.params, state, self._few)
+        self._sent += 1
 
     @property
     def is_busy(self) -> bool:
@@ -89,7 +91,7 @@ class Reader:
 
     def finish(self) -> State:
         """Waits until everything is read. Gives the state away."""
-        for _ in range(1, self._calls):
+        while self._sent < self._calls:
             self._send(jax.block_until_ready(self.state))
         state = jax.block_until_ready(self.state)
         del self.state

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 
 import jax
@@ -244,6 +245,33 @@ def test_nobody_watches_who_costs_more_to_be_shown_a_prompt_than_drafting_is_wor
 
     assert watchers(0.0, 100) == (MODEL,) == watchers(50.0, 10_000)
     assert watchers(50.0, 100) == ()
+
+
+@pytest.mark.parametrize("first", STATEFUL)
+def test_contenders_are_of_those_that_watched_at_first_though_the_choice_may_be_another(first, monkeypatch):
+    costs = SlopeCosts(0.1)
+    costs.draft = lambda name, *rest: 100.0 * (name != first.drafter)
+    plan = Plan(Planner(switch=False), STATEFUL, costs, Acceptance(), batch=1, context=64, layers=1,
+                compiled=lambda _: True, compile_seconds=0.0, new_tokens=100, watchers=(MODEL,))  # fmt: skip
+    assert plan.strategy.tree == first.strategy.tree
+    assert {plan.words[one].split(" ")[0].rstrip(",") for one in plan.contenders()} >= {"lookup", "model"}
+
+
+def test_a_profile_names_no_code_and_nothing_that_is_not_there(tmp_path, monkeypatch):
+    """Its drafters that are classes by their path, or heads that the checkpoint lacks, are left out; those that a
+    user names are not."""
+    (tmp_path / "told.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    priors = [Prior(name, "chain:2", "edit", 64, 2, (0, 0, 2), (0, 0, 2), 4) for name in ("told:Drafter", "head")]
+    priors += [Prior("lookup", tree, "edit", 64, 2, (0, 0, 2), (0, 0, 2), 4) for tree in ("chain:2", "chain:100")]
+    point = Point(1, 160, 1)
+    profile = Profile("model", "cpu", {}, "float32", "xla", 160, 1e10, 1e11, 1e-6, (StepTime(point, 1.0, 1.0, 1.0),),
+                      (), (), tuple(priors), (), ())  # fmt: skip
+    engine = tiny_engine(ONE, profile=profile)
+    assert {one.drafter for one in engine.space(Planner()).candidates} == {"none", "lookup"}
+    assert "told" not in sys.modules
+    with pytest.raises(ValueError, match="drafter: head"):
+        engine.space(Planner(drafters=(("head", ("chain:2",)),)))
 
 
 @pytest.fixture

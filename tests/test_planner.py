@@ -166,6 +166,10 @@ def test_a_segment_is_long_enough_to_be_worth_a_call(monkeypatch):
     assert lengths == pytest.approx([100, 400, 400, 400], abs=1)  # as long as the strategy stays
 
 
+def test_a_segment_of_numpys_does_not_overflow():
+    assert Planner(segment=np.int8(100)) == Planner(segment=100) and 2 * Planner(segment=np.int8(100)).segment == 200
+
+
 def test_contenders_are_all_that_win_at_some_acceptance():
     assert {strategy.tree for strategy in make(0.1).contenders()} >= {"chain:16"}
     assert Strategy(None) in make(0.1).contenders()
@@ -174,7 +178,8 @@ def test_contenders_are_all_that_win_at_some_acceptance():
 
 @pytest.mark.parametrize("bad", [
     {"hysteresis": -1}, {"hysteresis": float("nan")}, {"hysteresis": "x"}, {"hysteresis": None}, {"segment": 0},
-    {"segment": True}, {"precision": "fp8"}, {"switch": "no"}, {"drafters": "lookup"}, {"drafters": 5},
+    {"segment": True}, {"precision": "fp8"},
+    {"precision": np.array(["exact", "exact"])}, {"switch": "no"}, {"drafters": "lookup"}, {"drafters": 5},
     {"drafters": (3, ("chain:2",))}, {"drafters": ((3, ("chain:2",)),)}, {"drafters": (("lookup", "chain:2"),)},
     {"drafters": (("lookup", ()),)},
 ])  # fmt: skip

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -142,6 +143,24 @@ def test_calibration_text_that_is_none_is_refused(directory, engine, tmp_path):
             read_calibration(directory, engine.tokenizer, [str(path) for path in paths])
 
 
+def test_held_out_text_is_that_of_packages_which_are_installed(directory, engine, tmp_path):
+    """A checkpoint goes to machines that have others."""
+
+    def text_of(*data):
+        copy = tmp_path / str(len(data))
+        shutil.copytree(directory, copy, dirs_exist_ok=True)
+        card = json.loads((copy / "metadata.json").read_text())
+        card["config"] = {"data": data, "glob": "**/*.py", "exclude": [], "skip_undecodable": True, "holdout": 0.5}
+        (copy / "metadata.json").write_text(json.dumps(card))
+        return read_calibration(copy, engine.tokenizer)
+
+    found = text_of("site-packages/tqdm")
+    assert found.source == "held-out files of site-packages/tqdm" and len(found.stream) > 1000
+    assert text_of("site-packages/tqdm", "site-packages/absent").text == found.text
+    with pytest.raises(CalibrationError, match="site-packages/absent"):
+        text_of("site-packages/absent", "site-packages/none", "site-packages/neither")
+
+
 @pytest.mark.parametrize(
     "strategy, options, words",
     [
@@ -150,6 +169,7 @@ def test_calibration_text_that_is_none_is_refused(directory, engine, tmp_path):
         (approx(schedule="FSS"), {"confidence": 1.0}, "confidence: got 1.0"),
         (approx(schedule="FSS"), {"contexts": ()}, "contexts: got none"),
         (approx(schedule="FSS"), {"contexts": (380,)}, "expected at least 8"),
+        (approx(schedule="FSS"), {"contexts": (64, 10**6)}, "contexts: got 1000000, expected at most .* are scored"),
         (Strategy(tree="2-1", group=2, group_mode="shared", precision="approx"), {}, "expected a drafted chain"),
     ],
 )

@@ -69,6 +69,19 @@ def test_a_copys_other_depths_follow_from_its_runs_and_a_heads_from_its_position
     assert acceptance.outlook("lookup", "chain:16", 16, shift=-9.0).length < 1.2
 
 
+def test_of_a_copys_priors_those_of_its_longest_chain_count():
+    """Steps of chains of several lengths, taken for those of one, would be of no text."""
+
+    def prior(depth, lengths):
+        drafted, accepted = (tuple(map(int, counts)) for counts in histogram(depth, lengths))
+        return Prior("lookup", f"chain:{depth}", "edit", 64, len(lengths), drafted, accepted, 0)
+
+    short, long = prior(4, [4] * 1400 + [0] * 600), prior(16, [16] * 400 + [0] * 600)
+    both, alone = Acceptance([short, long]), Acceptance([long])
+    for depth in (4, 16, 63):
+        assert both.length("lookup", f"chain:{depth}", depth) == alone.length("lookup", f"chain:{depth}", depth)
+
+
 def test_chains_deeper_than_what_is_counted_by_position_are_evidence_too():
     acceptance = Acceptance()
     before = acceptance.length("lookup", "chain:100", 100)

@@ -65,7 +65,8 @@ def test_a_damaged_file_is_refused_with_the_place_of_the_damage(tmp_path, full):
         (json.dumps({**values, "more": 1}), "expected the fields fingerprint"),
         (json.dumps({n: v for n, v in values.items() if n != "drafts"}), "expected the fields"),
         (json.dumps({**values, "bandwidth": float("nan")}), "Profile.bandwidth: got nan, expected float"),
-        (json.dumps({**values, "bandwidth": 0.0}), "Profile.bandwidth: got 0.0, expected above 0"),
+        (json.dumps({**values, "bandwidth": 0.0}), "Profile.bandwidth: got 0.0, expected at least 1"),
+        (json.dumps({**values, "overhead": 2.0}), "Profile.overhead: got 2.0, expected seconds, above 0 and at most"),
         (json.dumps({**values, "implementation": "cuda"}), "implementation: got 'cuda', expected 'xla' or 'pallas'"),
         (json.dumps({**values, "steps": {}}), "Profile.steps: got {}, expected tuple"),
         (json.dumps({**values, "steps": [{**first, "low": 1e9}]}), "expected 0 < low <= seconds <= high"),
@@ -82,6 +83,10 @@ def test_a_damaged_file_is_refused_with_the_place_of_the_damage(tmp_path, full):
             ({"sharing": {**first["point"]["sharing"], "group": -4}}, ".sharing: group: got -4, expected an integer"),
         )),
         (json.dumps({**values, "priors": [{**values["priors"][0], "steps": 11}]}), "add up to 11 steps"),
+        (json.dumps({**values, "priors": [{**values["priors"][0], "accepted": [2, 0, 8]}]}),
+         r"Profile.priors\[0\]: Prior.accepted: got \(2, 0, 8\), expected no more than was drafted, \(3, 0, 7\)"),
+        *((json.dumps({**values, name: [{**values[name][0], "tree": "star"}]}),
+           rf"Profile.{name}\[0\]: tree: got 'star'") for name in ("priors", "drafts")),
     ):  # fmt: skip
         path.write_text(broken)
         with pytest.raises(ProfileError, match=f"(?s)profile.json.*{reason}"):

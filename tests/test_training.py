@@ -312,6 +312,15 @@ def test_standard_library_is_a_data_source(config):
     assert fewer.keys() == files.keys() - {"json/decoder.py"}
 
 
+def test_an_installed_package_is_a_data_source_wherever_it_lies(config):
+    config = dataclasses.replace(config, data=("site-packages/numpy",), glob="lib/*.py")
+    assert "lib/_version.py" in dict(data.find_files("site-packages/numpy", config))
+    with pytest.raises(
+        TrainingError, match="got 'site-packages/absent', expected .* the site-packages/NAME of an inst"
+    ):
+        data.find_files("site-packages/absent", config)
+
+
 def test_file_that_is_not_utf8_is_an_error_or_skipped_and_counted(config, tmp_path):
     for i in range(20):
         (tmp_path / f"{i}.py").write_text(f"x = {i}\n")

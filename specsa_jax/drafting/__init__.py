@@ -10,6 +10,7 @@ from specsa_jax.drafting.base import (
     Target,
     depth_first,
     drafter_from_name,
+    is_registered,
     register_drafter,
 )
 from specsa_jax.drafting.combined import Combined
@@ -21,7 +22,7 @@ from specsa_jax.drafting.tree import TreeTemplate, parse_tree
 
 __all__ = [
     "Combined", "Context", "Draft", "DraftModel", "Drafter", "Level", "PromptLookup", "Seen", "SelfDraft", "Target",
-    "TrainedHead", "TreeTemplate", "depth_first", "drafter_from_name", "grow", "parse_tree",
+    "TrainedHead", "TreeTemplate", "depth_first", "drafter_from_name", "grow", "is_registered", "parse_tree",
     "register_drafter",
 ]  # fmt: skip
 

@@ -197,6 +197,11 @@ def register_drafter(name: str, make: Callable[[str, str], Drafter | None]) -> N
     _REGISTERED[name] = make
 
 
+def is_registered(name: str) -> bool:
+    """Whether ``name`` (``a+b``, too) is of this package's drafters, or registered ones, not of a class by its path."""
+    return all(part.partition(":")[0] in _REGISTERED for part in name.split("+"))
+
+
 def drafter_from_name(name: str, checkpoint: str = "embedded") -> Drafter | None:
     """The drafter called ``name``, for the target ``checkpoint``, with its default settings; None for "none".
 

@@ -54,12 +54,19 @@ def new_profile(engine: Engine, contexts: Sequence[int]) -> Profile:
 
 
 def versions() -> dict[str, str]:
-    """What a measurement depends on beside the device."""
-    return {
+    """What a measurement depends on beside the device; a CPU, too, whose kind says little, unlike a GPU's."""
+    found = {
         "specsa-jax": specsa_jax.__version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__,
-        "python": platform.python_version(), "processor": platform.processor() or platform.machine(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "python": platform.python_version(),
     }  # fmt: skip
+    if jax.default_backend() == "cpu":
+        found |= {"processor": platform.processor() or platform.machine(), "cores": str(_cores())}
+    return found
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def measure(
@@ -109,8 +116,7 @@ def measure(
     wanted, missing = [task for task in ordered if task.key not in known], bench.missing
     text = calibration.text
     longest: dict[str, float] = {}  # seconds, by kind of task
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    together, most, compiled = min(cores, TOGETHER), 0.0, 0  # compiled at a time; seconds at most; tasks so far
+    together, most, compiled = min(_cores(), TOGETHER), 0.0, 0  # compiled at a time; seconds at most; tasks so far
     share, skipped = 0.0, 0  # of a task in its group's compilation; tasks that the budget leaves out
     for done, task in enumerate(wanted):
         kind = task.key[0]

@@ -122,7 +122,7 @@ class Plan:
         self.watchers = self._promising(candidates, new_tokens) if watchers is None else watchers
         # A call begins with one of ``_first``: a segment shows what it is worth that the others watch.
         self._first = self._watched(candidates) if self.watchers else self._alone
-        self.candidates = [*self._first, *self._alone] if self.watchers else self._alone
+        self._at_first = self.candidates = [*self._first, *self._alone] if self.watchers else self._alone
         self._named = {self.words[candidate.strategy]: candidate for candidate in self.candidates}
         self.strategy, self._steps, self._length = self._first[0].strategy, 0, planner.segment
         self._replayed, self._looked = replayed, lengths
@@ -163,12 +163,12 @@ class Plan:
         found = [self.strategy]
         # Whoever drafts: of two drafters one may fare well on a text, and the other badly.
         drafters: dict[tuple[str, bool], list[Candidate]] = {}
-        for one in self.candidates:
+        for one in self._at_first:
             drafters.setdefault((one.drafter, bool(one.watchers)), []).append(one)
         for rate in (0.0, 0.25, 0.5, 0.75, 1.0):
             for shift in np.linspace(-3.0, 4.0, 15):
-                options = self.options(self.candidates, self.batch, rate, shift)
-                speeds = {c: option.tokens_per_second for c, option in zip(self.candidates, options, strict=True)}
+                options = self.options(self._at_first, self.batch, rate, shift)
+                speeds = {c: option.tokens_per_second for c, option in zip(self._at_first, options, strict=True)}
                 found += [max(some, key=lambda c: speeds[c]).strategy for some in (self._first, *drafters.values())]
         return list(dict.fromkeys(found))
 

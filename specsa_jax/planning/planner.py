@@ -42,13 +42,16 @@ class Planner:
     switch: bool = True
 
     def __post_init__(self) -> None:
-        if self.precision not in (None, *get_args(Precision)):
+        if self.precision is not None and not (
+            isinstance(self.precision, str) and self.precision in get_args(Precision)
+        ):
             raise ValueError(f"precision: got {self.precision!r}, expected one of {', '.join(get_args(Precision))}")
         number = isinstance(self.hysteresis, numbers.Real) and not isinstance(self.hysteresis, bool)
         if not (number and 0 <= self.hysteresis < math.inf):
             raise ValueError(f"hysteresis: got {self.hysteresis!r}, expected a fraction of at least 0")
         if isinstance(self.segment, bool) or not isinstance(self.segment, numbers.Integral) or self.segment < 1:
             raise ValueError(f"segment: got {self.segment!r}, expected an integer of at least 1 step")
+        object.__setattr__(self, "segment", int(self.segment))  # NumPy's overflow
         if not isinstance(self.switch, bool):
             raise ValueError(f"switch: got {self.switch!r}, expected True or False")
         object.__setattr__(self, "drafters", _drafters(self.drafters))

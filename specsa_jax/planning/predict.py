@@ -76,13 +76,17 @@ def family(tree: str) -> str:
     return "chain" if tree.startswith("chain:") else tree
 
 
+def _length(chain: str) -> int:
+    return int(chain.partition(":")[2])
+
+
 def copies(drafter: str, tree: str) -> bool:
     """Whether the tokens of such drafts fare alike, however deep they lie."""
     return drafter.partition(":")[0] == "lookup" and family(tree) == "chain"
 
 
 class Acceptance:
-    """What is known of the acceptance of drafts on one text. ``priors``: of a profile."""
+    """How drafts are known to fare on one text. ``priors``: of a profile; of copies, the longest chain's."""
 
     def __init__(self, priors: Iterable[Prior] = ()):
         self._prior: dict[tuple[str, str], _Counts] = collections.defaultdict(_Counts)
@@ -95,8 +99,14 @@ class Acceptance:
         # What :meth:`rate` and :meth:`outlook` have answered since evidence came; a plan asks for each candidate.
         self._rates: dict[str, float] = {}
         self._outlooks: _Outlooks = {}
+        priors = tuple(priors)
+        longest: dict[str, int] = collections.defaultdict(int)
         for prior in priors:
-            self._prior[prior.drafter, family(prior.tree)].add(prior.drafted, prior.accepted, 1.0)
+            if copies(prior.drafter, prior.tree):
+                longest[prior.drafter] = max(longest[prior.drafter], _length(prior.tree))
+        for prior in priors:  # of copies those of one length, from which the others follow
+            if not copies(prior.drafter, prior.tree) or _length(prior.tree) == longest[prior.drafter]:
+                self._prior[prior.drafter, family(prior.tree)].add(prior.drafted, prior.accepted, 1.0)
 
     def fresh(self, drawn: bool = False) -> Acceptance:
         """The same priors, without what was learned: for other texts, whose tokens are ``drawn``, or are greedy."""
@@ -187,7 +197,7 @@ class Acceptance:
         for (name, tree), live in self._live.items():
             if name == drafter and copies(name, tree) and live.steps > _FORGOTTEN:
                 own = (chances + live.stood) / (1.0 + live.tried)
-                depth = min(POSITIONS, int(tree.partition(":")[2]))
+                depth = min(POSITIONS, _length(tree))
                 found.append((live.steps, (rate + live.drafted) / (1.0 + live.steps), own, depth))
         if shift := self._shift(drafter):
             found[0] = (found[0][0], rate, sigmoid(odds + shift), found[0][3])

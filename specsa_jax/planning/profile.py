@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from pallas_kernels.tuned import slug
 from specsa_jax.checkpoints.records import Measurement, Text
 from specsa_jax.checkpoints.store import write_text
+from specsa_jax.drafting import parse_tree
 from specsa_jax.schedule import Sharing
 
 # Integers in a file: those that a float holds exactly, too.
@@ -84,6 +85,7 @@ class DraftTime:
     seconds: float
 
     def __post_init__(self) -> None:
+        parse_tree(self.tree)
         _at_least(self, 1, "batch", "context")
         _at_least(self, 0.0, "seconds")
 
@@ -123,12 +125,17 @@ class Prior:
     nodes: int
 
     def __post_init__(self) -> None:
+        parse_tree(self.tree)
         _at_least(self, 1, "context", "steps")
         _at_least(self, 0, "nodes")
         for name in ("drafted", "accepted"):
             counts = getattr(self, name)
             if min(counts, default=-1) < 0 or sum(counts) != self.steps:
                 raise ProfileError(f"Prior.{name}: got {counts}, expected counts that add up to {self.steps} steps")
+        if any(sum(self.accepted[depth:]) > sum(self.drafted[depth:]) for depth in range(1, len(self.accepted))):
+            raise ProfileError(
+                f"Prior.accepted: got {self.accepted}, expected no more than was drafted, {self.drafted}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +178,7 @@ class Profile:
     Attributes:
       fingerprint: of the model (:func:`specsa_jax.checkpoints.draft_head.fingerprint`).
       device: the kind of device, as JAX names it.
-      versions: of what it was measured with, and the host's processor and its cores.
+      versions: of what it was measured with; of a CPU, the processor and its cores.
       dtype, implementation: of computation and cache; of attention.
       max_context: tokens, the longest measured.
       bandwidth, flops, overhead: bytes/s of a copy, operations/s of a matmul, seconds of a small operation in a
@@ -204,9 +211,9 @@ class Profile:
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
-        for name in ("bandwidth", "flops", "overhead"):
-            if not getattr(self, name) > 0:
-                raise ProfileError(f"Profile.{name}: got {getattr(self, name)}, expected above 0")
+        _at_least(self, 1.0, "bandwidth", "flops")
+        if not 0 < self.overhead <= 1:
+            raise ProfileError(f"Profile.overhead: got {self.overhead}, expected seconds, above 0 and at most 1")
 
 
 def default_path(checkpoint: Path, device: str) -> Path:

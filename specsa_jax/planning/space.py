@@ -12,7 +12,7 @@ import numpy as np
 
 from specsa_jax.checkpoints.records import Measurement
 from specsa_jax.config import ModelConfig
-from specsa_jax.drafting import Drafter, drafter_from_name, parse_tree
+from specsa_jax.drafting import Drafter, drafter_from_name, is_registered, parse_tree
 from specsa_jax.planning import replay
 from specsa_jax.planning.costs import Costs
 from specsa_jax.planning.plan import Plan
@@ -33,22 +33,25 @@ DRAFTERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def candidates(
-    drafters: Sequence[tuple[str, Sequence[str]]], config: ModelConfig, checkpoint: str, precision: Precision
-) -> list[Candidate]:
-    """Not to speculate, and each of ``drafters`` (name, trees), or of :data:`DRAFTERS` where there are none; all layers
-    refreshing.
+    drafters: Sequence[tuple[str, Sequence[str]]], config: ModelConfig, checkpoint: str, precision: Precision,
+    asked: bool = True,
+) -> list[Candidate]:  # fmt: skip
+    """Not to speculate, and each of ``drafters`` (name, trees); all layers refreshing.
 
-    Of :data:`DRAFTERS`, what does not suit the model, or a head that the checkpoint has not, is left out; of others it
-    raises ValueError, as do names and trees that are none.
+    Of drafters that the user has ``asked`` for, raises ValueError for what does not suit the model, a head that the
+    checkpoint has not, and names and trees that are none. Else these are left out, as are classes of one's own: nobody
+    but the user says which code runs.
     """
     found = [Candidate("none", Strategy(None, precision=precision))]
-    for name, trees in drafters or DRAFTERS:
+    for name, trees in drafters:
+        if not (asked or is_registered(name)):
+            continue
         for tree in trees:
             try:
                 strategy = Strategy(drafter_from_name(name, checkpoint), tree, precision=precision)
                 strategy.check(config)
             except ValueError:  # CheckpointError is one
-                if drafters:
+                if asked:
                     raise
                 continue
             if strategy.drafter is not None:

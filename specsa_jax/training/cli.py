@@ -20,7 +20,13 @@ _D: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(
 
 
 def train(
-    data: Annotated[list[str], typer.Argument(help="Directories and files; 'stdlib': this Python's standard library.")],
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            help="Directories and files; 'stdlib': this Python's standard library; "
+            "'site-packages/NAME': an installed package."
+        ),
+    ],
     output: Annotated[str, typer.Option("--output", "-o", help="The run's directory.")],
     stages: Annotated[str, typer.Option(help="context:batch:steps[,…], in place of the three options below.")] = "",
     context: Annotated[int | None, typer.Option(help="Tokens a sequence; 4096 if not given.")] = None,

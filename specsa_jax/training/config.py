@@ -56,7 +56,8 @@ class TrainConfig(_Config):
     """One training run.
 
     Attributes:
-      data: directories and files to train on; ``"stdlib"`` is the running Python's standard library.
+      data: directories and files to train on; ``"stdlib"`` is the running Python's standard library, and
+        ``"site-packages/NAME"`` a package's directory where its packages are installed.
       output: the run's directory.
       stages: shapes, in order; the learning-rate schedule spans all of them.
       model: a preset's name, or the path of a ModelConfig JSON file.

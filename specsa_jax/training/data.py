@@ -20,6 +20,8 @@ from tokenizers import Tokenizer
 from specsa_jax.training.config import TrainingError
 from specsa_jax.training.tokenizer import END_OF_TEXT_ID
 
+# Of a data argument that names an installed package: what its name begins with, wherever they lie.
+INSTALLED = "site-packages/"
 # What shares the standard library's directory but is no part of it.
 _NOT_STDLIB = ("*site-packages/*", "*dist-packages/*")
 
@@ -122,14 +124,24 @@ def read_corpus(config: Sources) -> Corpus:
     return corpus
 
 
+def locate(source: str) -> Path:
+    """Where a data argument lies: 'stdlib', an installed package, or a path."""
+    if source.startswith(INSTALLED):
+        return Path(sysconfig.get_path("purelib")) / source.removeprefix(INSTALLED)
+    return Path(sysconfig.get_path("stdlib") if source == "stdlib" else source)
+
+
 def find_files(source: str, config: Sources) -> Iterable[tuple[str, Path]]:
     """(relative path, file) of one data argument, sorted by relative path."""
-    root = Path(sysconfig.get_path("stdlib") if source == "stdlib" else source)
+    root = locate(source)
     exclude = config.exclude + (_NOT_STDLIB if source == "stdlib" else ())
     if root.is_file():
         return [(root.name, root)]
     if not root.is_dir():
-        raise TrainingError(f"data: got {source!r}, expected an existing directory or file, or 'stdlib'")
+        raise TrainingError(
+            f"data: got {source!r}, expected an existing directory or file, 'stdlib', or the "
+            f"{INSTALLED}NAME of an installed package"
+        )
     try:
         matches = [(p.relative_to(root).as_posix(), p) for p in root.glob(config.glob) if p.is_file()]
     except (ValueError, NotImplementedError) as error:
