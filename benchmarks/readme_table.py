@@ -34,8 +34,8 @@ def thousands(tokens: int) -> str:
 
 
 def called(model: str) -> str:
-    """A checkpoint or preset in words: what ``make bench-target`` leaves is kept nowhere."""
-    return "trained target" if model.startswith("bench-run/") else model
+    """A checkpoint or preset in words: benchmarks/target, and what ``make bench-target`` leaves."""
+    return "trained target" if model.startswith(("bench-run/", "benchmarks/target")) else model
 
 
 def held_out(result: Result) -> Lines:
@@ -172,7 +172,7 @@ def train_target(result: Result) -> Lines:
     if "parameters" in result:
         loss, tokens = runs[-1]["summary"]["held_out_loss"], sum(run["summary"]["tokens"] for run in runs)
         yield (
-            f"target of {result['parameters'] / 1e6:.0f}M parameters, trained on the spot",
+            f"target of {result['parameters'] / 1e6:.0f}M parameters (benchmarks/target)",
             f"held-out loss {loss:.2f} nats a token after {tokens / 1e6:.1f}M tokens; "
             f"{sum(run['wall_seconds'] for run in result['runs']):.0f} s with its draft head",
         )
