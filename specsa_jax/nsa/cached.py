@@ -340,7 +340,7 @@ def _own_dots(config: NSAConfig, query: jax.Array, keys: jax.Array) -> jax.Array
         scores = jnp.einsum("bthgd,bthkd->bthgk", query, keys, preferred_element_type=jnp.float32)
         return scores * config.softmax_scale
     # XLA's CPU code copies a product's right side unless it is contracted along its first axis: so the few queries
-    # stand there, and barriers keep XLA from undoing it. On two cores 6 of these products' 30 ms are left at batch 8 and
+    # stand there, and barriers keep XLA from undoing it. On two cores 6 of these products' 30 ms are left at batch 8,
     # T = 17, of a prompt's chunk 2 of 5, of one query two thirds (tried once).
     columns = jax.lax.optimization_barrier(jnp.swapaxes(query, -1, -2))
     scores = jnp.einsum("bthkd,bthdg->bthkg", keys, columns, preferred_element_type=jnp.float32)
