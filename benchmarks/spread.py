@@ -1,9 +1,9 @@
 """Runs command lines beside each other on the GPUs of a host: each GPU takes the next line when it is free.
 
 A line is a command as in a shell, without one: quotes, but no pipes or variables. ``{left}`` in it is replaced by the
-whole seconds that remain for it when it begins, for ``--budget``. What is not over when the time is gets SIGINT (scripts
-with a budget have kept their rows by then), and is killed 10 s later. Output goes to files in --logs, by the line's
-number, from 0 on.
+whole seconds that remain for it when it begins, for ``--budget``. What is not over when the time is gets SIGINT (what
+has a budget has kept its rows by then), and is killed 10 s later. Output goes to files in --logs, by the line's number,
+from 0 on.
 
     python benchmarks/spread.py --seconds 540 --logs logs <<END
     python benchmarks/end_to_end.py --batches 1 --resume --budget {left} --out e2e-1.json
