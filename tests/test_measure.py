@@ -79,7 +79,7 @@ def test_what_is_measured_is_not_measured_twice(engine, text, stub):
 
 def test_measured_anew_is_what_there_is_time_for_and_the_rest_stays(engine, text, stub, monkeypatch):
     done, at = stub
-    monkeypatch.setattr(measure, "measure_bandwidth", lambda dtype: (1.0, 2.0, 3.0))
+    monkeypatch.setattr(measure, "measure_bandwidth", lambda dtype: (1.0, 2.0, 0.5))
     before = profile(steps=tuple(timed(Point(1, 64, width), 1.0) for width in (1, 2, 5)))
     untouched, _ = measure.measure(engine, text, before, again=True, budget=0.0, **SMALL)
     assert untouched == before
@@ -288,7 +288,7 @@ def test_the_command_stops_where_its_budget_is_spent_and_goes_on_with_the_rest(
     original = calibration.read_calibration
     monkeypatch.setattr(calibration, "read_calibration", read_calibration)
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    monkeypatch.setattr(measure, "measure_bandwidth", lambda dtype: (1.0, 2.0, 3.0))
+    monkeypatch.setattr(measure, "measure_bandwidth", lambda dtype: (1.0, 2.0, 0.5))
     at |= dict.fromkeys((1, 2, 3), lambda: passes(10.0))
     (tmp_path / "text.py").write_text(" ".join(f"word{chr(97 + i % 2)}{chr(97 + i % 26)}" for i in range(2000)))
     path = tmp_path / "profile.json"
