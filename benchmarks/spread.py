@@ -17,6 +17,7 @@ files together. Exit codes: 0, or 1 where a line failed or did not begin.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import queue
 import shlex
@@ -50,34 +51,38 @@ def words(line: str, left: float) -> list[str]:
         raise ValueError(f"lines: got {line!r}: {error}, expected a command") from error
 
 
-def run(command: list[str], gpu: int, log: Path, seconds: float) -> int:
-    """The exit code of a command that sees one GPU, interrupted after ``seconds``."""
+def run(command: list[str], gpu: int, log: Path, seconds: float, stopped: threading.Event) -> int:
+    """The exit code of a command that sees one GPU, interrupted after ``seconds``, or when ``stopped`` is set."""
     with log.open("wb") as out:
         process = subprocess.Popen(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)}, stdout=out,
                                    stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
-        for limit, kind in ((seconds, signal.SIGINT), (PATIENCE, signal.SIGKILL)):
-            try:
-                return process.wait(limit)
-            except subprocess.TimeoutExpired:
+        end = time.monotonic() + seconds
+        while process.poll() is None and time.monotonic() < end and not stopped.wait(0.2):
+            pass
+        for kind in (signal.SIGINT, signal.SIGKILL):
+            if process.poll() is None:
                 os.killpg(process.pid, kind)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(PATIENCE)
         return process.wait()
 
 
 def spread(lines: list[str], gpus: int, seconds: float, logs: Path) -> list[dict[str, Any]]:
     """What became of each line, in the order in which they ended; those that did not begin have no exit code."""
     end, waiting, rows = time.monotonic() + seconds, queue.SimpleQueue[tuple[int, str]](), []
+    stopped = threading.Event()
     for job in enumerate(lines):
         waiting.put(job)
 
     def work(gpu: int) -> None:
-        while (left := end - time.monotonic()) > SPARE:
+        while (left := end - time.monotonic()) > SPARE and not stopped.is_set():
             try:
                 number, line = waiting.get_nowait()
             except queue.Empty:
                 return
             begun, log = time.monotonic(), logs / f"{number}.log"
             try:
-                code = run(words(line, left - SPARE), gpu, log, left)
+                code = run(words(line, left - SPARE), gpu, log, left, stopped)
             except OSError as error:  # no such program
                 log.write_text(f"{error}\n", encoding="utf-8")
                 code = 127
@@ -87,8 +92,12 @@ def spread(lines: list[str], gpus: int, seconds: float, logs: Path) -> list[dict
     workers = [threading.Thread(target=work, args=(gpu,)) for gpu in range(gpus)]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join()
+    try:
+        for worker in workers:
+            worker.join()
+    except KeyboardInterrupt:  # for all of them
+        stopped.set()
+        raise
     while not waiting.empty():
         rows.append({"line": waiting.get()[1]})
         print(f"not begun: {rows[-1]['line']}")

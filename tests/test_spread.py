@@ -1,7 +1,10 @@
 """benchmarks/spread.py: command lines on all GPUs of a host."""
 
+import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import harness
 import pytest
@@ -34,6 +37,18 @@ def test_what_is_not_over_in_time_is_interrupted_and_what_is_left_does_not_begin
     assert time.monotonic() - begun < 30
     assert {row["line"]: row.get("code") for row in rows} == {lines[0]: 0, lines[1]: -9, "true": None}
     assert (tmp_path / "0.log").read_text() == "kept\n"
+
+
+def test_ctrl_c_ends_what_runs_and_what_waits(tmp_path):
+    (tmp_path / "lines").write_text(f"{PYTHON} \"import time; print('up', flush=True); time.sleep(60)\"\n" * 2)
+    command = [sys.executable, spread.__file__, str(tmp_path / "lines"), "--gpus", "1", "--logs", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=Path(spread.__file__).parents[1])
+    begun = time.monotonic()
+    while not ((tmp_path / "0.log").exists() and (tmp_path / "0.log").read_text()) and time.monotonic() < begun + 60:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert "KeyboardInterrupt" in (tmp_path / "0.log").read_text() and not (tmp_path / "1.log").exists()
 
 
 @pytest.mark.parametrize("text, words", [("", "lines: got none"), ("echo 'x\n", 'lines: got "echo \'x": No closing')])
