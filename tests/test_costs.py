@@ -104,8 +104,32 @@ def test_the_error_of_a_profile_with_too_few_times_is_not_stated():
         Costs.from_profile(profile(), CONFIG)
 
 
-def test_one_time_scales_what_is_counted():
+def test_one_time_scales_what_is_counted_most_what_it_is_made_of():
     costs, one = counted(), Point(1, 2048, 5)
     scaled = Costs.from_profile(profile(steps=(timed(one, 3 * costs.step(one)),)), CONFIG)
-    for point in (Point(1, 2048, 1), Point(8, 8192, 17)):
-        np.testing.assert_allclose(scaled.step(point), 3 * costs.step(point), rtol=1e-6)
+    for point in (Point(1, 2048, 1), Point(8, 8192, 17)):  # bytes and operations, as it
+        np.testing.assert_allclose(scaled.step(point), 3 * costs.step(point), rtol=0.05)
+
+
+def test_a_few_small_steps_say_what_launches_take_and_not_that_bytes_are_free():
+    """As on a GPU, whose graphs launch at a fifth of what one launch takes by itself: a step of one sequence is
+    launches, one of 32 is not."""
+    counting = counted(bandwidth=3e12, flops=6e14, overhead=1.7e-5)
+    truth = counted(bandwidth=3e12, flops=6e14, overhead=3.6e-6)
+    steps = tuple(timed(point, truth.step(point)) for point in (Point(1, 4096, width) for width in (1, 5, 9, 17)))
+    rates = {"bandwidth": 3e12, "flops": 6e14, "overhead": 1.7e-5}
+    costs = Costs.from_profile(dataclasses.replace(profile(steps=steps), **rates), CONFIG)
+    for point in (Point(32, 65536, 17), Point(32, 65536, 1), Point(8, 32768, 64)):
+        np.testing.assert_allclose(costs.step(point), truth.step(point), rtol=0.1)
+        assert counting.step(point) > 1.2 * truth.step(point)
+
+
+def test_class_strict_launches_for_each_block_of_rows():
+    costs, rows = counted(overhead=1e-5), {"batch": 8, "context": 4096}
+
+    def extra(width):
+        return costs.step(Point(**rows, width=width, precision="strict")) - costs.step(Point(**rows, width=width))
+
+    assert extra(1) == pytest.approx(2 * CONFIG.layers * 15e-5)  # a block of 8 rows, and the attention
+    assert extra(17) == pytest.approx(18 / 2 * extra(1))
+    assert extra(2) == pytest.approx(extra(1) * 3 / 2)

@@ -196,8 +196,8 @@ def test_a_planners_drafters_may_be_lists_of_trees_that_can_be_read():
 
 
 def test_what_others_decode_shows_how_lookup_would_fare():
-    text, lookup = np.array([[1, 2, 3, 4, 5] * 40], np.int32), [("lookup", PromptLookup(), 16)]
-    plan = make(0.1, replayed=lookup, lengths=np.array([20]), segment=64)
+    text, lookup = np.array([[1, 2, 3, 4, 5] * 40], np.int32), [("lookup", PromptLookup(), (2, 4, 16))]
+    plan = make(0.1, replayed=lookup, lengths=np.array([20]), segment=64, acceptance=Acceptance(alone=True))
 
     def segment(strategy, known):
         plan._take(strategy)
@@ -209,12 +209,41 @@ def test_what_others_decode_shows_how_lookup_would_fare():
 
     before = plan.acceptance.length("lookup", "chain:16", 16)
     assert segment(CANDIDATES[0].strategy, 90) > before + 2  # however long the segment was
-    own = segment(CANDIDATES[1].strategy, 154)
-    assert not plan.wants_text or plan.strategy.drafter is None
-    # What lookup has drafted itself is not looked at again.
+    segment(CANDIDATES[1].strategy, 154)
     looked = []
+
+    def walk(texts, since, known, drafter, depths):
+        looked.append((int(since[0]), int(known[0]), depths))
+        return [([1], [1])] * len(depths)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay, "walk", lambda texts, since, known, *rest: looked.append((since, known)) or ([1], [1]))
+        patch.setattr(replay, "walk", walk)
         segment(CANDIDATES[0].strategy, 158)
-    assert [(int(since[0]), int(known[0])) for since, known in looked] == [(154, 158)] and own > 0
+        segment(CANDIDATES[2].strategy, 162)
+    # Of what lookup has drafted itself other lengths are looked at.
+    assert looked == [(154, 158, (2, 4, 16)), (158, 162, (2, 16))]
     assert not make(0.1, switch=False, replayed=lookup).wants_text
+    # Of many texts only drafters that have not drafted, by their longest chains.
+    many = make(0.1, replayed=lookup, lengths=np.array([20, 20]), batch=2)
+    assert [many._take(one.strategy) or many._others("lookup", (2, 16)) for one in CANDIDATES[:2]] == [(16,), ()]
+
+
+@pytest.mark.parametrize("depths, chosen", [((2, 4, 16), "chain:16"), ((), "chain:4")])
+def test_a_length_that_a_text_misleads_each_time_is_left_for_one_that_it_does_not(depths, chosen):
+    """Of drafts of 4 half are wrong at once, those of 16 would all stand: seen on the text, without trying them."""
+    replayed = [("lookup", PromptLookup(), depths)] if depths else []
+    alone = Acceptance(alone=True)
+    plan = make(0.2, replayed=replayed, lengths=np.array([20]), new_tokens=10**6, acceptance=alone)
+
+    def walk(texts, since, known, drafter, depths):
+        return [(np.eye(depth + 1)[depth] * 20, np.eye(depth + 1)[depth if depth > 4 else 0] * 20) for depth in depths]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "walk", walk)
+        for _ in range(3):
+            plan._take(CANDIDATES[2].strategy)
+            steps = plan.steps_left
+            drafted, accepted = np.array([0, 0, 0, 0, steps]), np.array([steps // 2, 0, 0, 0, steps - steps // 2])
+            plan.look(np.zeros((1, 900), np.int32), np.array([400]), np.array([False]))
+            plan.observe(Counts(np.array(steps), drafted, accepted, np.array(0)), 1.8 * steps, 3 * steps, 1, 10**6)
+    assert plan.strategy.tree == chosen

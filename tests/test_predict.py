@@ -113,15 +113,44 @@ def test_a_walk_is_the_steps_that_lookup_would_have_taken():
     """By hand: of a text of period 5, a draft of 4 stands at each step; the last is right as far as the text goes."""
     row = np.array([1, 2, 3, 4, 5] * 8, np.int32)
     texts, since, known = np.stack([row, row]), np.array([20, 7]), np.array([38, 7])
-    drafted, accepted = replay.walk(texts, since, known, PromptLookup(), 4)
+    [(drafted, accepted)] = replay.walk(texts, since, known, PromptLookup(), (4,))
     # Of 32 tokens for two texts the last 16: steps from 22, 27, 32 and, with one token left, from 37.
     assert drafted.tolist() == accepted.tolist() == [0, 1, 0, 0, 3]
     wrong = texts.copy()
     # The draft of 22 stands for three tokens; of 26 and 27 there is none; that of 28 repeats the 9, and stands for two;
     # that of 31 stands; of 36's, two are known.
     wrong[0, 25] = 9
-    drafted, accepted = replay.walk(wrong, since, known, PromptLookup(), 4)
+    [(drafted, accepted)] = replay.walk(wrong, since, known, PromptLookup(), (4,))
     assert accepted.tolist() == [2, 0, 2, 1, 1] and drafted.tolist() == [2, 0, 1, 0, 3]
+
+
+# A text that goes round: 2 follows 1 1 1 1 1 1 1 1, and so does 3, so that a copy from there is wrong each time.
+ROUND = np.array([*[1] * 9, 2, *[1] * 9, 3, *range(4, 20)], np.int32)
+
+
+def test_a_walk_at_several_depths_is_that_at_each():
+    text, known = np.tile(ROUND, 12)[None], np.array([300])
+    depths = (2, 4, 8, 16, 32)
+    found = replay.walk(text, np.array([120]), known, PromptLookup(), depths)
+    for depth, one in zip(depths, found, strict=True):
+        [alone] = replay.walk(text, np.array([120]), known, PromptLookup(), (depth,))
+        np.testing.assert_array_equal(one, alone)
+        steps, tokens = one[1].sum(), one[1] @ np.arange(1, depth + 2)
+        assert tokens in (180, 181) and steps >= 180 / (depth + 1)  # all of a text that is alone
+    [few] = replay.walk(text, np.array([120]), known, PromptLookup(), (8,), places=32)
+    assert few[1] @ np.arange(1, 10) in (32, 33)
+
+
+def test_of_one_text_chains_of_each_length_speak_for_themselves():
+    """In a text that goes round one length may begin, each time, where it is misled, and another never does."""
+    misled, whole, lengths = histogram(8, [2, 8] * 20), histogram(16, [16] * 20), []
+    for one in (Acceptance(alone=True), Acceptance().fresh(alone=True), Acceptance()):
+        one.add("lookup", "chain:8", *misled)
+        one.add("lookup", "chain:16", *whole)
+        lengths.append([one.length("lookup", f"chain:{depth}", depth) for depth in (4, 8, 16)])
+    alone, fresh, pooled = lengths
+    assert alone == fresh and alone[0] == pooled[0]  # nobody walked it by 4: as all say
+    assert 5.5 < alone[1] < pooled[1] - 1 and alone[2] > 12.5 > pooled[2] + 2
 
 
 def test_a_replay_sees_what_a_long_prompt_copies_from_its_beginning():
@@ -134,7 +163,7 @@ def test_a_replay_sees_what_a_long_prompt_copies_from_its_beginning():
 def test_of_a_large_batch_some_texts_are_walked_far_enough_for_whole_drafts():
     row = np.array([1, 2, 3, 4, 5] * 4000, np.int32)  # longer than what is looked up in
     texts, since, known = np.stack([row] * 32), np.full(32, 19000), np.full(32, 19500)
-    drafted, accepted = replay.walk(texts, since, known, PromptLookup(), 16)
+    [(drafted, accepted)] = replay.walk(texts, since, known, PromptLookup(), (16,))
     assert drafted.tolist() == accepted.tolist() == [0] * 15 + [4, 4]  # 17 and 15 tokens of four texts
     drafted, accepted = replay.replay(list(texts), PromptLookup(), 16)
     assert drafted.tolist() == accepted.tolist() and drafted.sum() == 8  # two of each of four

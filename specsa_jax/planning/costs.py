@@ -2,9 +2,11 @@
 
 A step's time is a sum of nonnegative coefficients times features (:func:`_features`): what a step does once, for each
 refresh layer, for each sequence, for each token of each, and for each compressed entry that these read and score.
-Without a profile the coefficients are counted bytes over bandwidth and operations over throughput. A profile's step
-times determine them instead, by nonnegative least squares on the relative error; what they leave open stays in
-proportion to the counted ones. What the fit misses is interpolated between the measured points.
+Without a profile the coefficients are counted bytes over bandwidth and operations over throughput, and launches. A
+profile's step times determine them instead, by nonnegative least squares on the relative error; what they leave open
+stays as counted, but for two scales, of launches and of all else: a graph's launches cost a fraction of one by itself,
+bytes what they always do, so that small steps say little of large ones. What the fit misses is interpolated between the
+measured points.
 """
 
 from __future__ import annotations
@@ -23,16 +25,20 @@ from scipy.optimize import nnls
 from specsa_jax.checkpoints import load_config
 from specsa_jax.config import ModelConfig
 from specsa_jax.drafting import PromptLookup, parse_tree
+from specsa_jax.nsa.rows import BLOCK
 from specsa_jax.planning.profile import Interpolation, Point, Profile, ProfileError, StepTime
 
 # How far apart, in doublings of batch, context or width, points of different kinds count: of chains and trees, or with
 # other schedules, groups or precision.
 KIND_DISTANCE = 4.0
 # How firmly counted coefficients hold where measured times do not say otherwise: as a relative residual of so much.
-_PRIOR = 0.03
+_PRIOR, _LEAST_SCALE = 0.03, 0.01
 # Operations of a layer, as launched: norms, projections, MLP, commit, and the attention of a reuse layer. A refresh
 # layer's attention has two more (docs/architecture.md).
 _LAUNCHES, _REFRESH_LAUNCHES = 12, 2
+# Of a layer in class strict, beside them: for each block of rows (specsa_jax/nsa/rows.py), and as many again for its
+# attention. On an H200 a block takes a layer 55 us, as 15 launches of 3.8 us (end_to_end.json).
+_STRICT_LAUNCHES = 15
 _PREFILL_CHUNK = 512
 
 
@@ -173,16 +179,21 @@ class _Rates:
 
 
 def _features(point: Point, layers: int) -> np.ndarray:
-    """What a step does, as float64 [7]: once; refresh layers; sequences; tokens; compressed entries read, by layers
-    that do; their scores; their importance, by refresh layers."""
+    """What a step does, as float64 [9]: launches of its layers, of refresh layers, of class strict; weights; sequences;
+    tokens; compressed entries read, by layers that do; their scores; their importance, by refresh layers."""
     sharing = point.sharing
     refresh = sharing.schedule.count("F") or layers
     compressed = layers if sharing.keep_compressed else refresh
     tokens = point.batch * point.width
+    strict = 1 - -tokens // BLOCK if point.precision == "strict" else 0
     return np.array([
-        1, refresh, point.batch, tokens, point.batch * point.context * compressed, tokens * point.context * compressed,
-        tokens * point.context * refresh,
+        1, refresh, strict, 1, point.batch, tokens, point.batch * point.context * compressed,
+        tokens * point.context * compressed, tokens * point.context * refresh,
     ], np.float64)  # fmt: skip
+
+
+# Which of the features are launches.
+_LAUNCHED = np.arange(9) < 3
 
 
 def _weights(config: ModelConfig) -> int:
@@ -194,14 +205,16 @@ def _weights(config: ModelConfig) -> int:
 
 
 def _counted(config: ModelConfig, rates: _Rates) -> np.ndarray:
-    """Seconds of each of the features, float64 [7]: bytes over bandwidth, operations over throughput."""
+    """Seconds of each of the features, float64 [9]: bytes over bandwidth, operations over throughput."""
     nsa, byte, operation = config.nsa, rates.itemsize / rates.bandwidth, 1 / rates.flops
     kinds = 2 if nsa.compressed_output else 1  # keys, and values
     heads, kv = nsa.num_heads * nsa.head_dim, nsa.num_kv_heads * nsa.head_dim
     selected, weights = nsa.num_selected * nsa.select_block, _weights(config)
     return np.array([
-        config.layers * _LAUNCHES * rates.overhead + weights * byte,
+        config.layers * _LAUNCHES * rates.overhead,
         _REFRESH_LAUNCHES * rates.overhead,
+        config.layers * _STRICT_LAUNCHES * rates.overhead,
+        weights * byte,
         config.layers * 2 * nsa.window * kv * byte,
         2 * weights * operation + config.layers * (2 * selected * kv * byte
                                                    + 4 * (selected + nsa.window) * heads * operation),
@@ -215,10 +228,19 @@ def _fit(steps: Sequence[StepTime], config: ModelConfig, rates: _Rates) -> np.nd
     """Coefficients of the features that make the relative errors of ``steps`` small."""
     counted = _counted(config, rates)
     share = np.stack([_features(s.point, config.layers) * counted / s.seconds for s in steps])
-    scale = np.exp(-np.log(share.sum(axis=1)).mean())  # of counted to measured times
-    rows = np.concatenate([share * scale, _PRIOR * np.eye(len(counted))])
-    wanted = np.concatenate([np.ones(len(steps)), np.full(len(counted), _PRIOR)])
-    return nnls(rows, wanted)[0] * scale * counted
+    # Of launches and of all else, counted to measured: what more of the time is made of, more is off.
+    both = np.stack([share[:, _LAUNCHED].sum(axis=1), share[:, ~_LAUNCHED].sum(axis=1)], axis=1)
+    launches, others = np.maximum(_near_one(both), _LEAST_SCALE)
+    scale = np.where(_LAUNCHED, launches, others)
+    return _near_one(share * scale) * scale * counted
+
+
+def _near_one(shares: np.ndarray) -> np.ndarray:
+    """Factors float64 [F] of ``shares`` [N, F] by which each row comes near a sum of 1; near 1 where rows say
+    nothing."""
+    count = shares.shape[1]
+    rows = np.concatenate([shares, _PRIOR * np.eye(count)])
+    return nnls(rows, np.concatenate([np.ones(len(shares)), np.full(count, _PRIOR)]))[0]
 
 
 def _place(point: Point) -> tuple[tuple[int, ...], tuple[Any, ...]]:

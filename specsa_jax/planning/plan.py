@@ -81,7 +81,7 @@ class Plan:
       new_tokens: the budget of all sequences together.
       counted: seconds of steps, as plans of the same costs, batch and context have looked them up; adds to them.
       watchers: the drafters that watch; None: those that promise enough.
-      replayed: drafters that can be tried on a text that is known: name, drafter, depth.
+      replayed: drafters that can be tried on a text that is known: name, drafter, depths of their drafts, ascending.
       lengths: int [B], of the prompts.
       shortest: seconds that a segment takes at least, as far as is known before it.
     """
@@ -101,7 +101,7 @@ class Plan:
         new_tokens: int,
         counted: dict[tuple[Strategy, int], float] | None = None,
         watchers: tuple[Drafter, ...] | None = None,
-        replayed: Sequence[tuple[str, Drafter, int]] = (),
+        replayed: Sequence[tuple[str, Drafter, tuple[int, ...]]] = (),
         lengths: np.ndarray | None = None,
         shortest: float = SHORTEST["cpu"],
     ):
@@ -280,9 +280,17 @@ class Plan:
 
     @property
     def wants_text(self) -> bool:
-        """Whether, at a segment's end, its text shows how drafters fare that were not drafting."""
-        drafting = self.chosen.drafter
-        return self.planner.switch and any(name != drafting for name, _, _ in self._replayed)
+        """Whether, at a segment's end, its text shows how drafts fare that were not drafted."""
+        return self.planner.switch and any(self._others(name, depths) for name, _, depths in self._replayed)
+
+    def _others(self, drafter: str, depths: tuple[int, ...]) -> tuple[int, ...]:
+        """Of its depths those that this segment's text is walked at: of another drafter than the one that drafts the
+        deepest; all others where a sequence is alone. In a text that goes round, chains of each length begin at other
+        places: where one finds what misleads it in each round, another never does. Of many texts that is evened out."""
+        chosen = self.chosen
+        if not self.acceptance.alone:
+            return depths[-1:] if drafter != chosen.drafter else ()
+        return tuple(one for one in depths if (drafter, f"chain:{one}") != (chosen.drafter, chosen.strategy.tree))
 
     def look(self, tokens: Any, known: np.ndarray, done: np.ndarray) -> None:
         """The text, for the :meth:`observe` that follows: ``tokens`` int32 [B, S], or () where it is not at hand; how
@@ -290,14 +298,15 @@ class Plan:
         self._text = tokens, known, done
 
     def _try_others(self) -> None:
-        """Tries drafters on what others have decoded in this segment."""
+        """Tries what has not drafted on what was decoded in this segment."""
         tokens, known, done = self._text
-        since, drafting = self._looked, self.chosen.drafter
+        since = self._looked
         if len(tokens) and since is not None and self.planner.switch:
-            for name, drafter, depth in self._replayed:
-                if name != drafting:
-                    histograms = replay.walk(tokens[~done], since[~done], known[~done], drafter, depth)
-                    self.acceptance.add(name, f"chain:{depth}", *histograms)
+            for name, drafter, depths in self._replayed:
+                if others := self._others(name, depths):
+                    found = replay.walk(tokens[~done], since[~done], known[~done], drafter, others)
+                    for depth, histograms in zip(others, found, strict=True):
+                        self.acceptance.add(name, f"chain:{depth}", *histograms)
         if len(known):
             self._looked = known
 

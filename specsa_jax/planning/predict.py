@@ -86,12 +86,13 @@ def copies(drafter: str, tree: str) -> bool:
 
 
 class Acceptance:
-    """How drafts are known to fare on one text. ``priors``: of a profile; of copies, the longest chain's."""
+    """How drafts are known to fare on one text. ``priors``: of a profile; of copies, the longest chain's; ``alone``:
+    what is added of copies is of the same text for chains of each length, so that each speaks for itself."""
 
-    def __init__(self, priors: Iterable[Prior] = ()):
+    def __init__(self, priors: Iterable[Prior] = (), alone: bool = False):
         self._prior: dict[tuple[str, str], _Counts] = collections.defaultdict(_Counts)
         self._live: dict[tuple[str, str], _Counts] = collections.defaultdict(_Counts)
-        self._scale = 1.0  # of the chances that priors give
+        self._scale, self.alone = 1.0, alone  # the first: of the chances that priors give
         # By key, what is expected without live evidence, and outlooks then; of greedy texts, and of drawn ones.
         self._tables: dict[bool, tuple[_Expected, _Outlooks]] = {False: ({}, {}), True: ({}, {})}
         self._known, self._unseen = self._tables[False]
@@ -108,9 +109,9 @@ class Acceptance:
             if not copies(prior.drafter, prior.tree) or _length(prior.tree) == longest[prior.drafter]:
                 self._prior[prior.drafter, family(prior.tree)].add(prior.drafted, prior.accepted, 1.0)
 
-    def fresh(self, drawn: bool = False) -> Acceptance:
+    def fresh(self, drawn: bool = False, alone: bool = False) -> Acceptance:
         """The same priors, without what was learned: for other texts, whose tokens are ``drawn``, or are greedy."""
-        other = Acceptance()
+        other = Acceptance(alone=alone)
         other._prior, other._tables = self._prior, self._tables  # all calls share what follows from priors alone
         other._known, other._unseen = self._tables[drawn]
         other._scale = _DRAWN if drawn else 1.0
@@ -179,6 +180,8 @@ class Acceptance:
                 moved(self._chances(drafter, tree)), self.rate(drafter) if rate is None else rate, depth
             )  # fmt: skip
         stretches = self._stretches(drafter)
+        if self.alone and (same := [one for one in stretches[1:] if one[-1] == depth]):
+            stretches = [stretches[0], *same]
         deepest = max(seen for *_, seen in stretches)
         goes_on = far(moved(self._chances(drafter, tree)), deepest)
         parts = []

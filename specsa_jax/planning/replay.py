@@ -12,8 +12,9 @@ from specsa_jax.drafting import Drafter
 # What the time of looking up grows with: tokens of a long text, and texts of a batch; of prompts, on which the device
 # works meanwhile, and of what is decoded, for which it waits.
 PROMPT, PROMPTS, RECENT, TEXTS = 65536, 4, 16384, 4
-# Tokens of all texts together that are walked at least; of each as many as two drafts have.
-PLACES = 32
+# Tokens of all texts together that are walked at least, and of one that is alone, where drafts of all lengths are told
+# apart; of each as many as two drafts have.
+PLACES, ALONE = 32, 512
 # Steps of decoding that a replay counts for: few, since what a model makes of a text repeats itself more than the text
 # (0.25 to 1 do: benchmarks/planner_replay.py).
 WORTH = 0.5
@@ -25,7 +26,7 @@ def replay(rows: Sequence[np.ndarray], drafter: Drafter, depth: int) -> tuple[np
     drafted, accepted = np.zeros(depth + 1), np.zeros(depth + 1)
     for index in some(len(rows), PROMPTS):
         row = rows[index]
-        more = walk(row[None], np.ones(1, int), np.array([len(row)]), drafter, depth, PROMPT)
+        [more] = walk(row[None], np.ones(1, int), np.array([len(row)]), drafter, (depth,), PROMPT, PLACES)
         drafted, accepted = drafted + more[0], accepted + more[1]
     return drafted, accepted
 
@@ -36,30 +37,37 @@ def some(count: int, most: int) -> np.ndarray:
 
 
 def walk(
-    texts: np.ndarray, since: np.ndarray, known: np.ndarray, drafter: Drafter, depth: int, recent: int = RECENT
-) -> tuple[np.ndarray, np.ndarray]:
-    """Histograms float [depth + 1] as :func:`replay`, of the steps that ``drafter`` would have taken to get from
-    ``since`` int32 [B] tokens of ``texts`` int32 [B, T] to ``known``, looking at the ``recent`` tokens. Of many texts,
-    TEXTS; of long ways, the last PLACES tokens of all together, but two drafts of each. Of a draft that is right up to
-    the end of what is known, only that much was drafted."""
-    drafted, accepted = np.zeros(depth + 1), np.zeros(depth + 1)
-    chosen = some(len(texts), TEXTS)
-    most = max(2 * depth, PLACES // max(1, len(chosen)))
+    texts: np.ndarray, since: np.ndarray, known: np.ndarray, drafter: Drafter, depths: Sequence[int],
+    recent: int = RECENT, places: int | None = None,
+) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """For each of ``depths``, histograms float [depth + 1] as :func:`replay`, of the steps that ``drafter`` would have
+    taken to get from ``since`` int32 [B] tokens of ``texts`` int32 [B, T] to ``known``, looking at the ``recent``
+    tokens. Of many texts, TEXTS; of long ways, the last ``places`` tokens of all together (None: PLACES, or ALONE of
+    one text), but two drafts of each. Of a draft that is right up to the end of what is known, only that much was
+    drafted."""
+    found = [(np.zeros(depth + 1), np.zeros(depth + 1)) for depth in depths]
+    chosen, deepest = some(len(texts), TEXTS), max(depths)
+    wanted = places or (ALONE if len(texts) == 1 else PLACES)
+    most = max(2 * deepest, wanted // max(1, len(chosen)))
     for index in chosen:
         begin = max(0, known[index] - recent)
         text, end = texts[index, begin:], known[index] - begin
-        places = np.arange(max(since[index] - begin, end - most, 0), end, dtype=np.int32)
-        chains, valid = drafter.replay(text[:end], places, depth)
-        at = places[:, None] + np.arange(depth)
-        right = np.cumprod(valid & (at < end) & (chains == text[np.minimum(at, end - 1)]), axis=1).sum(axis=1)
-        reach, place = valid.sum(axis=1), 0
-        while place < len(places):
-            stood, left = right[place], len(places) - place
-            if stood < left or reach[place] <= left:
-                drafted[reach[place]] += 1
-                accepted[stood] += 1
-            else:
-                drafted[left] += 1
-                accepted[left] += 1
-            place += stood + 1
-    return drafted, accepted
+        at = np.arange(max(since[index] - begin, end - most, 0), end, dtype=np.int32)
+        chains, valid = drafter.replay(text[:end], at, deepest)
+        drawn = at[:, None] + np.arange(deepest)
+        right = valid & (drawn < end) & (chains == text[np.minimum(drawn, end - 1)])
+        reach, right = valid.sum(axis=1), np.cumprod(right, axis=1).sum(axis=1)
+        for depth, histograms in zip(depths, found, strict=True):
+            _step_through(np.minimum(reach, depth).tolist(), np.minimum(right, depth).tolist(), *histograms)
+    return found
+
+
+def _step_through(reach: list[int], right: list[int], drafted: np.ndarray, accepted: np.ndarray) -> None:
+    """Adds to the histograms the steps along a text, at whose tokens drafts are so long, and right for so long."""
+    place = 0
+    while place < len(reach):
+        stood, left = right[place], len(reach) - place
+        whole = stood < left or reach[place] <= left
+        drafted[reach[place] if whole else left] += 1
+        accepted[stood if whole else left] += 1
+        place += stood + 1

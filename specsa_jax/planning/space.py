@@ -126,15 +126,15 @@ class Space:
         return watching(self.candidates[0].strategy, self.watching[-1])
 
     @functools.cached_property
-    def replayed(self) -> list[tuple[str, Drafter, int]]:
-        """The drafters that can be tried on a prompt: name, drafter, tokens of the longest chain."""
-        depths: dict[tuple[str, Drafter], int] = {}
+    def replayed(self) -> list[tuple[str, Drafter, tuple[int, ...]]]:
+        """The drafters that can be tried on a text: name, drafter, depths of their drafts, ascending."""
+        depths: dict[tuple[str, Drafter], set[int]] = {}
         for candidate in self.candidates:
             drafter, template = candidate.strategy.drafter, candidate.strategy.template
             if drafter is not None and drafter.replays:
                 key = candidate.drafter, drafter
-                depths[key] = max(depths.get(key, 0), template.depth)
-        return [(name, drafter, depth) for (name, drafter), depth in depths.items()]
+                depths.setdefault(key, set()).add(template.depth)
+        return [(name, drafter, tuple(sorted(found))) for (name, drafter), found in depths.items()]
 
     def plan(
         self, costs: Costs, priors: Acceptance, rows: Sequence[np.ndarray], max_new_tokens: int, *, context: int,
@@ -152,8 +152,8 @@ class Space:
         """
         begun = time.perf_counter()
         found, counted = self.priced(costs, len(rows), context)
-        acceptance = priors.fresh(drawn)
-        for name, drafter, depth in self.replayed if replays else ():
+        acceptance = priors.fresh(drawn, alone=len(rows) == 1)
+        for name, drafter, (*_, depth) in self.replayed if replays else ():
             drafted, accepted = replay.replay(rows, drafter, depth)
             worth = min(len(rows), replay.PROMPTS) * replay.WORTH
             acceptance.add(name, f"chain:{depth}", drafted, accepted, worth=worth)
