@@ -4,7 +4,7 @@ Rows that agree in ``--by`` are one: the first file's counts, so the newest come
 last. The joined file has the first one's commit, and rows of another carry their own; its ``command`` is that of all
 parts from which a row is left. Files of another script, device or model are refused. planner.py's sums are taken again;
 of end_to_end.py texts are left out, and classes that were measured without class exact get their speed-up over that of
-the same commit.
+the same commit, or else of another, which the row then names (``over_commit``).
 
     python benchmarks/join.py part1.json part2.json --by workload,context,batch,strategy --out FILE
     python benchmarks/join.py new.json FILE --by case,variant --out FILE                # FILE's other rows stay
@@ -59,23 +59,26 @@ def joined(results: Sequence[tuple[str, Result]], by: Sequence[str]) -> Result:
     if script_of(first) == "planner":
         found |= planner.summary(found["rows"])
     if script_of(first) == "end_to_end":
-        _complete(found["rows"])
+        _complete(found["rows"], first["commit"])
     return found | {"rows": found.pop("rows")}
 
 
-def _complete(rows: Sequence[Result]) -> None:
-    """Speed-ups of end_to_end.py's rows, over decoding one token at a time in class exact; their texts go."""
-    axes = ("context", "batch", "temperature", "workload", "commit")
-
-    def point(row: Result) -> tuple[Any, ...]:
-        return tuple(row.get(axis) for axis in axes)
-
-    one = {point(row): row["tokens_per_second"] for row in rows
-           if (row["precision"], row["strategy"]) == ("exact", "none") and "tokens_per_second" in row}  # fmt: skip
+def _complete(rows: Sequence[Result], commit: str) -> None:
+    """Speed-ups of end_to_end.py's rows, over decoding one token at a time in class exact; their texts go. ``commit``:
+    of the rows that name none."""
+    axes = ("context", "batch", "temperature", "workload")
+    exact: dict[tuple[Any, ...], dict[str, float]] = {}  # by point and commit, tokens a second
+    for row in rows:
+        if (row["precision"], row["strategy"]) == ("exact", "none") and "tokens_per_second" in row:
+            exact.setdefault(tuple(row.get(axis) for axis in axes), {})[row.get("commit", commit)] = row["tokens_per_second"]
     for row in rows:
         row.pop("tokens", None)
-        if "speedup" not in row and "tokens_per_second" in row and point(row) in one:
-            row["speedup"] = row["tokens_per_second"] / one[point(row)]
+        bases = exact.get(tuple(row.get(axis) for axis in axes))
+        if "speedup" not in row and "tokens_per_second" in row and bases:
+            own = row.get("commit", commit)
+            if own not in bases:
+                own = row["over_commit"] = next(iter(bases))
+            row["speedup"] = row["tokens_per_second"] / bases[own]
 
 
 def main() -> None:

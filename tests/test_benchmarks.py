@@ -469,7 +469,7 @@ def test_joined_files_keep_the_newest_rows_and_say_what_each_is_of():
         join.joined([("new", new)], ["case", "batch"])
 
 
-def test_joined_end_to_end_files_have_speedups_over_class_exact_of_their_commit():
+def test_joined_end_to_end_files_have_speedups_over_class_exact_of_their_commit_or_of_one_that_they_name():
     def row(precision, strategy, speed, **more):
         return {"precision": precision, "context": 4096, "batch": 1, "temperature": 0.0, "workload": "code",
                 "strategy": strategy, "tokens_per_second": speed, "tokens": ["1 2"], **more}  # fmt: skip
@@ -481,7 +481,13 @@ def test_joined_end_to_end_files_have_speedups_over_class_exact_of_their_commit(
     old = part("a1", [row("approx", "none", 90.0), row("approx", "chain:4", 90.0, speedup=1.5)])
     by = ["precision", "context", "batch", "temperature", "workload", "strategy"]
     rows = join.joined([("exact", exact), ("strict", strict_class), ("old", old)], by)["rows"]
-    assert [one.get("speedup") for one in rows] == [1.0, 2.5, None, 1.5]
+    assert [one.get("speedup") for one in rows] == [1.0, 2.5, 0.9, 1.5]
+    assert [one.get("over_commit") for one in rows] == [None, None, "b2", None]
+    newer = part("c3", [row("approx", "none", 80.0)])
+    assert join.joined([("newer", newer), ("exact", exact)], by)["rows"][0] == {
+        key: value for key, value in row("approx", "none", 80.0, speedup=0.8, over_commit="b2").items()
+        if key != "tokens"
+    }  # fmt: skip
     assert not any("tokens" in one for one in rows)
 
 
