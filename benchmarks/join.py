@@ -70,7 +70,8 @@ def _complete(rows: Sequence[Result], commit: str) -> None:
     exact: dict[tuple[Any, ...], dict[str, float]] = {}  # by point and commit, tokens a second
     for row in rows:
         if (row["precision"], row["strategy"]) == ("exact", "none") and "tokens_per_second" in row:
-            exact.setdefault(tuple(row.get(axis) for axis in axes), {})[row.get("commit", commit)] = row["tokens_per_second"]
+            point = tuple(row.get(axis) for axis in axes)
+            exact.setdefault(point, {})[row.get("commit", commit)] = row["tokens_per_second"]
     for row in rows:
         row.pop("tokens", None)
         bases = exact.get(tuple(row.get(axis) for axis in axes))

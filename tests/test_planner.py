@@ -76,7 +76,7 @@ def test_a_batch_is_as_fast_as_its_slowest_sequence():
             counts = Counts(np.array(count), drafted, accepted, np.array(depth * count))
             left = int((lengths + 100 - known).sum())
             plan.observe(counts, taken, int((known - before).sum()), int((~done).sum()), left)
-    assert seconds[True] < 0.8 * seconds[False]
+    assert seconds[True] < 0.85 * seconds[False]
     assert seconds[True] < 110  # 100 without drafts
 
 
@@ -132,13 +132,15 @@ def test_a_segment_goes_to_the_end_where_nothing_could_change_the_choice():
     assert plan.decisions[0].observed_steps == 60 and len(plan.decisions) == 2
 
 
-def test_segments_grow_while_the_strategy_stays():
-    plan = make(0.1, segment=4)
+@pytest.mark.parametrize("slope, stands, longest", [(0.1, 16, 16), (10.0, 0, 64)], ids=["drafts", "none"])
+def test_segments_grow_while_the_strategy_stays(slope, stands, longest):
+    """The longer where nothing is drafted, so that nothing could be seen."""
+    plan = make(slope, segment=4, new_tokens=10**6)
     lengths = []
     for _ in range(12):
         lengths.append(plan.steps_left)
-        run(plan, lambda step: 16, 0.1, segments=1)
-    assert lengths[0] == 4 and lengths[-1] == 64 and sorted(lengths[-4:]) == lengths[-4:]
+        run(plan, lambda step: stands, slope, segments=1, remaining=10**6)
+    assert lengths[0] == 4 and lengths[-1] == longest and sorted(lengths[-4:]) == lengths[-4:]
 
 
 def test_every_decision_says_what_was_predicted_and_observed():

@@ -211,6 +211,8 @@ def _ordered(bench: Bench) -> Iterator[Task]:
     yield from (bench.step(few, middle, width) for width in WIDTHS[:3])
     yield from (bench.draft(*draft, few, middle) for draft in chains.items())
     yield from (bench.prior(*draft, TEXTS[0], behind[0]) for draft in chains.items())
+    # The far end, where bytes take what launches take here: between the two, costs are told apart.
+    yield from (bench.step(most, contexts[-1], width) for width in (CORNERS[0], CORNERS[-1]))
     # How it changes along each axis; trees.
     yield from (bench.step(few, context, width) for context in contexts for width in corners)
     yield from (bench.step(batch, middle, width) for batch in bench.batches for width in corners)

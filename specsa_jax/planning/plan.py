@@ -42,8 +42,9 @@ _ALONE = Outlook(1.0, 0.0)
 # Of a segment's time, what choosing may take.
 _SHARE = 0.01
 # As long as the strategy stays, a segment has so many times the steps of the one before, up to so many times those of
-# the first, and takes at least so many times the shortest.
-_GROWTH, _LONGEST, _LONGER = 2, 16, 4
+# the first, and takes at least so many times the shortest. Where drafts show how they fare, a text that begins to
+# repeat itself is to be seen soon; where nothing is drafted, nothing is seen, and what follows may be drafts in vain.
+_GROWTH, _LONGEST, _LONGEST_ALONE, _LONGER = 2, 4, 16, 4
 # Seconds that a segment takes at least, by backend: calling a compiled loop again costs some of them, on a GPU, whose
 # graphs are updated, a millisecond or two.
 SHORTEST = {"cpu": 0.03, "gpu": 0.1}
@@ -252,7 +253,8 @@ class Plan:
             reason += "; to the end" + ("; compiling another would not repay" if self.planner.switch else "")
         else:
             stays = best == self.strategy and bool(self.decisions)
-            length = min(_GROWTH * self._length, _LONGEST * self.planner.segment) if stays else self.planner.segment
+            most = self.planner.segment * (_LONGEST_ALONE if self.candidate_of(best).drafter == "none" else _LONGEST)
+            length = min(_GROWTH * self._length, most) if stays else self.planner.segment
             # Nothing has been observed before the first one: if its strategy was a bad guess, that shall show soon.
             if self.decisions:
                 self._least = max(self._shortest, _LONGER * min(self._least, self._shortest) if stays else 0.0)
@@ -271,7 +273,11 @@ class Plan:
     @property
     def chosen(self) -> Candidate:
         """Whose strategy decodes now."""
-        return self._named[self.words[self.strategy]]
+        return self.candidate_of(self.strategy)
+
+    def candidate_of(self, strategy: Strategy) -> Candidate:
+        """The candidate whose strategy this is."""
+        return self._named[self.words[strategy]]
 
     @property
     def steps_left(self) -> int:

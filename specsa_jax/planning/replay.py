@@ -12,9 +12,9 @@ from specsa_jax.drafting import Drafter
 # What the time of looking up grows with: tokens of a long text, and texts of a batch; of prompts, on which the device
 # works meanwhile, and of what is decoded, for which it waits.
 PROMPT, PROMPTS, RECENT, TEXTS = 65536, 4, 16384, 4
-# Tokens of all texts together that are walked at least, and of one that is alone, where drafts of all lengths are told
-# apart; of each as many as two drafts have.
-PLACES, ALONE = 32, 512
+# Tokens of all texts together that are walked at least; of each as many as two drafts have. Of one that is alone, whose
+# drafts of all lengths are told apart, as many as make so many pairs with the tokens looked up in (256 of 4,096).
+PLACES, PAIRS = 32, 1 << 20
 # Steps of decoding that a replay counts for: few, since what a model makes of a text repeats itself more than the text
 # (0.25 to 1 do: benchmarks/planner_replay.py).
 WORTH = 0.5
@@ -42,12 +42,12 @@ def walk(
 ) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """For each of ``depths``, histograms float [depth + 1] as :func:`replay`, of the steps that ``drafter`` would have
     taken to get from ``since`` int32 [B] tokens of ``texts`` int32 [B, T] to ``known``, looking at the ``recent``
-    tokens. Of many texts, TEXTS; of long ways, the last ``places`` tokens of all together (None: PLACES, or ALONE of
+    tokens. Of many texts, TEXTS; of long ways, the last ``places`` tokens of all together (None: PLACES, or by PAIRS of
     one text), but two drafts of each. Of a draft that is right up to the end of what is known, only that much was
     drafted."""
     found = [(np.zeros(depth + 1), np.zeros(depth + 1)) for depth in depths]
     chosen, deepest = some(len(texts), TEXTS), max(depths)
-    wanted = places or (ALONE if len(texts) == 1 else PLACES)
+    wanted = places or (PAIRS // min(recent, max(1, known[0])) if len(texts) == 1 else PLACES)
     most = max(2 * deepest, wanted // max(1, len(chosen)))
     for index in chosen:
         begin = max(0, known[index] - recent)
