@@ -110,7 +110,8 @@ class Acceptance:
                 self._prior[prior.drafter, family(prior.tree)].add(prior.drafted, prior.accepted, 1.0)
 
     def fresh(self, drawn: bool = False, alone: bool = False) -> Acceptance:
-        """The same priors, without what was learned: for other texts, whose tokens are ``drawn``, or are greedy."""
+        """The same priors, without what was learned: for other texts, whose tokens are ``drawn``, or are greedy, or for
+        one that is ``alone``."""
         other = Acceptance(alone=alone)
         other._prior, other._tables = self._prior, self._tables  # all calls share what follows from priors alone
         other._known, other._unseen = self._tables[drawn]
