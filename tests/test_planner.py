@@ -7,6 +7,7 @@ from profiles import SlopeCosts, plan_depth
 from specsa_jax import PromptLookup, Strategy
 from specsa_jax.decoding import Counts
 from specsa_jax.planning import replay
+from specsa_jax.planning.factors import Factors
 from specsa_jax.planning.plan import SHORTEST, Plan
 from specsa_jax.planning.planner import Candidate, Planner
 from specsa_jax.planning.predict import Acceptance
@@ -99,7 +100,23 @@ def test_a_strategys_factor_is_what_its_steps_take_against_the_prediction():
         stood = np.eye(depth + 1, dtype=int)[depth] * count
         seconds = 2.0 * count * (1.0 + 0.1 * depth)
         plan.observe(Counts(np.array(count), stood, stood, np.array(0)), seconds, count, 1, 10**6)
-        assert plan._factors[plan.strategy] == pytest.approx(2.0)
+        assert plan._factors(plan.strategy) == pytest.approx(2.0)
+
+
+def test_steps_that_something_else_held_up_do_not_speak_against_a_strategy_for_ever():
+    held, other = CANDIDATES[1].strategy, CANDIDATES[2].strategy
+    factors = Factors(0.8)
+    assert factors(held) == 1.0
+    factors.observe(other, 1.0, 4)
+    factors.observe(held, 20.0, 4)  # four steps
+    assert factors(held) == pytest.approx(20.0) and 1.0 == factors(other) < factors(CANDIDATES[3].strategy)
+    for _ in range(8):
+        factors.observe(other, 1.0, 16)
+    assert factors(held) < 1.6
+    for _ in range(16):  # what many steps have shown holds
+        factors.observe(held, 2.0, 16)
+    factors.observe(other, 1.0, 64)
+    assert factors(held) == pytest.approx(2.0)
 
 
 def test_a_draftless_step_does_not_make_a_strategy_look_fast():

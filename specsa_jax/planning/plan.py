@@ -23,6 +23,7 @@ from specsa_jax.decoding import Counts, add_counts
 from specsa_jax.drafting import Drafter
 from specsa_jax.planning import replay
 from specsa_jax.planning.costs import Costs
+from specsa_jax.planning.factors import Factors
 from specsa_jax.planning.outlook import Outlook
 from specsa_jax.planning.pace import Pace
 from specsa_jax.planning.planner import Candidate, Decision, Option, Planner, timed_as, watched, watching
@@ -33,9 +34,7 @@ from specsa_jax.strategy import Strategy
 # Watching costs time in every step. A drafter with a state watches if what it promises when a call begins is this much
 # of the best; that may end after any segment, but it cannot begin again.
 _WORTH_WATCHING = 0.9
-# Weight of the newest segment in the corrections of predicted times.
-_NEWEST = 0.5
-# A strategy that has not run yet is taken to be off by this power of what those that have are off by: with a profile a
+# A strategy that has not run is taken to be off by this power of what those that have are off by: with a profile a
 # strategy that is slower than predicted is a reason to try others; counted times are all off together.
 _SHARED_MEASURED, _SHARED_COUNTED = 0.8, 1.0
 _ALONE = Outlook(1.0, 0.0)
@@ -114,8 +113,7 @@ class Plan:
         self.words = {candidate.strategy: candidate.describe() for candidate in candidates}
         each = new_tokens // batch
         self._pace = Pace(None if lengths is None or batch == 1 else lengths + each)
-        self._factors: dict[Strategy, float] = {}
-        self._factor = 1.0
+        self._factors = Factors(_SHARED_MEASURED if costs.measured else _SHARED_COUNTED)
         self.decisions: list[Decision] = []
         # Of a drafter with a state, the name that costs know it by.
         self._names = {one.watcher: one.drafter.rpartition("+")[2] for one in candidates if one.watcher is not None}
@@ -204,7 +202,7 @@ class Plan:
             # Where nobody in the batch has a draft, a step decodes one token.
             some = 1.0 - (1.0 - share) ** running
             seconds = some * self.step_seconds(candidate, candidate.strategy.width) + (1.0 - some) * seconds
-        return seconds * self._factors.get(candidate.strategy, self._factor)
+        return seconds * self._factors(candidate.strategy)
 
     def step_seconds(self, candidate: Candidate, width: int) -> float:
         """Of drafting and verifying ``width`` tokens; 1: of a step without a draft, the search for one included."""
@@ -354,12 +352,7 @@ class Plan:
         rate = float(np.sum(counts.drafted[1:])) / sequence_steps
         expected = self._seconds(candidate, rate, max(1, round(sequence_steps / steps)))
         self._count(candidate, counts)
-        known = self._factors.get(self.strategy, self._factor)
-        ratio = known * (seconds / steps) / expected
-        factor = ratio if self.strategy not in self._factors else known * (ratio / known) ** _NEWEST
-        self._factors[self.strategy] = factor
-        shared = _SHARED_MEASURED if self.costs.measured else _SHARED_COUNTED
-        self._factor = math.exp(shared * float(np.mean(np.log(list(self._factors.values())))))
+        self._factors.observe(self.strategy, self._factors(self.strategy) * (seconds / steps) / expected, steps)
         self._steps += steps
         accepted = float(counts.accepted @ np.arange(len(counts.accepted)))
         self.decisions[-1] = dataclasses.replace(
