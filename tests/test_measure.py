@@ -326,3 +326,11 @@ def test_the_command_stops_where_its_budget_is_spent_and_goes_on_with_the_rest(
 def test_bad_options_end_with_one_line(specsa, options, reason):
     code, out, err = specsa("profile", "embedded", *options)
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and reason in err
+
+
+def test_the_largest_steps_are_timed_soon_after_the_smallest(engine, text):
+    """A short budget is to tell what launches take from what bytes do."""
+    found = measure.tasks(Bench(engine, text, (1, 4), (64, 128), ()))
+    steps = [task.key[1] for task in found if task.key[0] == "step"]
+    assert [(step.batch, step.width) for step in steps[:5]] == [(1, 1), (1, 5), (1, 9), (4, 1), (4, 17)]
+    assert steps[3].context == steps[4].context == max(step.context for step in steps if step.precision == "exact")
