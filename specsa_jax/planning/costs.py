@@ -185,7 +185,7 @@ def _features(point: Point, layers: int) -> np.ndarray:
     refresh = sharing.schedule.count("F") or layers
     compressed = layers if sharing.keep_compressed else refresh
     tokens = point.batch * point.width
-    strict = 1 - -tokens // BLOCK if point.precision == "strict" else 0
+    strict = 1 + -(-tokens // BLOCK) if point.precision == "strict" else 0
     return np.array([
         1, refresh, strict, 1, point.batch, tokens, point.batch * point.context * compressed,
         tokens * point.context * compressed, tokens * point.context * refresh,

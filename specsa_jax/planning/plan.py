@@ -43,7 +43,7 @@ _SHARE = 0.01
 # As long as the strategy stays, a segment has so many times the steps of the one before, up to so many times those of
 # the first, and takes at least so many times the shortest. Where drafts show how they fare, a text that begins to
 # repeat itself is to be seen soon; where nothing is drafted, nothing is seen, and what follows may be drafts in vain.
-_GROWTH, _LONGEST, _LONGEST_ALONE, _LONGER = 2, 4, 16, 4
+_GROWTH, _LONGEST, _LONGEST_DRAFTLESS, _LONGER = 2, 4, 16, 4
 # Seconds that a segment takes at least, by backend: calling a compiled loop again costs some of them, on a GPU, whose
 # graphs are updated, a millisecond or two.
 SHORTEST = {"cpu": 0.03, "gpu": 0.1}
@@ -251,8 +251,8 @@ class Plan:
             reason += "; to the end" + ("; compiling another would not repay" if self.planner.switch else "")
         else:
             stays = best == self.strategy and bool(self.decisions)
-            most = self.planner.segment * (_LONGEST_ALONE if self.candidate_of(best).drafter == "none" else _LONGEST)
-            length = min(_GROWTH * self._length, most) if stays else self.planner.segment
+            times = _LONGEST_DRAFTLESS if self.candidate_of(best).drafter == "none" else _LONGEST
+            length = min(_GROWTH * self._length, times * self.planner.segment) if stays else self.planner.segment
             # Nothing has been observed before the first one: if its strategy was a bad guess, that shall show soon.
             if self.decisions:
                 self._least = max(self._shortest, _LONGER * min(self._least, self._shortest) if stays else 0.0)
