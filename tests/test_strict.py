@@ -19,7 +19,7 @@ from specsa_jax.cache import make_tail, topology
 from specsa_jax.config import preset
 from specsa_jax.drafting import Combined, DraftModel, PromptLookup, TrainedHead
 from specsa_jax.nsa.cached import Backend
-from specsa_jax.nsa.rows import BLOCK, in_blocks
+from specsa_jax.nsa.rows import STRICT_OPTIONS, block_rows, in_blocks
 from specsa_jax.sampling import SamplingParams
 from specsa_jax.strategy import AUTOREGRESSIVE, Strategy
 
@@ -111,20 +111,23 @@ def test_strict_values_are_those_of_the_other_path(switch):
         np.testing.assert_allclose(ours * used, theirs * used, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["embedded", pytest.param("1b", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_matrix_product_of_a_block_computes_every_row_alike(dtype):
-    """In all shapes of the embedded model: a row has the same bits in every place, among any others."""
-    config, random = preset("embedded"), np.random.default_rng(0)
-    lengths = jnp.zeros(1, jnp.int32)
-    widths = {(config.hidden, n) for n in (512, 384, 24, config.intermediate, config.vocab_size)}
-    for rows, columns in [*widths, (config.intermediate, config.hidden), (512, config.hidden)]:
+def test_a_matrix_product_of_a_block_computes_every_row_alike(dtype, name):
+    """In all shapes of the model: a row has the same bits in every place, among any others."""
+    config, random, size = preset(name), np.random.default_rng(0), block_rows()
+    nsa, lengths = config.nsa, jnp.zeros(1, jnp.int32)
+    heads, keys = nsa.num_heads * nsa.head_dim, nsa.branch_sets * 2 * nsa.num_kv_heads * nsa.head_dim
+    widths = {(config.hidden, n) for n in (heads, keys, nsa.gate_outputs, config.intermediate, config.vocab_size)}
+    for rows, columns in [*widths, (config.intermediate, config.hidden), (heads, config.hidden)]:
         weight = jnp.asarray(random.standard_normal((rows, columns)), dtype)
-        product = jax.jit(lambda x, weight=weight: in_blocks(lengths)(lambda x: x @ weight, x))
+        options = STRICT_OPTIONS if jax.default_backend() == "gpu" else None
+        product = jax.jit(lambda x, w: in_blocks(lengths)(lambda x: x @ w, x), compiler_options=options)
         row, found = random.standard_normal(rows), set()
-        for place in range(BLOCK):
-            others = random.standard_normal((1, 2 * BLOCK, rows))
-            others[0, BLOCK + place] = row
-            found.add(np.asarray(product(jnp.asarray(others, dtype)))[0, BLOCK + place].tobytes())
+        for place in range(size):
+            others = random.standard_normal((1, 2 * size, rows))
+            others[0, size + place] = row
+            found.add(np.asarray(product(jnp.asarray(others, dtype), weight)[0, size + place]).tobytes())
         assert len(found) == 1, (rows, columns)
 
 

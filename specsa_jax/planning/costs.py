@@ -25,7 +25,7 @@ from scipy.optimize import nnls
 from specsa_jax.checkpoints import load_config
 from specsa_jax.config import ModelConfig
 from specsa_jax.drafting import PromptLookup, parse_tree
-from specsa_jax.nsa.rows import BLOCK
+from specsa_jax.nsa.rows import block_rows
 from specsa_jax.planning.profile import Interpolation, Point, Profile, ProfileError, StepTime
 
 # How far apart, in doublings of batch, context or width, points of different kinds count: of chains and trees, or with
@@ -185,7 +185,7 @@ def _features(point: Point, layers: int) -> np.ndarray:
     refresh = sharing.schedule.count("F") or layers
     compressed = layers if sharing.keep_compressed else refresh
     tokens = point.batch * point.width
-    strict = 1 + -(-tokens // BLOCK) if point.precision == "strict" else 0
+    strict = 1 + -(-tokens // block_rows()) if point.precision == "strict" else 0
     return np.array([
         1, refresh, strict, 1, point.batch, tokens, point.batch * point.context * compressed,
         tokens * point.context * compressed, tokens * point.context * refresh,
