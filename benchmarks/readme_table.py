@@ -183,9 +183,10 @@ def strict(result: Result) -> Lines:
     rows = result["rows"]
     cases = [name for name in rows[0] if name.startswith(("greedy", "sampled"))]
     same, every = (sum(row[name] for row in rows for name in names) for names in (cases, ["prompts"] * len(cases)))
+    fewest, most = (f([row["prompts"] for row in rows]) for f in (min, max))  # of a run that was cut, not all alike
     yield (
         f"class strict, {len({row['drafter'] for row in rows})} drafters, {len(result['trees'])} trees, "
-        f"{result['prompts']} prompts each, alone and in batches, {result['dtype']}",
+        f"{most if fewest == most else f'{fewest} to {most}'} prompts each, alone and in batches, {result['dtype']}",
         f"{same:,} of {every:,} texts as decoded one token at a time, to the bit",
     )
 
