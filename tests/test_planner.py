@@ -185,6 +185,22 @@ def test_a_segment_is_long_enough_to_be_worth_a_call(monkeypatch):
     assert lengths == pytest.approx([100, 400, 400, 400], abs=1)  # as long as the strategy stays
 
 
+def test_a_strategys_first_segment_is_as_short_as_the_calls(monkeypatch):
+    """On a GPU, whose segments are long otherwise: what it was chosen by may be as wrong as the first guess."""
+    monkeypatch.setattr(SlopeCosts, "step", lambda self, point: 1e-3 * (1.0 + 0.1 * (point.width - 1)))
+    plan, lasts = make(0.0, segment=4, shortest=SHORTEST["gpu"]), []
+    for stands in (True, True, False, False):
+        strategy, count, depth = plan.strategy, plan.steps_left, plan.strategy.reach - 1
+        stood = np.eye(depth + 1, dtype=int)[depth if stands else 0] * count
+        counts = Counts(np.array(count), np.eye(depth + 1, dtype=int)[depth] * count, stood, np.array(count * depth))
+        taken = count * 1e-3 * (1.0 + 0.1 * depth)
+        plan.observe(counts, taken, count * (1 + depth * stands), 1, 10**6)
+        option = next(one for one in plan.decisions[-1].options if one.strategy == plan.decisions[-1].chosen)
+        lasts.append((plan.strategy == strategy, plan.steps_left * option.step_seconds))
+    assert [stays for stays, _ in lasts] == [False, True, False, False]
+    assert all((seconds > SHORTEST["gpu"]) if stays else (seconds < 0.04) for stays, seconds in lasts)
+
+
 def test_a_segment_of_numpys_does_not_overflow():
     assert Planner(segment=np.int8(100)) == Planner(segment=100) and 2 * Planner(segment=np.int8(100)).segment == 200
 
@@ -242,6 +258,18 @@ def test_what_others_decode_shows_how_lookup_would_fare():
     # Of what lookup has drafted itself other lengths are looked at.
     assert looked == [(154, 158, (2, 4, 16)), (158, 162, (2, 16))]
     assert not make(0.1, switch=False, replayed=lookup).wants_text
+    # What would not be chosen if all that it drafts stood is not looked at; and nothing when the call is over.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "walk", walk)
+        for candidate, running in ((CANDIDATES[3], 1), (CANDIDATES[0], 0)):
+            plan._take(candidate.strategy)
+            steps, depth = plan.steps_left, candidate.strategy.reach - 1
+            stood = np.eye(depth + 1, dtype=int)[depth] * steps
+            counts = Counts(np.array(steps), stood, stood, np.array(steps * depth))
+            plan.look(text, np.array([166]), np.array([not running]))
+            plan.observe(counts, (1.0 + 0.1 * depth) * steps, (1 + depth) * steps, running, 1000)
+            assert running == 0 or not plan.wants_text
+    assert len(looked) == 2 and plan.wants_text
     # Of many texts only drafters that have not drafted, by their longest chains.
     many = make(0.1, replayed=lookup, lengths=np.array([20, 20]), batch=2)
     assert [many._take(one.strategy) or many._others("lookup", (2, 16)) for one in CANDIDATES[:2]] == [(16,), ()]

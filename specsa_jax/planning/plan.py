@@ -45,7 +45,8 @@ _SHARE = 0.01
 # repeat itself is to be seen soon; where nothing is drafted, nothing is seen, and what follows may be drafts in vain.
 _GROWTH, _LONGEST, _LONGEST_DRAFTLESS, _LONGER = 2, 4, 16, 4
 # Seconds that a segment takes at least, by backend: calling a compiled loop again costs some of them, on a GPU, whose
-# graphs are updated, a millisecond or two.
+# graphs are updated, a millisecond or two. A strategy's first segment takes no more than the least of them: what it was
+# chosen by may be wrong.
 SHORTEST = {"cpu": 0.03, "gpu": 0.1}
 
 
@@ -128,6 +129,7 @@ class Plan:
         self._text: tuple[Any, np.ndarray, np.ndarray] = ((), np.zeros(0, int), np.zeros(0, bool))
         self._choosing = 0.0  # seconds that the last choice took
         self._least = 0.0  # that this segment takes at least, but the first
+        self._speed = 0.0  # tokens a second of the strategy that decodes: as expected, then as its segment showed
         self._seen: tuple[Counts | None, float, int] = (None, 0.0, 0)
         self.choose(batch, new_tokens)
         self.seconds = time.perf_counter() - begun
@@ -253,11 +255,12 @@ class Plan:
             stays = best == self.strategy and bool(self.decisions)
             times = _LONGEST_DRAFTLESS if self.candidate_of(best).drafter == "none" else _LONGEST
             length = min(_GROWTH * self._length, times * self.planner.segment) if stays else self.planner.segment
-            # Nothing has been observed before the first one: if its strategy was a bad guess, that shall show soon.
             if self.decisions:
-                self._least = max(self._shortest, _LONGER * min(self._least, self._shortest) if stays else 0.0)
+                longer = max(self._shortest, _LONGER * min(self._least, self._shortest))
+                self._least = longer if stays else min(SHORTEST.values())
             least = max(self._least, self._choosing / _SHARE) if self.decisions else min(SHORTEST.values())
             self._length = max(length, math.ceil(least / options[best].step_seconds))
+        self._speed = options[best].tokens_per_second
         self._take(best)
         ranked = tuple(sorted(options.values(), key=lambda option: -option.tokens_per_second))
         self.decisions.append(Decision(self._steps, running, self.words[best], reason, ranked))
@@ -290,11 +293,23 @@ class Plan:
     def _others(self, drafter: str, depths: tuple[int, ...]) -> tuple[int, ...]:
         """Of its depths those that this segment's text is walked at: of another drafter than the one that drafts the
         deepest; all others where a sequence is alone. In a text that goes round, chains of each length begin at other
-        places: where one finds what misleads it in each round, another never does. Of many texts that is evened out."""
+        places: where one finds what misleads it in each round, another never does. Of many texts that is evened out.
+        What could not be chosen is left out."""
         chosen = self.chosen
-        if not self.acceptance.alone:
-            return depths[-1:] if drafter != chosen.drafter else ()
-        return tuple(one for one in depths if (drafter, f"chain:{one}") != (chosen.drafter, chosen.strategy.tree))
+        if self.acceptance.alone:
+            found = tuple(one for one in depths if (drafter, f"chain:{one}") != (chosen.drafter, chosen.strategy.tree))
+        else:
+            found = depths[-1:] if drafter != chosen.drafter else ()
+        return tuple(one for one in found if self._may_win(drafter, one))
+
+    def _may_win(self, drafter: str, depth: int) -> bool:
+        """Whether, if all drafts stood, one no deeper than this would be chosen over what decodes now."""
+        running, least = self.decisions[-1].running, (1.0 + self.planner.hysteresis) * self._speed
+        return any(
+            running * one.strategy.reach > least * self._seconds(one, 1.0, running)
+            for one in self.candidates
+            if one.drafter == drafter and one.strategy.template.depth <= depth
+        )
 
     def look(self, tokens: Any, known: np.ndarray, done: np.ndarray) -> None:
         """The text, for the :meth:`observe` that follows: ``tokens`` int32 [B, S], or () where it is not at hand; how
@@ -326,12 +341,12 @@ class Plan:
         self._seen = seen
         if self.steps_left <= 0 or not running:
             self._learn(*seen)
-            _, known, done = self._text
-            if self._looked is not None and len(known) > 1:
-                self._pace.observe(self._looked, known, done, int(seen[0].steps), _spread(seen[0].accepted))
-            self._try_others()
             self._seen = (None, 0.0, 0)
             if running:
+                _, known, done = self._text
+                if self._looked is not None and len(known) > 1:
+                    self._pace.observe(self._looked, known, done, int(seen[0].steps), _spread(seen[0].accepted))
+                self._try_others()
                 self.choose(running, remaining)
             self._choosing = time.perf_counter() - begun
         self.seconds += time.perf_counter() - begun
@@ -353,7 +368,7 @@ class Plan:
         expected = self._seconds(candidate, rate, max(1, round(sequence_steps / steps)))
         self._count(candidate, counts)
         self._factors.observe(self.strategy, self._factors(self.strategy) * (seconds / steps) / expected, steps)
-        self._steps += steps
+        self._steps, self._speed = self._steps + steps, new_tokens / seconds
         accepted = float(counts.accepted @ np.arange(len(counts.accepted)))
         self.decisions[-1] = dataclasses.replace(
             self.decisions[-1], observed_steps=steps, observed_acceptance_length=1.0 + accepted / sequence_steps,

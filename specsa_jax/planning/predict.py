@@ -100,6 +100,7 @@ class Acceptance:
         # What :meth:`rate` and :meth:`outlook` have answered since evidence came; a plan asks for each candidate.
         self._rates: dict[str, float] = {}
         self._outlooks: _Outlooks = {}
+        self._copies: dict[str, tuple[list[tuple[float, float, np.ndarray, int]], np.ndarray]] = {}
         priors = tuple(priors)
         longest: dict[str, int] = collections.defaultdict(int)
         for prior in priors:
@@ -140,6 +141,7 @@ class Acceptance:
         self._shifts.clear()
         self._rates.clear()
         self._outlooks.clear()
+        self._copies.clear()
 
     def rate(self, drafter: str) -> float:
         """The fraction of a sequence's steps in which ``drafter`` has a draft, of drafts as deep as were seen."""
@@ -180,16 +182,22 @@ class Acceptance:
             return of_drafts(
                 moved(self._chances(drafter, tree)), self.rate(drafter) if rate is None else rate, depth
             )  # fmt: skip
-        stretches = self._stretches(drafter)
+        stretches, every = self._copied(drafter)
         if self.alone and (same := [one for one in stretches[1:] if one[-1] == depth]):
             stretches = [stretches[0], *same]
         deepest = max(seen for *_, seen in stretches)
-        goes_on = far(moved(self._chances(drafter, tree)), deepest)
+        goes_on = far(moved(every), deepest)
         parts = []
         for steps, own, chances, seen in stretches:
             chances, own = moved(chances), own if rate is None else rate
             parts.append((steps, of_drafts(chances, own, seen), of_copies(chances, own, depth, seen, goes_on)))
         return together(parts)
+
+    def _copied(self, drafter: str) -> tuple[list[tuple[float, float, np.ndarray, int]], np.ndarray]:
+        """Of a drafter that copies: :meth:`_stretches`, and chances [64] of all of them together."""
+        if drafter not in self._copies:
+            self._copies[drafter] = self._stretches(drafter), self._chances(drafter, "chain")
+        return self._copies[drafter]
 
     def _stretches(self, drafter: str) -> list[tuple[float, float, np.ndarray, int]]:
         """Of a drafter that copies, by the length of its chains, the prior's first: steps that it is worth, the share
