@@ -6,12 +6,13 @@ by step: each takes what the profile says that a step of its batch, context and 
 one token at a time and lookup with each of its chains. What the times of the real device do beyond the profile's is
 not in it; what the planner makes of a text is.
 
-``recorded_texts.npz`` has texts of the trained target (train_target.py), 32 prompts of each kind with what the model
-made of them, greedy and at temperature 0.7; ``recorded_profile.json`` is its profile on an H200. Speeds are over one
-token at a time.
+``recorded_texts.npz`` has texts of the trained target (train_target.py), 32 prompts of each kind with the 512 tokens
+that the model made of them, greedy and at temperature 0.7; ``recorded_long_texts.npz`` 8 of each kind with 12,288,
+greedy; ``recorded_profile.json`` is its profile on an H200, ``recorded_short_profile.json`` one of 207 seconds, which
+times 12 steps where the other times 51. Speeds are over one token at a time.
 
     python benchmarks/planner_replay.py --out                          # a minute on a CPU
-    python benchmarks/planner_replay.py --record CHECKPOINT            # other texts; a GPU, or an hour
+    python benchmarks/planner_replay.py --record CHECKPOINT            # other texts; a GPU, or two hours
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import harness
 import numpy as np
@@ -36,10 +37,21 @@ from specsa_jax.planning.profile import read
 from specsa_jax.planning.space import Space, candidates
 from specsa_jax.schedule import Sharing
 
-FILE = Path(__file__).with_name("recorded_texts.npz")
+
+class Recorded(NamedTuple):
+    """Texts in a file: so many sequences of each kind, with so many tokens of prompt and behind it."""
+
+    path: Path
+    sequences: int
+    prompt: int
+    new_tokens: int
+    temperatures: tuple[float, ...]
+
+
+USUAL = Recorded(Path(__file__).with_name("recorded_texts.npz"), 32, 1024, 512, (0.0, 0.7))
+LONG = Recorded(Path(__file__).with_name("recorded_long_texts.npz"), 8, 4096, 12288, (0.0,))
 PROFILE = Path(__file__).with_name("recorded_profile.json")
-KINDS = [(workload, temperature) for temperature in (0.0, 0.7) for workload in ("prose", "code", "edit")]
-SEQUENCES, PROMPT, NEW_TOKENS = 32, 1024, 512
+SHORT_PROFILE = Path(__file__).with_name("recorded_short_profile.json")
 TREES = ("chain:4", "chain:16", "chain:32", "chain:63")
 CALL_SECONDS = 1e-3
 CONFIG = PRESETS["embedded"]
@@ -73,9 +85,13 @@ class Texts:
             reach[row, begin:end], stands[row, begin:end] = valid.sum(axis=1), np.cumprod(right, axis=1).sum(axis=1)
         return cls(tokens, lengths, ends, reach, stands)
 
+    @property
+    def new_tokens(self) -> int:
+        return int((self.ends - self.lengths).max())
+
     def take(self, rows: np.ndarray, context: int) -> Texts:
         """Some sequences, as if their prompts had ``context`` tokens less what is new: with zeros before them."""
-        before = max(0, context - NEW_TOKENS - PROMPT)
+        before = max(0, context - self.tokens.shape[1])
 
         def padded(array: np.ndarray) -> np.ndarray:
             return np.pad(array[rows], ((0, 0), (before, 0)))
@@ -84,9 +100,10 @@ class Texts:
                      padded(self.reach), padded(self.stands))  # fmt: skip
 
 
-def load() -> dict[tuple[str, float], Texts]:
-    with np.load(FILE) as saved:
-        names = [kind for kind in KINDS if "{}-{}-tokens".format(*kind) in saved]
+def load(recorded: Recorded = USUAL) -> dict[tuple[str, float], Texts]:
+    """By workload and temperature."""
+    with np.load(recorded.path) as saved:
+        names = [kind for kind in kinds(recorded) if "{}-{}-tokens".format(*kind) in saved]
         return {
             kind: Texts.of(*(saved["{}-{}-{}".format(*kind, part)].astype(np.int32)
                              for part in ("tokens", "lengths", "ends")))
@@ -94,21 +111,26 @@ def load() -> dict[tuple[str, float], Texts]:
         }  # fmt: skip
 
 
-def record(checkpoint: str) -> None:
-    """Decodes prompts of each kind, and keeps prompts and continuations in FILE."""
+def kinds(recorded: Recorded) -> list[tuple[str, float]]:
+    return [(workload, temperature) for temperature in recorded.temperatures for workload in ("prose", "code", "edit")]
+
+
+def record(checkpoint: str, recorded: Recorded) -> None:
+    """Decodes prompts of each kind, and keeps prompts and continuations in its file."""
     from workloads import prompts
 
     engine, found = Engine.from_pretrained(checkpoint), {}
-    for workload, temperature in KINDS:
-        rows = prompts(engine, checkpoint, workload, PROMPT, SEQUENCES)
-        result = engine.generate(rows, NEW_TOKENS, temperature=temperature, seed=3, strategy=Strategy(tree="chain:16"))
+    for workload, temperature in kinds(recorded):
+        rows = prompts(engine, checkpoint, workload, recorded.prompt, recorded.sequences)
+        result = engine.generate(rows, recorded.new_tokens, temperature=temperature, seed=3,
+                                 strategy=Strategy(tree="chain:16"))  # fmt: skip
         found |= packed(workload, temperature, [[*row, *made.tokens] for row, made in zip(rows, result, strict=True)],
                         [len(row) for row in rows])  # fmt: skip
-    np.savez_compressed(FILE, **found)
+    np.savez_compressed(recorded.path, **found)
 
 
 def packed(workload: str, temperature: float, texts: list[list[int]], lengths: list[int]) -> dict[str, np.ndarray]:
-    """A kind's arrays in FILE, by name."""
+    """A kind's arrays in a file, by name."""
     ends = [len(text) for text in texts]
     tokens = np.zeros((len(texts), max(ends)), np.uint16)
     for row, text in zip(tokens, texts, strict=True):
@@ -151,11 +173,11 @@ def compare(
     sampled."""
     space = Space(Planner(), candidates((("lookup", TREES),), CONFIG, "", "exact"), [Sharing()], [])
     found: dict[str, dict[str, Any]] = {}
-    for first in range(0, SEQUENCES, batch):
+    for first in range(0, len(texts.tokens), batch):
         some = texts.take(np.arange(first, first + batch), context)
         prompts = [row[:length] for row, length in zip(some.tokens, some.lengths, strict=True)]
         new = functools.partial(
-            space.plan, costs, priors, prompts, NEW_TOKENS, context=context, layers=CONFIG.layers,
+            space.plan, costs, priors, prompts, texts.new_tokens, context=context, layers=CONFIG.layers,
             compiled=lambda strategy: True, compile_seconds=0.0, shortest=SHORTEST["gpu"], drawn=drawn,
         )  # fmt: skip
         for name, fixed in [("planner", None), *((one.describe(), one) for one in new().candidates)]:
@@ -175,22 +197,27 @@ def main() -> None:
     parser.add_argument("--record", metavar="CHECKPOINT", help="record the texts that this one makes, and end")
     args = parser.parse_args()
     if args.record:
-        record(args.record)
+        record(args.record, USUAL)
+        record(args.record, LONG)
         return
-    if any(SEQUENCES % batch for batch in args.batches):
-        raise ValueError(f"batches: got {args.batches}, expected divisors of {SEQUENCES}")
+    if any(USUAL.sequences % batch for batch in args.batches):
+        raise ValueError(f"batches: got {args.batches}, expected divisors of {USUAL.sequences}")
     profile = read(args.profile)
     costs, priors, rows = Costs.from_profile(profile, CONFIG), Acceptance(profile.priors), []
-    for (workload, temperature), texts in load().items():
-        for batch in args.batches:
-            for context in args.contexts:
-                found = compare(texts, batch, context, costs, priors, temperature > 0)
-                speeds = {name: one["tokens"] / one["seconds"] for name, one in found.items()}
-                planned = speeds.pop("planner")
-                none = speeds.pop("autoregressive")
-                rows.append({"workload": workload, "temperature": temperature, "batch": batch, "context": context,
-                             "of_best": planned / max(none, *speeds.values()), "planner": planned / none,
-                             **{name: speed / none for name, speed in speeds.items()}})  # fmt: skip
+    points = [(USUAL, batch, context) for batch in args.batches for context in args.contexts]
+    points += [(LONG, batch, LONG.prompt) for batch in args.batches if LONG.sequences % batch == 0]
+    texts = {recorded: load(recorded) for recorded, *_ in points}
+    for recorded, batch, context in points:
+        for (workload, temperature), some in texts[recorded].items():
+            found = compare(some, batch, context, costs, priors, temperature > 0)
+            speeds = {name: one["tokens"] / one["seconds"] for name, one in found.items()}
+            planned = speeds.pop("planner")
+            none = speeds.pop("autoregressive")
+            rows.append({
+                "workload": workload, "temperature": temperature, "batch": batch, "context": context,
+                "new_tokens": recorded.new_tokens, "of_best": planned / max(none, *speeds.values()),
+                "planner": planned / none, **{name: speed / none for name, speed in speeds.items()},
+            })  # fmt: skip
     harness.print_table(rows)
     mean = math.exp(np.mean(np.log([row["of_best"] for row in rows])))
     print(f"planner of best, geometric mean: {mean:.3f}")

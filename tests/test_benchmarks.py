@@ -305,6 +305,15 @@ def test_on_recorded_texts_the_planner_keeps_up_with_the_best_chain():
     assert np.exp(np.mean(np.log(ratios))) > 0.97
 
 
+def test_in_long_calls_of_a_batch_the_planner_gives_a_bad_guess_up_soon():
+    """Texts that begin to repeat themselves: chain:63 is twice as fast in the end as what is chosen at first."""
+    profile = planner_replay.read(planner_replay.SHORT_PROFILE)
+    costs = planner_replay.Costs.from_profile(profile, planner_replay.CONFIG)
+    texts = planner_replay.load(planner_replay.LONG)["prose", 0.0]
+    found = planner_replay.compare(texts, 8, 4096, costs, planner_replay.Acceptance(profile.priors))
+    assert found["planner"]["seconds"] < 1.07 * found["lookup chain:63"]["seconds"]
+
+
 def test_on_recorded_texts_chains_of_one_length_tell_what_those_of_others_gain():
     recorded = planner_replay.load()
     for kind in (("prose", 0.0), ("code", 0.7)):
