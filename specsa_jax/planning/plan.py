@@ -39,7 +39,7 @@ _WORTH_WATCHING = 0.9
 _SHARED_MEASURED, _SHARED_COUNTED = 0.8, 1.0
 _ALONE = Outlook(1.0, 0.0)
 # Of a segment's time, what choosing may take.
-_SHARE = 0.01
+_SHARE = 0.008
 # As long as the strategy stays, a segment has so many times the steps of the one before, up to so many times those of
 # the first, and takes at least so many times the shortest. Where drafts show how they fare, a text that begins to
 # repeat itself is to be seen soon; where nothing is drafted, nothing is seen, and what follows may be drafts in vain.

@@ -27,9 +27,9 @@ class Planner:
         of the profile, or :data:`specsa_jax.planning.space.DRAFTERS`. Not to speculate is always considered.
       hysteresis: a switch has to promise so much more throughput, as a fraction.
       segment: steps of the first segment; as long as the strategy stays, each is twice the one before, up to 4 times
-        the first, or 16 times where nothing is drafted. One that would take less than 30 ms (behind the first, 100 ms
-        on a GPU; fourfold where the strategy has stayed), or less than a hundred times what choosing took, is longer;
-        where nothing could change the choice any more, it goes to the end.
+        the first, or 16 times where nothing is drafted. One that would take less than 30 ms (where the strategy has
+        stayed, 100 ms on a GPU, and up to fourfold), or less than 125 times what choosing took, is longer; where
+        nothing could change the choice any more, it goes to the end.
       switch: False: chosen once, before the first token.
 
     Raises ValueError for values outside their ranges.
