@@ -3,7 +3,7 @@
 Registers, spills (stack) and shared memory of what a call on an H200 runs: with the config that was measured there
 (``tuned``), where there is one for the call, else with the heuristic's. Needs PyPI's ``triton``, on x86-64 Linux. That
 is not the Triton inside XLA, so the resources listed are a lead, not a proof. A kernel takes it some seconds, all of
-them three quarters of an hour.
+them an hour and more.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from jaxlib.triton import dialect
 from pallas_kernels import tuned
 from pallas_kernels.attention import attend, configure
 from pallas_kernels.attention import specs as attention_specs
+from pallas_kernels.attention.config import GroupMode
 from pallas_kernels.commit import commit
 from pallas_kernels.commit import specs as commit_specs
 from pallas_kernels.compress import compress
@@ -58,10 +59,11 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A benchmarked call.
+    """A call of one of the specs.
 
     Attributes:
-      name: its operation's and its spec's; of attention with the group, or "deterministic".
+      name: its operation's and its spec's; of attention with the group, "-shared" where that shares an index, or
+        "deterministic".
       config: where its tuning parameters are from: "tuned", "heuristic", or "fixed".
       function, shapes: the call, and what gives its arguments' shapes.
     """
@@ -112,14 +114,17 @@ def compile_sm90(kernel: Kernel) -> Resources:
 
 
 def verification(
-    spec: attention_specs.AttentionSpec, group: int | None = None, deterministic: bool = False
+    spec: attention_specs.AttentionSpec,
+    group: int | None = None,
+    deterministic: bool = False,
+    mode: GroupMode = "merged",
 ) -> Callable[..., Any]:
     """A refresh layer, and a layer that reuses its selection, as one function, with an H200's config: six launches, or
     seven."""
     config = None
     if not deterministic:
         with use_abstract_mesh(H200):
-            config = configure(spec.sparsity, spec.shape, group)
+            config = configure(spec.sparsity, spec.shape, group, mode, dtype=spec.dtype)
 
     def layers(*arguments: Any) -> Any:
         call = partial(attend, spec.sparsity, *arguments, config=config, deterministic=deterministic)
@@ -130,30 +135,36 @@ def verification(
 
 
 def programs() -> Iterator[Program]:
-    """Every benchmarked call, as an H200 runs it; of attention also that of queries alone, and of class strict."""
+    """Every call that benchmarks and tests make, as an H200 runs it; of attention also that of queries alone, of class
+    strict, and, of the tests', with a shared index."""
 
     def source(found: Any) -> str:
         return "heuristic" if found is None else "tuned"
 
-    for layer in attention_specs.BENCHMARKS:
+    for layer in (*attention_specs.BENCHMARKS, *attention_specs.TESTS):
         groups: dict[int, int | None] = {}  # and how a call asks for them
         with use_abstract_mesh(H200):
             for asked in (None, 1):
-                groups.setdefault(configure(layer.sparsity, layer.shape, asked).group, asked)
+                found = configure(layer.sparsity, layer.shape, asked, dtype=layer.dtype)
+                groups.setdefault(found.group, asked)
         for group, asked in groups.items():
-            config = source(tuned.lookup(KIND, layer.sparsity, layer.shape, asked))
+            config = source(tuned.lookup(KIND, layer.sparsity, layer.shape, asked, layer.dtype))
             name = f"attention/{layer.name}-C{group}"
             yield Program(name, config, verification(layer, asked), layer.abstract)
         name = f"attention/{layer.name}-deterministic"
         yield Program(name, "fixed", verification(layer, deterministic=True), layer.abstract)
-    for spec in specs.BENCHMARKS:
+    for layer in attention_specs.TESTS:
+        if layer.width > 1:
+            name, function = f"attention/{layer.name}-C4-shared", verification(layer, 4, mode="shared")
+            yield Program(name, "heuristic", function, layer.abstract)
+    for spec in (*specs.BENCHMARKS, *(spec for spec in specs.TESTS if spec.rows)):
         config = source(tuned.lookup_selection(KIND, spec.rows, spec.shape[-1]))
         counts: dict[str, Any] = spec.counts
         yield Program(f"selection/{spec.name}", config, partial(select_blocks, **counts), spec.abstract)
-    for case in commit_specs.BENCHMARKS:
+    for case in (*commit_specs.BENCHMARKS, *commit_specs.TESTS):
         config = source(tuned.lookup_commit(KIND, case.shape))
         yield Program(f"commit/{case.name}", config, partial(commit, compress_block=case.block), case.abstract)
-    for blocks in compress_specs.BENCHMARKS:
+    for blocks in (*compress_specs.BENCHMARKS, *compress_specs.TESTS):
         config = source(tuned.lookup_compress(KIND, blocks.shape))
         yield Program(f"compress/{blocks.name}", config, compress, blocks.abstract)
 

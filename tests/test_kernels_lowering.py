@@ -52,8 +52,12 @@ def test_the_report_compiles_what_an_h200_runs():
         with use_abstract_mesh(report.H200):
             group = configure(spec.sparsity, spec.shape).group
         assert {f"attention/{spec.name}-{form}" for form in (f"C{group}", "C1", "deterministic")} <= set(programs)
-    for benchmarks, kind in ((specs, "selection"), (commit_specs, "commit"), (compress_specs, "compress")):
-        assert {f"{kind}/{spec.name}" for spec in benchmarks.BENCHMARKS} <= set(programs)
+    for spec in attention_specs.TESTS:
+        forms = ("C1", "deterministic", *(["C4-shared"] if spec.width > 1 else []))
+        assert {f"attention/{spec.name}-{form}" for form in forms} <= set(programs)
+    for operation, kind in ((specs, "selection"), (commit_specs, "commit"), (compress_specs, "compress")):
+        calls = {f"{kind}/{spec.name}" for spec in (*operation.BENCHMARKS, *operation.TESTS)}
+        assert calls - set(programs) <= {"selection/no-rows"}  # which launches nothing
     name = "B32-T8-H32x8-L64K-o70"
     for form, config in (("C8", "tuned"), ("C1", "heuristic"), ("deterministic", "fixed")):
         assert programs[f"attention/{name}-{form}"].config == config
@@ -101,15 +105,17 @@ REPRESENTATIVE = [("B1-T1-H32x8-L64K-o70", 1), ("B8-T8-H32x8-L64K-o70", 8), ("B1
 
 
 @pytest.mark.parametrize(
-    "spec, deterministic",
+    "spec, options",
     [
-        *[pytest.param(spec, False, id=spec.name) for spec in attention_specs.TESTS],
-        *[pytest.param(spec, True, id=f"{spec.name}-deterministic") for spec in attention_specs.TESTS
+        *[pytest.param(spec, {}, id=spec.name) for spec in attention_specs.TESTS],
+        *[pytest.param(spec, {"deterministic": True}, id=f"{spec.name}-deterministic") for spec in attention_specs.TESTS
           if spec.name in ("tree-28-wide", "shared-kv", "selection-only", "l16-d16-p16", "l64-d64-p64", "G16", "D24")],
+        *[pytest.param(spec, {"mode": "shared"}, id=f"{spec.name}-shared-index") for spec in attention_specs.TESTS
+          if spec.name in ("chain-40", "tree", "tree-shared-kv", "selection-only", "l16-d16-p16", "G16", "D64-bf16")],
     ],
 )  # fmt: skip
-def test_attention_lowers(spec, deterministic):
-    lowered = report.lower(report.verification(spec, min(spec.width, 128), deterministic), *spec.abstract())
+def test_attention_lowers(spec, options):
+    lowered = report.lower(report.verification(spec, min(spec.width, 128), **options), *spec.abstract())
     expected = LAUNCHES
     if not spec.sparsity.compressed_output:  # a reuse layer has no use for that branch
         expected = ["nsa_selected_window" if "compressed_selected" in name else name for name in LAUNCHES]

@@ -7,6 +7,7 @@ import os
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import _dispatch, report, tune, tuned
@@ -85,6 +86,7 @@ def test_the_fastest_config_is_written_and_found(tmp_path, installed):
             best = min((dataclasses.replace(best, **own) for own in values), key=made_up)
         assert found == best
         assert made_up(found) < min(map(made_up, space)), "it is better along several axes"
+        assert tuned.lookup(KIND, SPEC.sparsity, SPEC.shape, group, jnp.float32) is None  # measured in bfloat16
     assert tuned.lookup_selection(KIND, 8 * 8 * 8, 1024) == SelectionConfig(1)
     assert tuned.lookup_selection(KIND, 8 * 8 * 8, 1023) is None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -47,20 +49,22 @@ def limit(sparsity: Sparsity, shape: Shape, group: int | None = None) -> str | N
 
 
 def configure(
-    sparsity: Sparsity, shape: Shape, group: int | None = None, mode: GroupMode = "merged", interpret: bool = False
-) -> AttentionConfig:
+    sparsity: Sparsity, shape: Shape, group: int | None = None, mode: GroupMode = "merged", interpret: bool = False,
+    dtype: Any = "bfloat16",
+) -> AttentionConfig:  # fmt: skip
     """The tuning parameters of a call of :func:`attend`: measured on this kind of device, or else the heuristic's.
 
     Args:
       group: C; None: chosen too.
       mode: of groups; shared ones are not measured.
       interpret: the heuristic's.
+      dtype: of queries, keys and values.
 
     Raises TuningError for a data file that is broken.
     """
     found = None
     if mode == "merged" and not interpret:
-        found = tuned.lookup(_dispatch.device_kind(), sparsity, shape, group)
+        found = tuned.lookup(_dispatch.device_kind(), sparsity, shape, group, dtype)
     return found or AttentionConfig.heuristic(sparsity, shape, group, mode)
 
 
@@ -113,7 +117,7 @@ def attend(
         if config is not None:
             raise ValueError("config: given with deterministic = True, which has a config of its own")
         config = config_for(sparsity, shape)
-    config = config or configure(sparsity, shape, interpret=interpret)
+    config = config or configure(sparsity, shape, interpret=interpret, dtype=query.dtype)
     # PTX is the exponential (``tiles.exp2``).
     reason = limit(sparsity, shape, config.group) or (None if interpret else _dispatch.device_limit(ptx=True))
     if reason:

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from importlib import resources
 from typing import Any
 
+import jax.numpy as jnp
+
 from pallas_kernels import _check
 from pallas_kernels.attention.arguments import Shape, Sparsity
 from pallas_kernels.attention.config import AttentionConfig, Branch
@@ -48,15 +50,18 @@ def slug(device_kind: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-")
 
 
-def lookup(device_kind: str, sparsity: Sparsity, shape: Shape, group: int | None = None) -> AttentionConfig | None:
-    """The config measured for the call nearest to this one; None where no entry is near enough.
+def lookup(
+    device_kind: str, sparsity: Sparsity, shape: Shape, group: int | None = None, dtype: Any = "bfloat16"
+) -> AttentionConfig | None:
+    """The config measured for the call nearest to this one, of the same dtype; None where no entry is near enough.
 
     ``group`` None: the fastest of those measured there, if the heuristic's is among them: others say nothing of it.
     Raises TuningError for a file that is broken.
     """
     found: dict[tuple[Any, ...], dict[int, tuple[float, Any]]] = {}  # by distance and sizes, and group
     same = (entry for entry in _load(device_kind)["attention"]
-            if all(entry["sparsity"][name] == getattr(sparsity, name) for name in BLOCKS))  # fmt: skip
+            if entry.get("dtype", "bfloat16") == str(jnp.dtype(dtype))
+            and all(entry["sparsity"][name] == getattr(sparsity, name) for name in BLOCKS))  # fmt: skip
     for distance, entry in _nearest(same, vars(shape), EXACT, NEAREST, _FARTHEST):
         where = distance, *(entry["shape"][name] for name in NEAREST)
         found.setdefault(where, {})[entry["config"]["group"]] = entry["microseconds"], entry["config"]

@@ -82,7 +82,9 @@ def attend(
     arguments = _arguments(config, projected, cache, layer, tail, new, is_chain)
     kernel_config = None
     if group or group_mode == "shared":
-        kernel_config = attention.configure(arguments[0], check(*arguments), group or None, group_mode, interpret)
+        kernel_config = attention.configure(
+            arguments[0], check(*arguments), group or None, group_mode, interpret, projected.query.dtype
+        )
     return attention.attend(
         *arguments, selected=selected, reuse_compressed=keep_compressed, config=kernel_config, interpret=interpret
     )
