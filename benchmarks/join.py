@@ -4,7 +4,8 @@ Rows that agree in ``--by`` are one: the first file's counts, so the newest come
 last. The joined file has the first one's commit, and rows of another carry their own; its ``command`` is that of all
 parts from which a row is left. Files of another script, device or model are refused. planner.py's sums are taken again;
 of end_to_end.py texts are left out, and classes that were measured without class exact get their speed-up over that of
-the same commit, or else of another, which the row then names (``over_commit``).
+the same commit, or else of another, which the row then names (``over_commit``); of shapes.py, steps are set beside that
+of one token only where it is of the same commit.
 
     python benchmarks/join.py part1.json part2.json --by workload,context,batch,strategy --out FILE
     python benchmarks/join.py new.json FILE --by case,variant --out FILE                # FILE's other rows stay
@@ -60,6 +61,8 @@ def joined(results: Sequence[tuple[str, Result]], by: Sequence[str]) -> Result:
         found |= planner.summary(found["rows"])
     if script_of(first) == "end_to_end":
         _complete(found["rows"], first["commit"])
+    if script_of(first) == "shapes":
+        _set_beside(found["rows"])
     return found | {"rows": found.pop("rows")}
 
 
@@ -80,6 +83,17 @@ def _complete(rows: Sequence[Result], commit: str) -> None:
             if own not in bases:
                 own = row["over_commit"] = next(iter(bases))
             row["speedup"] = row["tokens_per_second"] / bases[own]
+
+
+def _set_beside(rows: Sequence[Result]) -> None:
+    """Steps of shapes.py over that of one token: what a row says may be of one that is here no more."""
+    axes = ("preset", "context", "batch", "commit")
+    single = {tuple(row.get(axis) for axis in axes): row["step_us"] for row in rows
+              if row["width"] == 1 and "step_us" in row}  # fmt: skip
+    for row in rows:
+        row.pop("over_decode", None)
+        if "step_us" in row and (one := single.get(tuple(row.get(axis) for axis in axes))):
+            row["over_decode"] = row["step_us"] / one
 
 
 def main() -> None:

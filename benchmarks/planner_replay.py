@@ -8,7 +8,7 @@ not in it; what the planner makes of a text is.
 
 ``recorded_texts.npz`` has texts of the trained target (train_target.py), 32 prompts of each kind with the 512 tokens
 that the model made of them, greedy and at temperature 0.7; ``recorded_long_texts.npz`` 8 of each kind with 12,288,
-greedy; ``recorded_profile.json`` is its profile on an H200, ``recorded_short_profile.json`` one of 207 seconds, which
+greedy; ``recorded_profile.json`` is its profile on an H200, ``recorded_short_profile.json`` one of 195 seconds, which
 times 12 steps where the other times 51. Speeds are over one token at a time.
 
     python benchmarks/planner_replay.py --out                          # a minute on a CPU

@@ -325,6 +325,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         run(args.names, args.out, args.budget, args.again)
+    except ModuleNotFoundError as error:  # the kernels need nothing but JAX
+        name = str(error.name).partition(".")[0]
+        parser.exit(2, f"error: {name}, which shows the progress, is not installed: pip install {name}\n")
     except (_dispatch.UnsupportedError, ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
 

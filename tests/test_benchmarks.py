@@ -500,6 +500,17 @@ def test_joined_end_to_end_files_have_speedups_over_class_exact_of_their_commit_
     assert not any("tokens" in one for one in rows)
 
 
+def test_joined_steps_are_over_that_of_one_token_at_their_own_commit():
+    def row(width, step, **more):
+        return {"preset": "1b", "context": 4096, "batch": 1, "width": width, "step_us": step, **more}
+
+    new = result("shapes", [row(1, 100.0)]) | {"commit": "b2", "command": "shapes.py --out"}
+    old = result("shapes", [row(1, 200.0), row(16, 300.0, over_decode=1.5)]) | {"commit": "a1", "command": "shapes.py"}
+    rows = join.joined([("new", new), ("old", old)], ["preset", "context", "batch", "width"])["rows"]
+    assert [one.get("over_decode") for one in rows] == [1.0, None]
+    assert join.joined([("old", old)], ["width"])["rows"][1]["over_decode"] == 1.5
+
+
 def test_the_strict_benchmark_goes_on_only_with_a_run_like_its_own(tmp_path):
     out, settings, rows = (
         tmp_path / "strict.json",

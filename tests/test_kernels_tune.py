@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 from functools import partial
 
 import jax
@@ -376,3 +377,13 @@ def test_the_search_goes_along_one_axis_at_a_time():
     [last, *_] = [config for config in times if config.selection_warps > space[0].selection_warps]
     assert last.window.splits == 2 * space[0].window.splits and last.num_stages == 5
     assert made_up(last) == min(times.values())
+
+
+def test_without_rich_the_command_says_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    with pytest.raises(SystemExit) as stopped:
+        tune.main(["B8-T8-H32x8-L64K"])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith(
+        "error: rich, which shows the progress, is not installed: pip install rich\n"
+    )
