@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from pallas_kernels import Implementation
 from specsa_jax.admission import Bound, admit, admitted, check_bound
-from specsa_jax.checkpoints import draft_head, records
+from specsa_jax.checkpoints import CheckpointError, draft_head, records
 from specsa_jax.checkpoints.records import Records
 from specsa_jax.config import ModelConfig
 from specsa_jax.decoding import State
@@ -59,12 +59,16 @@ class Chooser(Runtime):
         precision: Precision = "exact",
         implementation: Implementation | None = None,
         end_tokens: Sequence[int] | None = None,
-        checkpoint: Path | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
         profile: Profile | str | os.PathLike[str] | None = None,
         allow_mismatch: bool = False,
     ):
         if not isinstance(profile, Profile | str | os.PathLike | None):
             raise profiles.ProfileError(f"profile: got {profile!r}, expected a Profile, or the path of its file")
+        if not isinstance(checkpoint, str | os.PathLike | None):
+            raise CheckpointError(f"checkpoint: got {checkpoint!r}, expected the path of a directory")
+        if not isinstance(allow_mismatch, bool):
+            raise profiles.ProfileError(f"allow_mismatch: got {allow_mismatch!r}, expected True or False")
         super().__init__(
             config, params, tokenizer, dtype=dtype, max_length=max_length, max_cache_bytes=max_cache_bytes,
             prefill_chunk=prefill_chunk, implementation=implementation, end_tokens=end_tokens,
@@ -74,7 +78,8 @@ class Chooser(Runtime):
         self._candidates: dict[Any, list[Candidate]] = {}  # of planners' spaces, read once
         self._spaces: dict[Any, Space] = {}
         self._records: tuple[Any, Records] | None = None
-        self.checkpoint, self._profile, self._allow_mismatch = checkpoint, profile, allow_mismatch
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self._profile, self._allow_mismatch = profile, allow_mismatch
         if profile is not None:
             _ = self.profile
 

@@ -1,4 +1,4 @@
-"""The command ``specsa``. Heavy imports happen inside the commands: ``--help`` answers at once."""
+"""The command ``specsa``. What is heavy beside JAX is imported inside the commands."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import jax
 import typer
 from typer.exceptions import TyperException
 
@@ -18,7 +19,7 @@ from specsa_jax.checkpoints.cli import convert, inspect
 from specsa_jax.planning.cli import profile
 from specsa_jax.precision_cli import precision as measure_precision
 from specsa_jax.precision_cli import schedule as search_schedule
-from specsa_jax.terminal import clear_errors, named_options, show_table
+from specsa_jax.terminal import clear_errors, hear_interrupts, named_options, show_table
 from specsa_jax.training.cli import train
 from specsa_jax.training.draft_cli import train_draft
 
@@ -52,9 +53,11 @@ app.command()(profile)
 
 @app.callback()
 def _app() -> None:
-    # Compiled programs outlive the process; a cache that the user has set up stays in charge.
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(cache) / "specsa-jax" / "xla"))
+    # Compiled programs outlive the process; a cache that the user has set up stays in charge. JAX, which is imported by
+    # now, has read its variables.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(Path(cache) / "specsa-jax" / "xla"))
 
 
 @app.command()
@@ -230,11 +233,21 @@ def tune(
 def main() -> None:
     """The console command. What the command line's parser refuses ends with one line too, and exit code 2."""
     try:
-        sys.exit(app(standalone_mode=False))
+        hear_interrupts()
+        code = app(standalone_mode=False)
     except TyperException as error:
         if message := error.format_message():  # empty where the help was printed instead
             print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):  # outside of what a command guards
+        print("interrupted", file=sys.stderr)
+        code = 130
+    if code == 130:
+        # XLA may be compiling still: waiting for its threads, or taking them down, is what crashes then.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _strategy(

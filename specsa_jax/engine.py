@@ -22,7 +22,7 @@ import numpy as np
 
 from specsa_jax import checkpoints
 from specsa_jax.admission import Bound
-from specsa_jax.cache import Cache, CacheBytes
+from specsa_jax.cache import Cache, CacheBytes, CapacityError
 from specsa_jax.choosing import Chooser
 from specsa_jax.planning.plan import Fixed, Plan
 from specsa_jax.planning.planner import Planner
@@ -222,8 +222,11 @@ class Engine(Chooser):
         (JAX_COMPILATION_CACHE_DIR) they outlive the process. Returns the strategies, in words. Raises as
         :meth:`generate`.
         """
-        rows = [np.zeros(whole_number("prompt_tokens", prompt_tokens), np.int32)] * whole_number("batch", batch)
         bound, max_new_tokens = Bound(max_kl, min_top1), whole_number("max_new_tokens", max_new_tokens)
+        if whole_number("prompt_tokens", prompt_tokens) + max_new_tokens > self.max_length:
+            raise CapacityError(f"prompt_tokens, max_new_tokens: got {prompt_tokens} and {max_new_tokens}, expected at "
+                                f"most {self.max_length} together (max_length)")  # fmt: skip
+        rows = [np.zeros(prompt_tokens, np.int32)] * whole_number("batch", batch)
         several = list(strategy) if isinstance(strategy, list | tuple) else [strategy]
         if not several:
             raise PromptError("strategy: got an empty list, expected at least one Strategy or Planner")
@@ -257,6 +260,8 @@ class Engine(Chooser):
         Raises PromptError or CapacityError, before any work.
         """
         row = token_row(self.tokenizer, self.config.vocab_size, "tokens", tokens)
+        if len(row) > self.max_length:
+            raise CapacityError(f"tokens: got {len(row)}, expected at most {self.max_length} (max_length)")
         pages, _ = self.plan_pages([row], 0, Strategy(None, precision=self.precision))
         chunk = self.chunk(len(row), self.precision)
         cache = self.initial_state([row], pages, 0).cache

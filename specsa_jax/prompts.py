@@ -48,6 +48,15 @@ def token_row(tokenizer: Tokenizer, vocabulary: int, where: str, prompt: Any) ->
     return row.astype(np.int32)
 
 
+def end_ids(tokenizer: Tokenizer, vocabulary: int, tokens: Any) -> tuple[int, ...]:
+    """Token ids that end a text, or none. Raises PromptError."""
+    if isinstance(tokens, str):
+        raise PromptError(f"end_tokens: got {tokens!r}, expected a list of token ids")
+    if np.size(tokens) == 0:
+        return ()
+    return tuple(token_row(tokenizer, vocabulary, "end_tokens", tokens).tolist())
+
+
 def stop_texts(stop: Any) -> tuple[str, ...]:
     """Stop strings from one or several. Raises PromptError."""
     stops = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)

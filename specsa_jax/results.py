@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,14 +111,22 @@ class Result(Sequence):
 
 
 class Stream:
-    """Iterates over :class:`Chunk`; afterwards ``result`` holds the :class:`Result`."""
+    """An iterator over :class:`Chunk`; behind the last one ``result`` holds the :class:`Result`."""
 
     def __init__(self, chunks: Generator[Chunk, None, Result]):
         self._chunks = chunks
         self.result: Result | None = None
 
-    def __iter__(self) -> Iterator[Chunk]:
-        self.result = yield from self._chunks
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Chunk:
+        try:
+            return next(self._chunks)
+        except StopIteration as end:
+            if self.result is None:  # once it has ended, it says so without one
+                self.result = end.value
+            raise StopIteration from None
 
 
 class Output:

@@ -22,7 +22,7 @@ from specsa_jax.decoding import Decoder, State
 from specsa_jax.drafting import Drafter, Target
 from specsa_jax.drafting.watching import Watching
 from specsa_jax.nsa import kernels
-from specsa_jax.prompts import whole_number
+from specsa_jax.prompts import end_ids, whole_number
 from specsa_jax.sampling import Sampling
 from specsa_jax.strategy import Precision, Strategy
 
@@ -56,11 +56,13 @@ class Runtime:
             prefill_chunk = 512 if on_gpu else 64
         self.config, self.tokenizer, self.dtype = config, tokenizer, _floating(dtype)
         self.max_length = whole_number("max_length", config.max_length if max_length is None else max_length)
-        self.max_cache_bytes = max_cache_bytes
+        self.max_cache_bytes = None if max_cache_bytes is None else whole_number("max_cache_bytes", max_cache_bytes)
         self.prefill_chunk = whole_number("prefill_chunk", prefill_chunk)
         self.params = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
         end = tokenizer.token_to_id("<|endoftext|>")
-        self.end_tokens = tuple(end_tokens) if end_tokens is not None else () if end is None else (end,)
+        self.end_tokens: tuple[int, ...] = () if end is None else (end,)
+        if end_tokens is not None:
+            self.end_tokens = end_ids(tokenizer, config.vocab_size, end_tokens)
         self.implementation = kernels.choose(config.nsa, self.max_length, implementation)
         self.decoder = Decoder(config, self.dtype, self.end_tokens, self.implementation)
         self.ready: dict[Any, set[Strategy]] = {}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import typer
@@ -32,6 +35,22 @@ def clear_errors(notes: Console, interrupted: str = "interrupted") -> Iterator[N
     except KeyboardInterrupt as error:
         notes.print(interrupted)
         raise typer.Exit(130) from error
+
+
+def hear_interrupts() -> None:
+    """Lets Ctrl-C wait while callbacks of the garbage collector run, of which JAX has one: Python prints what is raised
+    in them, and goes on."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
+        while frame is not None and frame.f_code not in callbacks:
+            frame = frame.f_back
+        if frame is None:
+            raise KeyboardInterrupt
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+
+    for number in (signal.SIGINT, signal.SIGALRM):
+        signal.signal(number, interrupt)
 
 
 def named_options(context: typer.Context, names: Sequence[str]) -> list[str]:

@@ -1,15 +1,19 @@
 """The command line."""
 
+import gc
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from specsa_jax.cli import main
 from specsa_jax.config import preset
+from specsa_jax.terminal import hear_interrupts
 
 
 def specsa(*arguments, stdin="", stderr=subprocess.PIPE):
@@ -197,3 +201,43 @@ def test_help_is_there_for_every_command_with_an_example():
 def test_tune_says_that_there_is_no_gpu():
     run = specsa("tune", "B1-T8")
     assert run.returncode == 2 and b"error: device: got cpu, expected a GPU" in run.stderr
+
+
+def test_an_interrupt_ends_a_command_while_it_compiles():
+    with subprocess.Popen([sys.executable, "-m", "specsa_jax", "generate"], env={**os.environ, "JAX_PLATFORMS": "cpu"},
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:  # fmt: skip
+        time.sleep(6)
+        run.send_signal(signal.SIGINT)
+        _, notes = run.communicate(timeout=60)
+    assert run.returncode == 130 and notes.endswith(b"interrupted\n") and b"Traceback" not in notes, notes
+
+
+def test_an_interrupt_in_the_garbage_collector_is_heard_behind_it():
+    """Python prints what is raised there, and goes on; JAX has such a callback."""
+
+    def callback(phase, info):
+        signal.raise_signal(signal.SIGINT)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGALRM)}
+    gc.callbacks.append(callback)
+    try:
+        hear_interrupts()
+        gc.collect()
+        gc.callbacks.remove(callback)
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(10)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_compiled_programs_outlive_a_command(tmp_path):
+    program = "; ".join([
+        "from specsa_jax import cli", "cli._app()", "import jax",
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)", "jax.jit(lambda x: x + 1)(1)",
+    ])  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300,
+                   env=environment | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)})  # fmt: skip
+    assert list((tmp_path / "specsa-jax" / "xla").iterdir())

@@ -14,6 +14,7 @@ from tokenizers.models import WordLevel
 import specsa_jax
 from specsa_jax import CapacityError, CheckpointError, Engine, PromptError, PromptLookup, SamplingParams, Strategy, cli
 from specsa_jax.drafting import DraftModel, Target
+from specsa_jax.planning import ProfileError
 from specsa_jax.results import Output
 from specsa_jax.runtime import bucket
 from specsa_jax.training import is_held_out
@@ -127,10 +128,13 @@ def test_streamed_text_adds_up_and_equals_the_unstreamed(engine, held_out):
     prompts = cut(held_out, 2, (1, 2), seed=4)
     pieces = {0: "", 1: ""}
     stream = engine.stream(prompts, max_new_tokens=24)
+    first = next(stream)
+    pieces[first.index] += first.text
     for chunk in stream:
         pieces[chunk.index] += chunk.text
     whole = engine.generate(prompts, max_new_tokens=24)
     assert [pieces[0], pieces[1]] == [g.text for g in stream.result] == [g.text for g in whole]
+    assert list(stream) == [] and stream.result is not None  # it has ended, and still has its result
     seen = []
     engine.generate(prompts, max_new_tokens=24, on_chunk=seen.append)
     assert "".join(chunk.text for chunk in seen if chunk.index == 1) == pieces[1]
@@ -285,7 +289,7 @@ def test_bad_input_is_refused_before_any_work(engine, arguments, error, words):
         ([], PromptError, "tokens: is empty"),
         ([4096], PromptError, "tokens: got token id 4096, expected 0 to 4095"),
         ([[1, 2]], PromptError, r"tokens: got int64 of shape \[1, 2\]"),
-        ([1] * 8193, CapacityError, "8193 tokens"),
+        ([1] * 8193, CapacityError, "tokens: got 8193, expected at most 8192"),
     ],
 )
 def test_tokens_that_cannot_be_scored_are_refused(engine, tokens, error, words):
@@ -297,6 +301,24 @@ def test_a_cache_larger_than_allowed_is_refused_with_the_numbers():
     engine = Engine.from_pretrained("embedded", max_cache_bytes=10_000)
     with pytest.raises(CapacityError, match=r"cache of [\d,]+ bytes .* at most 10,000"):
         engine.generate("x = 1", max_new_tokens=4)
+
+
+@pytest.mark.parametrize("options, error, words", [
+    ({"max_cache_bytes": "x"}, PromptError, "max_cache_bytes: got 'x', expected an integer"),
+    ({"end_tokens": 5}, PromptError, "end_tokens: got int64 of shape"),
+    ({"end_tokens": "xy"}, PromptError, "end_tokens: got 'xy', expected a list of token ids"),
+    ({"end_tokens": [99999]}, PromptError, "end_tokens: got token id 99999, expected 0 to 4095"),
+    ({"checkpoint": 5}, CheckpointError, "checkpoint: got 5, expected the path"),
+    ({"allow_mismatch": "x"}, ProfileError, "allow_mismatch: got 'x', expected True or False"),
+])  # fmt: skip
+def test_an_engines_bad_options_are_refused(options, error, words):
+    with pytest.raises(error, match=words):
+        Engine.from_pretrained("embedded", **options)
+
+
+def test_what_could_not_be_generated_is_not_compiled(engine):
+    with pytest.raises(CapacityError, match="prompt_tokens, max_new_tokens: got 1000000000000 and 256, expected at m"):
+        engine.warmup(prompt_tokens=10**12)
 
 
 def test_unknown_and_damaged_checkpoints_are_refused(tmp_path):
