@@ -129,7 +129,8 @@ def generate(
         typer.Option(
             "--plan",
             help="A planner chooses drafter, tree, groups and (class approx) schedule, and goes on "
-            "choosing; in place of --drafter, --tree, --acceptance, --schedule, --shared.",
+            "choosing; in place of --drafter, --tree, --traversal, --acceptance, --schedule, --drop-compressed, "
+            "--shared.",
         ),
     ] = False,
     profile: Annotated[
@@ -311,7 +312,7 @@ def _stream(engine: Engine, prompts: list[tuple[str, str]], arguments: dict[str,
     assert stream.result is not None
     for (name, _), generation in zip(prompts, stream.result, strict=True):
         if not alone:
-            notes.print(f"── {name}", markup=False, soft_wrap=True)
+            print(f"── {name}")  # which tells texts apart wherever they go
             print(generation.text, end="")
         print(flush=True)
     return stream.result
@@ -323,6 +324,7 @@ def _report(result: Result, engine: Engine) -> dict[str, Any]:
     stats = result.stats
     return {
         **stats.to_dict(),
+        "texts": [generation.text for generation in result],
         "finish": [generation.finish for generation in result],
         "batch": len(result),
         "device": jax.devices()[0].device_kind,
@@ -359,6 +361,7 @@ def _compare(
         "decode_seconds": speculative.decode_seconds,
         "baseline_decode_seconds": baseline.decode_seconds,
         "prefill_seconds": speculative.prefill_seconds,
+        "planning_seconds": speculative.planning_seconds,
         "baseline_compile_seconds": compiled,
     }
 

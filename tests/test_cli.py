@@ -46,8 +46,11 @@ def test_several_prompt_files_make_a_batch(tmp_path):
     run = specsa("generate", "--prompt-file", tmp_path / "a.py", "--prompt-file", tmp_path / "b.py",
                  "--max-new-tokens", 8, "--json")  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout.decode().splitlines()[-1])["batch"] == 2
-    assert b"a.py" in run.stderr and b"b.py" in run.stderr
+    text = run.stdout.decode()
+    report = json.loads(text.splitlines()[-1])
+    assert report["batch"] == 2
+    for name, own in zip(("a.py", "b.py"), report["texts"], strict=True):
+        assert f"── {tmp_path / name}\n{own}\n" in text
 
 
 @pytest.mark.slow

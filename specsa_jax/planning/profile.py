@@ -249,7 +249,8 @@ def load(
     profile = read(path)
     if profile.fingerprint != fingerprint:
         raise ProfileError(f"profile: {path} was measured on another model (fingerprint {profile.fingerprint:.12}), "
-                           f"expected {fingerprint:.12}; measure this one with specsa profile")  # fmt: skip
+                           f"expected {fingerprint:.12}; measure this one with specsa profile, into another file"
+                           )  # fmt: skip
     for name, wanted in (("device", device), ("dtype", dtype), ("implementation", implementation)):
         got = getattr(profile, name)
         if wanted is not None and got != wanted and not allow_mismatch:
@@ -264,7 +265,7 @@ def read(path: Path) -> Profile:
     schema = values.get("schema") if isinstance(values, dict) else None
     if schema != SCHEMA:
         raise ProfileError(f"profile: {path}: schema: got {schema!r}, expected {SCHEMA}; measure anew with specsa "
-                           "profile --again")  # fmt: skip
+                           "profile --again, into another file where this is no profile")  # fmt: skip
     try:
         return _value(Profile, values, "Profile")
     except ValueError as error:
