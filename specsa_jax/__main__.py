@@ -1,5 +1,5 @@
 """``python -m specsa_jax``."""
 
-from specsa_jax.cli import main
+from specsa_jax.cli import console
 
-main()
+console()

@@ -231,10 +231,23 @@ def tune(
         run(names or (), out, budget, again)
 
 
-def main() -> None:
-    """The console command. What the command line's parser refuses ends with one line too, and exit code 2."""
+def console() -> None:
+    """The console command: :func:`main` in a process of its own."""
+    hear_interrupts()
     try:
-        hear_interrupts()
+        main()
+    except SystemExit as end:
+        if end.code != 130:
+            raise
+        # XLA may be compiling still: waiting for its threads, or taking them down, is what crashes then.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
+
+
+def main() -> None:
+    """A command. What the command line's parser refuses ends with one line too, and exit code 2."""
+    try:
         code = app(standalone_mode=False)
     except TyperException as error:
         if message := error.format_message():  # empty where the help was printed instead
@@ -243,11 +256,6 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):  # outside of what a command guards
         print("interrupted", file=sys.stderr)
         code = 130
-    if code == 130:
-        # XLA may be compiling still: waiting for its threads, or taking them down, is what crashes then.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
     sys.exit(code)
 
 

@@ -223,13 +223,13 @@ class Engine(Chooser):
         :meth:`generate`.
         """
         bound, max_new_tokens = Bound(max_kl, min_top1), whole_number("max_new_tokens", max_new_tokens)
+        several = list(strategy) if isinstance(strategy, list | tuple) else [strategy]
+        if not several:
+            raise PromptError("strategy: got an empty list, expected at least one Strategy or Planner")
         if whole_number("prompt_tokens", prompt_tokens) + max_new_tokens > self.max_length:
             raise CapacityError(f"prompt_tokens, max_new_tokens: got {prompt_tokens} and {max_new_tokens}, expected at "
                                 f"most {self.max_length} together (max_length)")  # fmt: skip
         rows = [np.zeros(prompt_tokens, np.int32)] * whole_number("batch", batch)
-        several = list(strategy) if isinstance(strategy, list | tuple) else [strategy]
-        if not several:
-            raise PromptError("strategy: got an empty list, expected at least one Strategy or Planner")
         choices = [self._choice(one, True, bound, prompt_tokens + max_new_tokens) for one in several]
         params, words = batch_sampling([SamplingParams()] * batch), []
         jobs: dict[Any, Callable[[], Any]] = {}
