@@ -132,6 +132,7 @@ def test_bad_axes_and_text_too_small_are_refused_before_any_work(engine, text, m
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_tiny_model_is_profiled_and_the_engine_finds_the_times_plausible(engine, text, monkeypatch):
     monkeypatch.setattr(measure, "WIDTHS", (1, 5))
     monkeypatch.setattr(measure, "CORNERS", (5,))
