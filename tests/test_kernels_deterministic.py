@@ -30,10 +30,10 @@ def test_equals_reference(name, interpret, kernel_seed):
 
 
 @functools.lru_cache
-def out_of(sparsity, interpret):
+def out_of(sparsity, interpret, present=None):
     # A program is run a few times at most: unoptimised code is there sooner.
     options = {"xla_backend_optimization_level": "0"} if interpret else None
-    function = functools.partial(attend, sparsity, deterministic=True, interpret=interpret)
+    function = functools.partial(attend, sparsity, deterministic=True, present=present, interpret=interpret)
     return jax.jit(lambda *arguments: function(*arguments), compiler_options=options)
 
 
@@ -115,6 +115,39 @@ def test_neighbours_in_the_batch_change_no_bit(interpret, kernel_seed):
     swapped = np.asarray(function(*other)[0])
     np.testing.assert_array_equal(swapped[0], out[1])
     assert not swapped[1].any(), "a finished sequence's output is 0"
+
+
+@pytest.mark.parametrize("interpret", PLACES)
+def test_nodes_that_are_not_there_change_no_bit(interpret, kernel_seed):
+    arguments = TREE.arguments(kernel_seed)
+    out = np.asarray(out_of(TREE.sparsity, interpret)(*arguments)[0])
+    few = np.asarray(out_of(TREE.sparsity, interpret, present=3)(*arguments)[0])
+    np.testing.assert_array_equal(few[:, :3], out[:, :3])
+
+
+def test_no_program_runs_for_nodes_that_are_not_there():
+    def programs(present):
+        function = functools.partial(attend, TREE.sparsity, deterministic=True, present=present, interpret=True)
+        calls = [e for e in jax.make_jaxpr(function)(*TREE.arguments()).eqns if e.primitive.name == "pallas_call"]
+        return [int(np.prod(call.params["grid_mapping"].grid)) for call in calls]
+
+    whole, few = programs(None), programs(2)
+    assert len(whole) == len(few) == 4
+    assert [many * 2 for many in whole[:3]] == [some * TREE.width for some in few[:3]]
+    assert few[3] <= whole[3]  # a program of the merge has several nodes
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"deterministic": True, "present": 0}, "present: got 0, expected 1 to T = 8"),
+        ({"deterministic": True, "present": 9}, "present: got 9, expected 1 to T = 8"),
+        ({"present": 2}, "present: got 2 without deterministic"),
+    ],
+)
+def test_a_wrong_number_of_nodes_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        attend(TREE.sparsity, *TREE.arguments(), **options, interpret=True)
 
 
 def test_a_config_of_ones_own_is_refused():

@@ -314,6 +314,7 @@ def test_the_command_stops_where_its_budget_is_spent_and_goes_on_with_the_rest(
         (["--budget", "-1"], "budget: got -1.0, expected seconds"),
         (["--budget", "nan"], "budget: got nan, expected seconds"),
         (["--allow-mismatch"], "allow_mismatch: got it without --show"),
+        (["--dtype", "float16"], "dtype: got 'float16', expected 'auto', 'float32' or 'bfloat16'"),
         (["--show", "page.pdf"], "show: got 'page.pdf', expected a path that ends in .html"),
         (["--show", "/missing/x.html"], "show: got '/missing/x.html', expected the path of a file in a directory"),
         (

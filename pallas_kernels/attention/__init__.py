@@ -81,6 +81,7 @@ def attend(
     reuse_compressed: bool = True,
     config: AttentionConfig | None = None,
     deterministic: bool = False,
+    present: int | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, Selection]:
     """NSA's output for the tail's tokens, and the blocks that they selected.
@@ -103,6 +104,8 @@ def attend(
       deterministic: what a token gets has the bits of decoding its path alone, whatever stands beside it, in calls of
         one T, M and N, with ``tail.ancestor`` in all or in none (:mod:`pallas_kernels.attention.deterministic`). Takes
         no ``config``: splits and tiles are fixed.
+      present: with ``deterministic``, of the T nodes those that are there, from the first on; None: all. The others are
+        padding, for calls of one T: they cost nothing, and what is returned for them is arbitrary.
       interpret: interpret the kernels, on any device.
 
     Returns:
@@ -116,7 +119,11 @@ def attend(
     if deterministic:
         if config is not None:
             raise ValueError("config: given with deterministic = True, which has a config of its own")
+        if present is not None and not 1 <= present <= shape.width:
+            raise ValueError(f"present: got {present}, expected 1 to T = {shape.width} nodes")
         config = config_for(sparsity, shape)
+    elif present is not None:
+        raise ValueError(f"present: got {present} without deterministic, whose nodes alone are padded, expected None")
     config = config or configure(sparsity, shape, interpret=interpret, dtype=query.dtype)
     # PTX is the exponential (``tiles.exp2``).
     reason = limit(sparsity, shape, config.group) or (None if interpret else _dispatch.device_limit(ptx=True))
@@ -125,21 +132,22 @@ def attend(
     _check_selection(sparsity, shape, config, selected)
     shown = [0, 1, 2] if sparsity.compressed_output else [1, 2]
     arguments = (query, layer, page_table, lengths, tail)
+    form: dict[str, Any] = {"deterministic": deterministic, "present": present, "interpret": interpret}
     if selected is not None:
         shown = shown if reuse_compressed else [1, 2]
         apart = not deterministic and _apart(config, shape, shown)
         launches = [
-            Launch(sparsity, shape, config, together, interpret=interpret, deterministic=deterministic)
+            Launch(sparsity, shape, config, together, **form)
             for together in ([tuple(index for index in shown if index != 1), (1,)] if apart else [tuple(shown)])
         ]
         if not deterministic and shape.batch * shape.num_kv_heads < _MANY:
             launches = [launch.in_one_wave() for launch in launches]
         parts = [(launch, branches.run(launch, *arguments, selected)) for launch in launches]
     else:
-        scoring = Launch(sparsity, shape, config, (0, 2), scored=True, interpret=interpret, deterministic=deterministic)
+        scoring = Launch(sparsity, shape, config, (0, 2), scored=True, **form)
         partial = branches.run(scoring, *arguments, None)
         selected = selection.run(scoring, partial, page_table, lengths, tail)
-        launch = Launch(sparsity, shape, config, (1,), interpret=interpret, deterministic=deterministic)
+        launch = Launch(sparsity, shape, config, (1,), **form)
         parts = [(scoring, partial), (launch, branches.run(launch, *arguments, selected))]
     return merge.run(parts, gates, shown, jnp.dtype(query.dtype)), selected
 

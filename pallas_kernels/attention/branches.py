@@ -144,9 +144,18 @@ def works(launch: Launch, index: int) -> int:
 
 def perform(launch: Launch, refs: dict[str, Any], index: int, work: Any, first: int) -> None:
     """Inside a kernel: the ``work``-th program's share of a branch, if it is one of those from ``first`` on."""
-    tiles = launch.row_tiles(index)
-    body = (deterministic.BODIES if launch.deterministic else (_compressed, _selected, _window))[index]
     split_base, splits = next((base, splits) for branch, base, splits in launch.segments if branch == index)
+    if launch.deterministic:
+        # The code must not depend on how many nodes there are: the grid says it.
+        nodes = refs["programs"] // launch.splits
+        split, token = work // nodes, work % nodes
+
+        @pl.when((split >= split_base) & (split < split_base + splits))
+        def _():
+            deterministic.BODIES[index](launch, refs, token, split - split_base, splits, split_base)
+
+        return
+    tiles, body = launch.row_tiles(index), (_compressed, _selected, _window)[index]
 
     @pl.when((work >= first) & (work < first + works(launch, index)))
     def _():

@@ -11,8 +11,9 @@ query's sums depends on what is committed and who its neighbours are. Here
 
 So a token's output has the bits that decoding it alone would have given, if the compiler sees the same code in the two
 calls: T, M and the page table's columns N must be the same, and both tails trees, or both chains. The number of
-sequences and of pages may differ: they are in no tile's shape. (N is in the selection's, which over a long table sums a
-query's heads in two halves.) Every query loads its own blocks, several times what a group would load.
+sequences, of pages, and of the nodes that are there may differ: they are in no tile's shape. (N is in the selection's,
+which over a long table sums a query's heads in two halves.) Every query loads its own blocks, several times what a
+group would load.
 """
 
 from __future__ import annotations
@@ -69,24 +70,25 @@ def tables(launch: Launch, lengths: jax.Array, tail: Tail) -> dict[str, jax.Arra
     """Which node, and which of the tail's compressed entries, a query meets on its path.
 
     ``tail_path`` int32 [B, T, T]: the node at each depth; ``tail_entry`` int32 [B, T, M]: the slot of each entry that
-    the path completes, in order. Places that the path does not reach say T and M. A chain needs neither.
+    the path completes, in order. Places that the path does not reach say T and M, and rows of queries that are not
+    there are never read. A chain needs neither.
     """
     if tail.ancestor is None:
         return {}
-    sparsity, shape = launch.sparsity, launch.shape
+    sparsity, shape, nodes = launch.sparsity, launch.shape, launch.nodes
     batch, width, slots = shape.batch, shape.width, shape.slots
-    ancestor = jnp.broadcast_to(tail.ancestor, (batch, width, width))
-    sequence, query, node = jnp.ogrid[:batch, :width, :width]
-    depth = tail.positions - lengths[:, None]
+    ancestor = jnp.broadcast_to(tail.ancestor[:, :nodes, :nodes], (batch, nodes, nodes))
+    sequence, query, node = jnp.ogrid[:batch, :nodes, :nodes]
+    depth = tail.positions[:, :nodes] - lengths[:, None]
     path = jnp.full((batch, width, width), width, jnp.int32)
     path = path.at[sequence, query, jnp.where(ancestor, depth[:, None], width)].set(node, mode="drop")
-    used = tail.slot < width
+    used = tail.slot < nodes
     end = jnp.where(used, tail.slot, 0)
     block, stride = sparsity.compress_block, sparsity.compress_stride
     entry = (jnp.take_along_axis(tail.positions, end, axis=1) + 1 - block) // stride
     place = entry - jnp.maximum(lengths - block + stride, 0)[:, None] // stride
     on_path = used[:, None] & jnp.take_along_axis(ancestor, end[:, None], axis=2)
-    sequence, query, slot = jnp.ogrid[:batch, :width, :slots]
+    sequence, query, slot = jnp.ogrid[:batch, :nodes, :slots]
     found = jnp.full((batch, width, slots), slots, jnp.int32)
     found = found.at[sequence, query, jnp.where(on_path, place[:, None], slots)].set(slot, mode="drop")
     return {"tail_path": path, "tail_entry": found}

@@ -26,6 +26,7 @@ class Launch:
     scored: bool = False
     interpret: bool = False
     deterministic: bool = False
+    present: int | None = None  # of the T nodes, those that are there; None: all
 
     def branch(self, index: int) -> Branch:
         """The split of the compressed (0), the selected (1) or the window branch (2)."""
@@ -35,10 +36,15 @@ class Launch:
         """Row tiles of a (sequence, KV head); those of the selected branch do not cross groups."""
         rows = self.branch(index).rows
         if self.deterministic:
-            return self.shape.width
+            return self.nodes
         if index == 1:
             return self.groups * -(-self.config.group * self.shape.lanes // rows)
         return -(-self.shape.rows // rows)
+
+    @property
+    def nodes(self) -> int:
+        """Nodes that grids go over. They are in no kernel's code, where T is."""
+        return self.shape.width if self.present is None else self.present
 
     @property
     def groups(self) -> int:

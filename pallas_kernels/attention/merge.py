@@ -67,7 +67,8 @@ def _rows(parts: Sequence[Part]) -> int:
 
 def works(parts: Sequence[Part]) -> int:
     """Programs for each (sequence, KV head)."""
-    return pl.cdiv(parts[0][0].shape.rows, _rows(parts))
+    launch = parts[0][0]
+    return pl.cdiv(launch.nodes * launch.shape.lanes, _rows(parts))
 
 
 def perform(parts: Sequence[Part], refs: dict[str, Any], work: Any) -> None:

@@ -57,7 +57,7 @@ def run(
         nsa_selection,
         *inputs.values(),
         out_shape=list(outputs.values()),
-        grid=(shape.width, shape.num_kv_heads, shape.batch),
+        grid=(launch.nodes, shape.num_kv_heads, shape.batch),
         num_warps=config.selection_warps,
         interpret=launch.interpret,
         aliases={names.index("workspace"): [*outputs].index("marks")} if grouped else None,

@@ -104,7 +104,7 @@ def attend_deterministic(
     """Output [B, T, Hq, D] of the tail's queries, whose bits depend on nothing but their own prefixes and paths.
 
     The kernels promise that for calls of one T, M, kind of tree, and width of the page table. So a tail is padded to
-    ``width`` nodes, with as many slots, and is a tree whatever it is; what is padding costs programs that read no keys.
+    ``width`` nodes, with as many slots, and is a tree whatever it is; for what is padding no program runs.
     ``width`` 0: it is a chain, as long as all others.
     """
     size = tail.positions.shape[1]
@@ -128,7 +128,7 @@ def attend_deterministic(
     wide = projected._replace(query=pad(projected.query), gates=pad(projected.gates))
     fresh = LayerTail(*map(pad, new))
     arguments = _arguments(config, wide, cache, layer, padded, fresh, is_chain=False)
-    return attention.attend(*arguments, deterministic=True, interpret=interpret)[0][:, :size]
+    return attention.attend(*arguments, deterministic=True, present=size, interpret=interpret)[0][:, :size]
 
 
 def _arguments(

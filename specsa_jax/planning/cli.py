@@ -57,6 +57,9 @@ def profile(
     implementation: Annotated[
         str, typer.Option(help="Attention by 'pallas' or 'xla'; 'auto': pallas where it runs.")
     ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of parameters and cache: 'float32' or 'bfloat16'; 'auto': as the device has it.")
+    ] = "auto",
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object, last.")] = False,
 ) -> None:
     """Measure what decoding steps, drafts and prompts take on this device, and how drafts fare; resumable.
@@ -75,6 +78,8 @@ def profile(
         if allow_mismatch and show is None:
             raise ValueError("allow_mismatch: got it without --show, expected it with: what is measured here does not "
                              "belong into the profile of another device")  # fmt: skip
+        if dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"dtype: got {dtype!r}, expected 'auto', 'float32' or 'bfloat16'")
         if show is not None and show.suffix != ".html":
             raise ValueError(f"show: got {str(show)!r}, expected a path that ends in .html")
         measuring = ("budget", "batch", "context", "drafter", "tree", "data", "glob", "again")
@@ -87,7 +92,7 @@ def profile(
 
         with console.status("loading the model"):
             chosen: Any = None if implementation == "auto" else implementation
-            engine = Engine.from_pretrained(checkpoint, implementation=chosen)
+            engine = Engine.from_pretrained(checkpoint, implementation=chosen, dtype=None if dtype == "auto" else dtype)
         path = out or _default(engine)
         if show is None:
             limits = {"batches": batch, "contexts": context, "drafters": _drafts(drafter or (), tree or ())}
