@@ -275,7 +275,64 @@ def test_what_others_decode_shows_how_lookup_would_fare():
     assert len(looked) == 2 and plan.wants_text
     # Of many texts only drafters that have not drafted, by their longest chains.
     many = make(0.1, replayed=lookup, lengths=np.array([20, 20]), batch=2)
-    assert [many._take(one.strategy) or many._others("lookup", (2, 16)) for one in CANDIDATES[:2]] == [(16,), ()]
+    assert [many._take(one.strategy) or many._walked("lookup", (2, 16)) for one in CANDIDATES[:2]] == [(16,), ()]
+
+
+def test_a_lone_texts_first_segment_judges_all_lengths_by_its_end(monkeypatch):
+    """Where the text began to go round: before, no length had a chance, and one of them drafted."""
+    monkeypatch.setattr(replay, "PAIRS", 100 * 400)  # the last 100 tokens
+    text = np.array([[*range(20, 220), *[1, 2, 3, 4, 5] * 40]], np.int32)
+
+    def length(first):
+        plan = make(0.01, replayed=[("lookup", PromptLookup(), (2, 4, 16))], lengths=np.array([20]), segment=205,
+                    new_tokens=10**5, acceptance=Acceptance(alone=True))  # fmt: skip
+        if not first:
+            run(plan, lambda step: 0, 0.01, segments=1, remaining=10**5)
+        plan._looked = np.array([20])
+        plan._take(CANDIDATES[3].strategy)
+        steps = plan.steps_left
+        stood = np.eye(17, dtype=int)[0] * (steps - 12) + np.eye(17, dtype=int)[16] * 12
+        plan.look(text, np.array([400]), np.array([False]))
+        plan.observe(Counts(np.array(steps), stood, stood, np.array(0)), 1.16 * steps, 380, 1, 10**5)
+        return plan.acceptance.length("lookup", "chain:16", 16)
+
+    assert length(first=True) > 12
+    assert length(first=False) < 4  # later, what drafts has shown how it fares
+
+
+def test_the_end_of_a_lone_texts_segment_stands_for_all_of_it():
+    """Else a few long steps at its end would say little beside what a length showed before."""
+    plan = make(0.1, replayed=[("lookup", PromptLookup(), (2, 4, 16))], lengths=np.array([20]), segment=64,
+                new_tokens=10**6, acceptance=Acceptance(alone=True))  # fmt: skip
+    plan.acceptance.add("lookup", "chain:16", np.eye(17)[16] * 50, np.eye(17)[0] * 50)
+    worths = []
+
+    def walk(texts, since, known, drafter, depths):
+        return [(np.eye(depth + 1)[depth] * 10, np.eye(depth + 1)[depth] * 10) for depth in depths]
+
+    def add(drafter, tree, drafted, accepted, worth=None):
+        worths.append((tree, worth))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "walk", walk)
+        patch.setattr(plan.acceptance, "add", add)
+        plan._take(CANDIDATES[2].strategy)
+        counts = np.eye(5, dtype=int)[4] * 200
+        plan.look(np.zeros((1, 2000), np.int32), np.array([1020]), np.array([False]))
+        plan.observe(Counts(np.array(200), counts, counts, np.array(0)), 280.0, 1000, 1, 10**6)
+    # Of 1000 tokens 170 were walked through, in 10 steps. Shorter chains could not win, and what drafted is counted.
+    assert worths == [("chain:16", pytest.approx(1000 / 17)), ("chain:4", None)]
+
+
+def test_the_last_segment_goes_to_the_end(monkeypatch):
+    """Where what it would leave is too short for another choice."""
+    monkeypatch.setattr(plans, "_SHARE", 1.0)  # or it is a matter of this machine's speed
+    plan = make(0.1, segment=4, new_tokens=10**4)
+    run(plan, lambda step: 16, 0.1, segments=4, remaining=10**4)
+    assert plan.strategy.tree == "chain:16" and plan.steps_left == 16
+    run(plan, lambda step: 16, 0.1, segments=1, remaining=200)
+    expected = plan.decisions[-1].options[0].acceptance_length
+    assert plan.steps_left == pytest.approx(1.5 * 200 / expected, abs=1)
 
 
 @pytest.mark.parametrize("depths, chosen", [((2, 4, 16), "chain:16"), ((), "chain:4")])

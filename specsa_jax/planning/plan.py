@@ -44,6 +44,8 @@ _SHARE = 0.008
 # the first, and takes at least so many times the shortest. Where drafts show how they fare, a text that begins to
 # repeat itself is to be seen soon; where nothing is drafted, nothing is seen, and what follows may be drafts in vain.
 _GROWTH, _LONGEST, _LONGEST_DRAFTLESS, _LONGER = 2, 4, 16, 4
+# The last segment takes so many times the steps that are expected to be left, in case that is wrong.
+_TO_THE_END = 1.5
 # Seconds that a segment takes at least, by backend: calling a compiled loop again costs some of them, on a GPU, whose
 # graphs are updated, a millisecond or two. A strategy's first segment takes no more than the least of them: what it was
 # chosen by may be wrong.
@@ -259,7 +261,12 @@ class Plan:
                 longer = max(self._shortest, _LONGER * min(self._least, self._shortest))
                 self._least = longer if stays else min(SHORTEST.values())
             least = max(self._least, self._choosing / _SHARE) if self.decisions else min(SHORTEST.values())
-            self._length = max(length, math.ceil(least / options[best].step_seconds))
+            least = math.ceil(least / options[best].step_seconds)
+            self._length = max(length, least)
+            # Where what is left behind it would be too short for another choice, it goes on to the end.
+            left = remaining / (options[best].tokens_per_second * options[best].step_seconds)
+            if stays and left < self._length + least:
+                self._length = max(self._length, math.ceil(_TO_THE_END * left))
         self._speed = options[best].tokens_per_second
         self._take(best)
         ranked = tuple(sorted(options.values(), key=lambda option: -option.tokens_per_second))
@@ -288,19 +295,24 @@ class Plan:
     @property
     def wants_text(self) -> bool:
         """Whether, at a segment's end, its text shows how drafts fare that were not drafted."""
-        return self.planner.switch and any(self._others(name, depths) for name, _, depths in self._replayed)
+        return self.planner.switch and any(self._walked(name, depths) for name, _, depths in self._replayed)
 
-    def _others(self, drafter: str, depths: tuple[int, ...]) -> tuple[int, ...]:
+    def _walked(self, drafter: str, depths: tuple[int, ...]) -> tuple[int, ...]:
         """Of its depths those that this segment's text is walked at: of another drafter than the one that drafts the
         deepest; all others where a sequence is alone. In a text that goes round, chains of each length begin at other
         places: where one finds what misleads it in each round, another never does. Of many texts that is evened out.
-        What could not be chosen is left out."""
-        chosen = self.chosen
+        What could not be chosen is left out. A lone text may begin to go round in its first segment: at the end of that
+        all are walked alike, or what drafted before would have done worse than what did not."""
         if self.acceptance.alone:
-            found = tuple(one for one in depths if (drafter, f"chain:{one}") != (chosen.drafter, chosen.strategy.tree))
+            first = len(self.decisions) == 1
+            found = tuple(one for one in depths if first or not self._drafts(drafter, one))
         else:
-            found = depths[-1:] if drafter != chosen.drafter else ()
+            found = depths[-1:] if drafter != self.chosen.drafter else ()
         return tuple(one for one in found if self._may_win(drafter, one))
+
+    def _drafts(self, drafter: str, depth: int) -> bool:
+        """Whether this segment's strategy is such a chain."""
+        return (drafter, f"chain:{depth}") == (self.chosen.drafter, self.chosen.strategy.tree)
 
     def _may_win(self, drafter: str, depth: int) -> bool:
         """Whether, if all drafts stood, one no deeper than this would be chosen over what decodes now."""
@@ -316,18 +328,27 @@ class Plan:
         many of them are ``known`` int32 [B], of sequences of which some are ``done``."""
         self._text = tokens, known, done
 
-    def _try_others(self) -> None:
-        """Tries what has not drafted on what was decoded in this segment."""
+    def _walk(self, new_tokens: int) -> bool:
+        """Tries what has not drafted on what was decoded in this segment, ``new_tokens`` of all sequences. Whether what
+        has drafted was tried like the others."""
         tokens, known, done = self._text
-        since = self._looked
+        since, tried = self._looked, False
         if len(tokens) and since is not None and self.planner.switch:
             for name, drafter, depths in self._replayed:
-                if others := self._others(name, depths):
-                    found = replay.walk(tokens[~done], since[~done], known[~done], drafter, others)
-                    for depth, histograms in zip(others, found, strict=True):
-                        self.acceptance.add(name, f"chain:{depth}", *histograms)
+                if walked := self._walked(name, depths):
+                    found = replay.walk(tokens[~done], since[~done], known[~done], drafter, walked)
+                    for depth, (drafted, accepted) in zip(walked, found, strict=True):
+                        tried |= self._drafts(name, depth)
+                        worth = float(np.sum(drafted))
+                        if self.acceptance.alone:
+                            # The end of a lone sequence's segment stands for all of it. A few steps would say little
+                            # beside those of what drafted all along.
+                            seen = float(np.arange(1, len(accepted) + 1) @ accepted)
+                            worth *= max(1.0, new_tokens / seen) if seen else 1.0
+                        self.acceptance.add(name, f"chain:{depth}", drafted, accepted, worth)
         if len(known):
             self._looked = known
+        return tried
 
     def observe(self, counts: Counts, seconds: float, new_tokens: int, running: int, remaining: int) -> None:
         """What some steps of ``strategy`` showed. At the end of a segment, chooses for the next.
@@ -340,23 +361,19 @@ class Plan:
         seen = add_counts(self._seen[0], counts), self._seen[1] + seconds, self._seen[2] + new_tokens
         self._seen = seen
         if self.steps_left <= 0 or not running:
+            chosen = self.chosen
             self._learn(*seen)
             self._seen = (None, 0.0, 0)
             if running:
                 _, known, done = self._text
                 if self._looked is not None and len(known) > 1:
                     self._pace.observe(self._looked, known, done, int(seen[0].steps), _spread(seen[0].accepted))
-                self._try_others()
+                if not self._walk(seen[2]) and chosen.drafter != "none":
+                    drafted, stood = np.asarray(seen[0].drafted), np.asarray(seen[0].accepted)
+                    self.acceptance.add(chosen.drafter, chosen.strategy.tree, drafted, stood)
                 self.choose(running, remaining)
             self._choosing = time.perf_counter() - begun
         self.seconds += time.perf_counter() - begun
-
-    def _count(self, candidate: Candidate, counts: Counts) -> None:
-        """The evidence of some steps."""
-        self.acceptance.decay(int(counts.steps))
-        if candidate.drafter != "none":
-            drafted, stood = np.asarray(counts.drafted), np.asarray(counts.accepted)
-            self.acceptance.add(candidate.drafter, candidate.strategy.tree, drafted, stood)
 
     def _learn(self, counts: Counts, seconds: float, new_tokens: int) -> None:
         steps, sequence_steps = int(counts.steps), int(counts.accepted.sum())
@@ -366,7 +383,7 @@ class Plan:
         # Steps without a draft are cheaper: the time is compared with what such a mixture should have taken.
         rate = float(np.sum(counts.drafted[1:])) / sequence_steps
         expected = self._seconds(candidate, rate, max(1, round(sequence_steps / steps)))
-        self._count(candidate, counts)
+        self.acceptance.decay(steps)
         self._factors.observe(self.strategy, self._factors(self.strategy) * (seconds / steps) / expected, steps)
         self._steps, self._speed = self._steps + steps, new_tokens / seconds
         accepted = float(counts.accepted @ np.arange(len(counts.accepted)))
