@@ -522,6 +522,8 @@ def test_numpys_integers_are_taken_for_sizes():
         (dict(num_stages=0), "num_stages: got 0, expected at least 1"),
         (dict(selection_warps=0), "selection_warps: got 0, expected a power of two of at least 1 and at most 32"),
         (dict(selection_warps=3), "selection_warps: got 3, expected a power of two"),
+        (dict(merge_values=3000), "merge_values: got 3000, expected a power of two"),
+        (dict(merge_warps=0), "merge_warps: got 0, expected a power of two"),
         (dict(tile=17), "tile: got 17, expected a power of two of at least 16"),
         (dict(mode="both"), "mode: got 'both', expected 'merged' or"),
         (dict(window=4), "window: got 4, expected a Branch"),
@@ -573,7 +575,7 @@ def test_the_search_space_is_the_heuristic_and_what_differs_along_one_axis():
     for spec in specs.BENCHMARKS:
         base, *others = AttentionConfig.search_space(spec.sparsity, spec.shape)
         assert base == AttentionConfig.heuristic(spec.sparsity, spec.shape)
-        assert len({base, *others}) == 1 + len(others) <= 30
+        assert len({base, *others}) == 1 + len(others) <= 35
         along = [
             [axis for axis in AttentionConfig.AXES if any(getattr(base, name) != getattr(own, name) for name in axis)]
             for own in others
@@ -581,6 +583,7 @@ def test_the_search_space_is_the_heuristic_and_what_differs_along_one_axis():
         assert all(len(axes) == 1 for axes in along) and {axes[0] for axes in along} == set(AttentionConfig.AXES)
         assert {base.window.splits * 2, base.window.splits // 2} <= {own.window.splits for own in others}
         assert base.selection_warps // 2 in {own.selection_warps for own in others}
+        assert {1024, 4096} <= {own.merge_values for own in others}
 
 
 def test_a_gpu_of_another_vendor_is_refused_for_the_kernels_ptx():

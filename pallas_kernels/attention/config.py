@@ -11,6 +11,8 @@ from pallas_kernels.attention.arguments import Shape, Sparsity
 
 GroupMode = Literal["merged", "shared"]
 _MOST_SELECTION_WARPS = 16
+# Values and warps of a merge's program worth measuring: others have 16 values a thread, or half or twice as many.
+_MERGES = (1024, 2), (1024, 4), (2048, 2), (4096, 4), (4096, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,8 @@ class AttentionConfig:
         two stages keep one more tile in flight, because a tile's page is looked up before. Of other launches:
         ``Launch.num_stages``.
       selection_warps: of the selection.
+      merge_values, merge_warps: of the merge, what a program holds of a branch's splits at a time, a power of two, and
+        its warps. Few, since many small programs hide latency.
     """
 
     group: int
@@ -55,14 +59,17 @@ class AttentionConfig:
     tile: int = 32
     num_stages: int = 3
     selection_warps: int = 4
+    merge_values: int = 2048
+    merge_warps: int = 4
 
     # Fields that depend on each other, for tuning: one such axis after the other.
-    AXES: ClassVar = (("compressed",), ("selected",), ("window",), ("tile", "num_stages"), ("selection_warps",))
+    AXES: ClassVar = (("compressed",), ("selected",), ("window",), ("tile", "num_stages"), ("selection_warps",),
+                      ("merge_values", "merge_warps"))  # fmt: skip
 
     def __post_init__(self) -> None:
         _check.whole_fields(self, "group", "num_stages")
-        _check.whole_fields(self, "tile", least=16, power_of_two=True)
-        _check.warps(self, "selection_warps")
+        _check.whole_fields(self, "tile", "merge_values", least=16, power_of_two=True)
+        _check.warps(self, "selection_warps", "merge_warps")
         if self.mode not in ("merged", "shared"):
             raise ValueError(f"mode: got {self.mode!r}, expected 'merged' or 'shared'")
         for name in ("compressed", "selected", "window"):
@@ -129,6 +136,7 @@ class AttentionConfig:
         changes += [{"tile": tile, "num_stages": stages} for tile in (32, 64, 128) for stages in (3, 4, 5)]
         warps = base.selection_warps // 2, base.selection_warps * 2
         changes += [{"selection_warps": count} for count in warps if 1 <= count <= _MOST_SELECTION_WARPS]
+        changes += [{"merge_values": values, "merge_warps": count} for values, count in _MERGES]
         return list(dict.fromkeys(dataclasses.replace(base, **change) for change in changes))
 
 

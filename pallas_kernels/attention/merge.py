@@ -42,7 +42,7 @@ def run(
         *inputs.values(),
         out_shape=result(parts[0][0], dtype),
         grid=(works(named), shape.num_kv_heads, shape.batch),
-        num_warps=4,
+        num_warps=parts[0][0].config.merge_warps,
         interpret=parts[0][0].interpret,
     )
 
@@ -59,10 +59,10 @@ def _segments(parts: Sequence[Part]) -> list[tuple[Launch, str, int, int, int]]:
 
 
 def _rows(parts: Sequence[Part]) -> int:
-    """Of a program, with all splits of a branch at once. Few, since many small programs hide latency."""
-    shape = parts[0][0].shape
+    """Of a program, with all splits of a branch at once."""
+    shape, values = parts[0][0].shape, parts[0][0].config.merge_values
     most = max(pl.next_power_of_2(count) for *_, count in _segments(parts))
-    return min(pl.next_power_of_2(shape.rows), max(1, 2048 // (most * pl.next_power_of_2(shape.head_dim))))
+    return min(pl.next_power_of_2(shape.rows), max(1, values // (most * pl.next_power_of_2(shape.head_dim))))
 
 
 def works(parts: Sequence[Part]) -> int:
