@@ -202,7 +202,8 @@ def planner(result: Result) -> Lines:
         commits = (row.get("commit", result["commit"]) for row in result["rows"] if row["strategy"] == "planner")
         sampled = sorted({"sampled" if row["temperature"] else "greedy" for row in result["rows"]})
         yield (
-            f"the planner over {len(cells)} {' and '.join(sampled)} cells, {called(result['checkpoint'])}",
+            f"the planner over {len(cells)} {' and '.join(sampled)} cells, {called(result['checkpoint'])}, "
+            f"{result['dtype']}",
             f"{result['planner_over_default']:.2f}x lookup chain:4, {result['planner_of_best_by_cell']:.2f} of the "
             f"best fixed strategy by cell ({min(of_best):.2f} to {max(of_best):.2f}; geometric mean); planning "
             f"{100 * result['planning_share']:.1f} % of decoding",
