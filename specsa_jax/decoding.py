@@ -28,7 +28,7 @@ from specsa_jax.acceptance import (
 from specsa_jax.cache import Cache, LayerTail, Tail, chain_slots, commit, make_tail, reads_first, topology
 from specsa_jax.config import ModelConfig
 from specsa_jax.drafting import Context, Draft, Drafter, Seen, depth_first
-from specsa_jax.drafting.tree import MAX_NODES, Tree, TreeTemplate, grown_tree, static_tree
+from specsa_jax.drafting.tree import Tree, TreeTemplate, grown_tree, static_tree
 from specsa_jax.nsa.cached import Backend
 from specsa_jax.sampling import Sampling, penalised_logits, sample
 from specsa_jax.schedule import Sharing
@@ -112,7 +112,6 @@ class Decoder:
         interpret: bool = False,
     ):
         self.backend = Backend(implementation, interpret=interpret)
-        self.strict_width = MAX_NODES  # what kernels are given in the strict class, whatever the tree
         self.config, self.dtype, self.end_tokens = config, jnp.dtype(dtype), end_tokens
         self.traces: collections.Counter[Strategy | int] = collections.Counter()
         self.decode = jax.jit(self._decode, static_argnames="strategy", donate_argnames="state")
@@ -125,12 +124,9 @@ class Decoder:
         """Raises ValueError where strategy and model do not go together."""
         strategy.check(self.config)
 
-    def _backend(
-        self, precision: Precision, is_chain: bool = True, sharing: Sharing = Sharing(), width: int = 0
-    ) -> Backend:
-        strict = precision == "strict"
+    def _backend(self, precision: Precision, is_chain: bool = True, sharing: Sharing = Sharing()) -> Backend:
         return dataclasses.replace(
-            self.backend, is_chain=is_chain, deterministic=strict, width=width if strict else 0, group=sharing.group,
+            self.backend, is_chain=is_chain, deterministic=precision == "strict", group=sharing.group,
             group_mode=sharing.group_mode,
         )  # fmt: skip
 
@@ -280,7 +276,7 @@ class Decoder:
             """Of a tree int32 [B, t] of 1 or T nodes, padded to T."""
             tail = self._tail(state.cache, tree, template)
             is_chain = template is None or template.is_chain
-            backend = self._backend(strategy.precision, is_chain, sharing, self.strict_width)
+            backend = self._backend(strategy.precision, is_chain, sharing)
             rows = backend.rows(state.cache)
             hidden, tails, seen = self._forward(params, tokens, state.cache, tail, backend, features, sharing)
             logits = transformer.head(self.config, params, hidden, self.dtype, rows)

@@ -263,9 +263,11 @@ def test_refresh_and_reuse_equal_reference(spec, group, mode, interpret, kernel_
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_chunk_of_a_prompt_equals_reference_with_the_config_that_a_call_takes(dtype, kernel_seed):
-    spec = dataclasses.replace(next(spec for spec in specs.TESTS if spec.name == "chain-512"), dtype=dtype)
-    arguments, config = arguments_of(spec, kernel_seed), configure(spec.sparsity, spec.shape)
+@pytest.mark.parametrize("spec", specs.TESTS, ids=lambda spec: spec.name)
+def test_every_spec_equals_reference_with_the_config_that_a_call_takes(spec, dtype, kernel_seed):
+    """The other tests' configs have small tiles and several splits; a chunk of a prompt is among the specs."""
+    spec = dataclasses.replace(spec, dtype=dtype)
+    arguments, config = arguments_of(spec, kernel_seed), configure(spec.sparsity, spec.shape, dtype=dtype)
     out, selection, *again = run(spec, arguments, config, False, reuse=True)
     check(spec, arguments, out, selection)
     check(spec, arguments, *again)

@@ -30,10 +30,10 @@ def test_equals_reference(name, interpret, kernel_seed):
 
 
 @functools.lru_cache
-def out_of(sparsity, interpret, present=None):
+def out_of(sparsity, interpret):
     # A program is run a few times at most: unoptimised code is there sooner.
     options = {"xla_backend_optimization_level": "0"} if interpret else None
-    function = functools.partial(attend, sparsity, deterministic=True, present=present, interpret=interpret)
+    function = functools.partial(attend, sparsity, deterministic=True, interpret=interpret)
     return jax.jit(lambda *arguments: function(*arguments), compiler_options=options)
 
 
@@ -117,37 +117,39 @@ def test_neighbours_in_the_batch_change_no_bit(interpret, kernel_seed):
     assert not swapped[1].any(), "a finished sequence's output is 0"
 
 
+def first(arguments, count):
+    """The arguments with the first ``count`` nodes of the tail alone."""
+    query, gates, *others, tail = arguments
+    parts = {name: None if array is None else array[:, :count] for name, array in tail._asdict().items()
+             if name in ("positions", "key", "value", "window_key", "window_value")}  # fmt: skip
+    ancestor = None if tail.ancestor is None else tail.ancestor[:, :count, :count]
+    tail = tail._replace(**parts, ancestor=ancestor, slot=jnp.minimum(tail.slot, count))
+    return query[:, :count], gates[:, :count], *others, tail
+
+
 @pytest.mark.parametrize("interpret", PLACES)
-def test_nodes_that_are_not_there_change_no_bit(interpret, kernel_seed):
-    arguments = TREE.arguments(kernel_seed)
-    out = np.asarray(out_of(TREE.sparsity, interpret)(*arguments)[0])
-    few = np.asarray(out_of(TREE.sparsity, interpret, present=3)(*arguments)[0])
-    np.testing.assert_array_equal(few[:, :3], out[:, :3])
+@pytest.mark.parametrize("spec", [CHAIN, TREE], ids=lambda spec: spec.name)
+def test_how_many_nodes_stand_beside_it_changes_no_bit(spec, interpret, kernel_seed):
+    arguments, function = spec.arguments(kernel_seed), out_of(spec.sparsity, interpret)
+    out, selection = jax.tree.map(np.asarray, function(*arguments))
+    for count in (1, 3):
+        few, own = jax.tree.map(np.asarray, function(*first(arguments, count)))
+        assert few.shape[1] == own.ids.shape[1] == count
+        np.testing.assert_array_equal(few, out[:, :count])
+        np.testing.assert_array_equal(own.ids, selection.ids[:, :count])
 
 
-def test_no_program_runs_for_nodes_that_are_not_there():
-    def programs(present):
-        function = functools.partial(attend, TREE.sparsity, deterministic=True, present=present, interpret=True)
-        calls = [e for e in jax.make_jaxpr(function)(*TREE.arguments()).eqns if e.primitive.name == "pallas_call"]
+def test_no_program_runs_for_what_pads_a_tail():
+    def programs(arguments):
+        function = functools.partial(attend, TREE.sparsity, deterministic=True, interpret=True)
+        calls = [e for e in jax.make_jaxpr(function)(*arguments).eqns if e.primitive.name == "pallas_call"]
         return [int(np.prod(call.params["grid_mapping"].grid)) for call in calls]
 
-    whole, few = programs(None), programs(2)
+    arguments = TREE.arguments()
+    whole, few = programs(arguments), programs(first(arguments, 2))
     assert len(whole) == len(few) == 4
     assert [many * 2 for many in whole[:3]] == [some * TREE.width for some in few[:3]]
     assert few[3] <= whole[3]  # a program of the merge has several nodes
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"deterministic": True, "present": 0}, "present: got 0, expected 1 to T = 8"),
-        ({"deterministic": True, "present": 9}, "present: got 9, expected 1 to T = 8"),
-        ({"present": 2}, "present: got 2 without deterministic"),
-    ],
-)
-def test_a_wrong_number_of_nodes_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        attend(TREE.sparsity, *TREE.arguments(), **options, interpret=True)
 
 
 def test_a_config_of_ones_own_is_refused():

@@ -21,7 +21,6 @@ from pallas_kernels.selection import SelectionConfig, select_blocks, specs
 from specsa_jax import model
 from specsa_jax.cache import create_cache, make_tail, topology
 from specsa_jax.config import preset
-from specsa_jax.drafting.tree import MAX_NODES
 from specsa_jax.nsa.cached import Backend
 
 
@@ -205,7 +204,7 @@ def test_deterministic_arithmetic_follows_the_width_of_the_page_table_but_not_th
 def test_a_token_alone_and_a_tree_in_a_batch_have_the_same_arithmetic_in_the_strict_class():
     """In class exact they have not, or this could not fail."""
     alone, together = (1, [-1], 16), (8, [-1] + [max(0, node - 3) for node in range(16)], 100)
-    strict = Backend("pallas", deterministic=True, width=MAX_NODES)
+    strict = Backend("pallas", deterministic=True)
     one, many = arithmetic(*alone, strict), arithmetic(*together, strict)
     assert one == many and all(len(floats) > 20 for *_, floats in one)
     assert arithmetic(*alone, Backend("pallas")) != arithmetic(*together, Backend("pallas"))

@@ -63,14 +63,12 @@ def test_prefill_and_speculative_decoding_give_the_tokens_of_xla():
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_strict_kernels_give_drafted_trees_in_a_ragged_batch_the_bits_of_decoding_alone():
     """And the values of XLA's strict path. Untied, so that the logits of a random model are about 1."""
     config = dataclasses.replace(tiny_model(**SIZES), vocab_size=8, tied=False)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), random_params(config))
     prompts = [random_tokens(config, size, seed=seed) for size, seed in ((45, 0), (43, 200))]  # four pages each
     decoder = Decoder(config, jnp.float32, (), "pallas", True)
-    decoder.strict_width = 8  # of 128 nodes, 120 would cost an interpreter's time
     one = Strategy(None, precision="strict")
     tree = Strategy(PromptLookup(min_ngram=1), "3-1", precision="strict")
     (tokens, logprobs), counts = generate(config, params, decoder, prompts, 6, tree)

@@ -18,7 +18,7 @@ from pallas_kernels.attention.arguments import check
 from pallas_kernels.attention.config import AttentionConfig as AttentionConfig
 from pallas_kernels.attention.config import Branch as Branch
 from pallas_kernels.attention.config import GroupMode as GroupMode
-from pallas_kernels.attention.deterministic import config_for
+from pallas_kernels.attention.deterministic import config_for, pad
 from pallas_kernels.attention.launch import Launch as Launch
 from pallas_kernels.selection import kernel as selection_kernel
 
@@ -81,7 +81,6 @@ def attend(
     reuse_compressed: bool = True,
     config: AttentionConfig | None = None,
     deterministic: bool = False,
-    present: int | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, Selection]:
     """NSA's output for the tail's tokens, and the blocks that they selected.
@@ -101,11 +100,9 @@ def attend(
       reuse_compressed: False: a reuse layer leaves the compressed branch out.
       config: the tuning parameters; None: those measured on this kind of device (``pallas_kernels.tuned``), or else
         chosen from the sizes. A reuse layer's group is the selection's.
-      deterministic: what a token gets has the bits of decoding its path alone, whatever stands beside it, in calls of
-        one T, M and N, with ``tail.ancestor`` in all or in none (:mod:`pallas_kernels.attention.deterministic`). Takes
-        no ``config``: splits and tiles are fixed.
-      present: with ``deterministic``, of the T nodes those that are there, from the first on; None: all. The others are
-        padding, for calls of one T: they cost nothing, and what is returned for them is arbitrary.
+      deterministic: what a token gets has the bits of decoding its path alone, whatever T, its row, and what stands
+        beside it, in calls of one N (:mod:`pallas_kernels.attention.deterministic`). More than 128 tokens, a chunk of a
+        prompt, have bits of their own T. Takes no ``config``: splits and tiles are fixed.
       interpret: interpret the kernels, on any device.
 
     Returns:
@@ -116,14 +113,14 @@ def attend(
       UnsupportedError: sizes or a device that the kernels do not take, with the reason.
     """
     shape = check(sparsity, query, gates, layer, page_table, lengths, tail)
+    width = shape.width
     if deterministic:
         if config is not None:
             raise ValueError("config: given with deterministic = True, which has a config of its own")
-        if present is not None and not 1 <= present <= shape.width:
-            raise ValueError(f"present: got {present}, expected 1 to T = {shape.width} nodes")
+        _check_selection(sparsity, shape, config_for(sparsity, shape), selected)
+        query, gates, tail, selected = pad(query, gates, lengths, tail, selected)
+        shape = check(sparsity, query, gates, layer, page_table, lengths, tail)
         config = config_for(sparsity, shape)
-    elif present is not None:
-        raise ValueError(f"present: got {present} without deterministic, whose nodes alone are padded, expected None")
     config = config or configure(sparsity, shape, interpret=interpret, dtype=query.dtype)
     # PTX is the exponential (``tiles.exp2``).
     reason = limit(sparsity, shape, config.group) or (None if interpret else _dispatch.device_limit(ptx=True))
@@ -132,7 +129,7 @@ def attend(
     _check_selection(sparsity, shape, config, selected)
     shown = [0, 1, 2] if sparsity.compressed_output else [1, 2]
     arguments = (query, layer, page_table, lengths, tail)
-    form: dict[str, Any] = {"deterministic": deterministic, "present": present, "interpret": interpret}
+    form: dict[str, Any] = {"deterministic": deterministic, "present": width, "interpret": interpret}
     if selected is not None:
         shown = shown if reuse_compressed else [1, 2]
         apart = not deterministic and _apart(config, shape, shown)
@@ -149,7 +146,10 @@ def attend(
         selected = selection.run(scoring, partial, page_table, lengths, tail)
         launch = Launch(sparsity, shape, config, (1,), **form)
         parts = [(scoring, partial), (launch, branches.run(launch, *arguments, selected))]
-    return merge.run(parts, gates, shown, jnp.dtype(query.dtype)), selected
+    out = merge.run(parts, gates, shown, jnp.dtype(query.dtype))
+    if shape.width > width:
+        out, selected = out[:, :width], selected._replace(ids=selected.ids[:, :width])
+    return out, selected
 
 
 def _apart(config: AttentionConfig, shape: Shape, shown: list[int]) -> bool:

@@ -10,10 +10,11 @@ query's sums depends on what is committed and who its neighbours are. Here
 - every tile takes the same code, masked, since two loops may round differently.
 
 So a token's output has the bits that decoding it alone would have given, if the compiler sees the same code in the two
-calls: T, M and the page table's columns N must be the same, and both tails trees, or both chains. The number of
-sequences, of pages, and of the nodes that are there may differ: they are in no tile's shape. (N is in the selection's,
-which over a long table sums a query's heads in two halves.) Every query loads its own blocks, several times what a
-group would load.
+calls. T, M, and whether the tail is a tree are in the code: so tails of up to 128 nodes are all shown as trees of 128
+nodes and slots (:func:`pad`), of which those that are there have programs. Not in the code are the numbers of
+sequences, of pages, and of the nodes that are there: they are in no tile's shape. The page table's columns N are in the
+selection's, which over a long table sums a query's heads in two halves: they must be the same. Every query loads its
+own blocks, several times what a group would load.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.attention.arguments import Shape, Sparsity, Tail
+from pallas_kernels.attention.arguments import Selection, Shape, Sparsity, Tail
 from pallas_kernels.attention.config import AttentionConfig, Branch, selection_warps
 from pallas_kernels.attention.launch import Launch
 from pallas_kernels.attention.scores import entry_of_lane, store_scores
@@ -43,8 +44,35 @@ from pallas_kernels.attention.tiles import (
     start,
 )  # fmt: skip
 
-# Of every split, in tiles.
-SPLIT = 16
+# Of every split, in tiles; and nodes of a tail.
+SPLIT, WIDTH = 16, 128
+
+
+def pad(
+    query: jax.Array, gates: jax.Array | None, lengths: jax.Array, tail: Tail, selected: Selection | None
+) -> tuple[jax.Array, jax.Array | None, Tail, Selection | None]:
+    """The arguments with a tree of WIDTH nodes and slots for a tail of no more; a longer one as it is."""
+    batch, size = len(lengths), query.shape[1]
+    if size > WIDTH:
+        return query, gates, tail, selected
+
+    def wide(array: jax.Array | None, axes: int = 1, fill: int = 0) -> Any:
+        if array is None:
+            return None
+        widths = [(0, WIDTH - array.shape[axis] if 0 < axis <= axes else 0) for axis in range(array.ndim)]
+        return jnp.pad(array, widths, constant_values=fill)
+
+    ancestor = jnp.tril(jnp.ones((size, size), bool)) if tail.ancestor is None else tail.ancestor
+    padded = {name: wide(array) for name, array in tail._asdict().items() if name.endswith(("key", "value"))}
+    tree = Tail(
+        positions=wide(tail.positions, fill=-1),  # before everything: such a query sees nothing
+        ancestor=wide(jnp.broadcast_to(ancestor, (batch, size, size)), axes=2),
+        slot=wide(jnp.where(tail.slot < size, tail.slot, WIDTH), fill=WIDTH),
+        **padded,
+    )
+    if selected is not None:
+        selected = selected._replace(ids=wide(selected.ids, fill=-1))
+    return wide(query), wide(gates), tree, selected
 
 
 def config_for(sparsity: Sparsity, shape: Shape) -> AttentionConfig:

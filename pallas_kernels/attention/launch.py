@@ -26,7 +26,7 @@ class Launch:
     scored: bool = False
     interpret: bool = False
     deterministic: bool = False
-    present: int | None = None  # of the T nodes, those that are there; None: all
+    present: int | None = None  # of T nodes, those that are no padding; None: all
 
     def branch(self, index: int) -> Branch:
         """The split of the compressed (0), the selected (1) or the window branch (2)."""

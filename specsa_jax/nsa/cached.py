@@ -38,8 +38,6 @@ class Backend:
       interpret: interpret the kernels, on any device; slow.
       deterministic: for the strict class: the bits of a row depend on nothing but its own sequence and path. The page
         table's width must be the same in all calls.
-      width: nodes that tails are padded to for deterministic kernels, which keep their promise in calls of one width;
-        0: the callers' tails are all chains of one length.
       group, group_mode: C adjacent queries that kernels serve together, 0: as they like it; in mode "shared" all of
         them attend to the blocks of the one with the longest prefix (of several, the last), which is approximate.
     """
@@ -48,7 +46,6 @@ class Backend:
     is_chain: bool = False
     interpret: bool = False
     deterministic: bool = False
-    width: int = 0
     group: int = 0
     group_mode: GroupMode = "merged"
 
@@ -94,7 +91,7 @@ def attend_cached(
         assert reuse is None
         if backend.implementation == "pallas":
             out = kernels.attend_deterministic(
-                config, projected, cache, layer, tail, new, width=backend.width, interpret=backend.interpret
+                config, projected, cache, layer, tail, new, is_chain=backend.is_chain, interpret=backend.interpret
             )  # fmt: skip
             return out, new, None
         return attend_strict(config, projected, cache, layer, tail, new), new, None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import pallas_kernels
 from pallas_kernels import Implementation, attention, compress
@@ -98,37 +97,13 @@ def attend_deterministic(
     tail: Tail,
     new: LayerTail,
     *,
-    width: int,
+    is_chain: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
-    """Output [B, T, Hq, D] of the tail's queries, whose bits depend on nothing but their own prefixes and paths.
-
-    The kernels promise that for calls of one T, M, kind of tree, and width of the page table. So a tail is padded to
-    ``width`` nodes, with as many slots, and is a tree whatever it is; for what is padding no program runs.
-    ``width`` 0: it is a chain, as long as all others.
-    """
-    size = tail.positions.shape[1]
-    if not width:
-        arguments = _arguments(config, projected, cache, layer, tail, new, is_chain=True)
-        return attention.attend(*arguments, deterministic=True, interpret=interpret)[0]
-    assert size <= width
-
-    def pad(array: jax.Array | None, axes: int = 1, fill: int = 0) -> Any:
-        if array is None:
-            return None
-        widths = [(0, width - array.shape[axis] if 0 < axis <= axes else 0) for axis in range(array.ndim)]
-        return jnp.pad(array, widths, constant_values=fill)
-
-    ancestor = jnp.broadcast_to(tail.ancestor, (tail.positions.shape[0], size, size))
-    padded = Tail(
-        # Before everything: such a query sees nothing.
-        pad(tail.positions, fill=-1), pad(ancestor, axes=2),
-        pad(jnp.where(tail.slot < size, tail.slot, width), fill=width), tail.slot_back,
-    )  # fmt: skip
-    wide = projected._replace(query=pad(projected.query), gates=pad(projected.gates))
-    fresh = LayerTail(*map(pad, new))
-    arguments = _arguments(config, wide, cache, layer, padded, fresh, is_chain=False)
-    return attention.attend(*arguments, deterministic=True, present=size, interpret=interpret)[0][:, :size]
+    """Output [B, T, Hq, D] of the tail's queries, whose bits depend on nothing but their own prefixes and paths, in
+    calls of one width of the page table. More than 128 queries have to be a chain, and all such calls of one T."""
+    arguments = _arguments(config, projected, cache, layer, tail, new, is_chain)
+    return attention.attend(*arguments, deterministic=True, interpret=interpret)[0]
 
 
 def _arguments(
