@@ -141,10 +141,16 @@ def programs() -> Iterator[Program]:
     def source(found: Any) -> str:
         return "heuristic" if found is None else "tuned"
 
-    for layer in (*attention_specs.BENCHMARKS, *attention_specs.TESTS):
+    # Of the longer heads in float32 too.
+    single = [dataclasses.replace(layer, name=f"{layer.name.removesuffix('-bf16')}-f32", dtype="float32")
+              for layer in (*attention_specs.TESTS, *attention_specs.BENCHMARKS[::7])
+              if layer.dim >= 64 and layer.width <= 128]  # fmt: skip
+    for layer in (*attention_specs.BENCHMARKS, *attention_specs.TESTS, *single):
         groups: dict[int, int | None] = {}  # and how a call asks for them
         with use_abstract_mesh(H200):
-            for asked in (None, 1):
+            # All queries as one group: of tests, which call it so.
+            whole = [layer.width] if layer in attention_specs.TESTS and layer.width <= 128 else []
+            for asked in (None, 1, *whole):
                 found = configure(layer.sparsity, layer.shape, asked, dtype=layer.dtype)
                 groups.setdefault(found.group, asked)
         for group, asked in groups.items():

@@ -65,7 +65,7 @@ def configure(
     found = None
     if mode == "merged" and not interpret:
         found = tuned.lookup(_dispatch.device_kind(), sparsity, shape, group, dtype)
-    return found or AttentionConfig.heuristic(sparsity, shape, group, mode)
+    return found or AttentionConfig.heuristic(sparsity, shape, group, mode, dtype)
 
 
 def attend(

@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 from typing import Any, ClassVar, Literal
 
+import jax.numpy as jnp
+
 from pallas_kernels import _check
 from pallas_kernels.attention.arguments import Shape, Sparsity
 
@@ -43,9 +45,9 @@ class AttentionConfig:
         query with the longest prefix (approximate).
       compressed, selected, window: the branches.
       tile: keys that a program loads at a time, a power of two.
-      num_stages: of Triton's pipeline, in the launch with scores (the branches' kernels have a warp for 16 rows); every
-        two stages keep one more tile in flight, because a tile's page is looked up before. Of other launches:
-        ``Launch.num_stages``.
+      num_stages: of Triton's pipeline, in the launch with scores; every two stages keep one more tile in flight,
+        because a tile's page is looked up before. Of other launches: ``Launch.num_stages``.
+      warp_rows: of the branches' kernels, rows for which a program has a warp, a power of two; a program has at most 8.
       selection_warps: of the selection.
       merge_values, merge_warps: of the merge, what a program holds of a branch's splits at a time, a power of two, and
         its warps. Few, since many small programs hide latency.
@@ -58,16 +60,18 @@ class AttentionConfig:
     mode: GroupMode = "merged"
     tile: int = 32
     num_stages: int = 3
+    warp_rows: int = 16
     selection_warps: int = 4
     merge_values: int = 2048
     merge_warps: int = 4
 
     # Fields that depend on each other, for tuning: one such axis after the other.
-    AXES: ClassVar = (("compressed",), ("selected",), ("window",), ("tile", "num_stages"), ("selection_warps",),
-                      ("merge_values", "merge_warps"))  # fmt: skip
+    AXES: ClassVar = (("compressed",), ("selected",), ("window",), ("tile", "num_stages"), ("warp_rows",),
+                      ("selection_warps",), ("merge_values", "merge_warps"))  # fmt: skip
 
     def __post_init__(self) -> None:
         _check.whole_fields(self, "group", "num_stages")
+        _check.whole_fields(self, "warp_rows", most=128, power_of_two=True)
         _check.whole_fields(self, "tile", "merge_values", least=16, power_of_two=True)
         _check.warps(self, "selection_warps", "merge_warps")
         if self.mode not in ("merged", "shared"):
@@ -78,12 +82,15 @@ class AttentionConfig:
 
     @classmethod
     def heuristic(
-        cls, sparsity: Sparsity, shape: Shape, group: int | None = None, mode: GroupMode = "merged"
-    ) -> AttentionConfig:
-        """The config for a call of this shape; ``group`` None: chosen too.
+        cls, sparsity: Sparsity, shape: Shape, group: int | None = None, mode: GroupMode = "merged",
+        dtype: Any = "bfloat16",
+    ) -> AttentionConfig:  # fmt: skip
+        """The config for a call of this shape; ``group`` None: chosen too. ``dtype``: of queries, keys and values.
 
         About three programs for each of some 132 multiprocessors, no more: splits cost merging, and a second wave of
-        programs would wait for the first.
+        programs would wait for the first. Products of float32 are no tensor core's: a thread holds whole rows of both
+        factors. Tiles of 32 keys and a warp for 16 rows spilled 0.5 to 0.7 KB a thread at D = 64 and 1.9 to 2.9 at 128;
+        with 16 keys, and 4 rows a warp, nothing is spilled.
         """
         every = shape.batch * shape.num_kv_heads
         if group is None:
@@ -103,15 +110,16 @@ class AttentionConfig:
         near = -(-(shape.ring or sparsity.window) // 128)
         # Long walks over the cache like long steps; short ones, of many splits, want their first keys soon: measured at
         # up to 128 row tiles and from 256 on. The window is short beside the cache, so its programs come on top.
-        long = every * tiles >= 200
+        long, full = every * tiles >= 200, jnp.dtype(dtype) == jnp.float32
         return cls(
             group=group,
             mode=mode,
             compressed=Branch(rows, _splits(every * tiles, entries)),
             selected=Branch(own_rows, _splits(every * groups, blocks * 2 // 3)),
             window=Branch(rows, _splits(every * tiles, near, programs=256)),
-            tile=64 if long else 32,
+            tile=16 if full else 64 if long else 32,
             num_stages=3 if long else 5,
+            warp_rows=4 if full else 16,
             selection_warps=selection_warps(shape),
         )
 
@@ -135,6 +143,7 @@ class AttentionConfig:
         changes += [{"window": branch} for branch in around(base.window, (1,))]
         changes += [{"tile": tile, "num_stages": stages} for tile in (32, 64, 128) for stages in (3, 4, 5)]
         warps = base.selection_warps // 2, base.selection_warps * 2
+        changes += [{"warp_rows": rows} for rows in (base.warp_rows // 2, base.warp_rows * 2)]
         changes += [{"selection_warps": count} for count in warps if 1 <= count <= _MOST_SELECTION_WARPS]
         changes += [{"merge_values": values, "merge_warps": count} for values, count in _MERGES]
         return list(dict.fromkeys(dataclasses.replace(base, **change) for change in changes))

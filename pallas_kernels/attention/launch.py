@@ -117,8 +117,7 @@ class Launch:
 
     @property
     def num_warps(self) -> int:
-        """One warp for 16 rows."""
-        return max(1, min(8, max(self.branch(index).rows for index in self.branches) // 16))
+        return max(1, min(8, max(self.branch(index).rows for index in self.branches) // self.config.warp_rows))
 
     def num_stages(self, itemsize: int) -> int:
         """Of Triton's pipeline, as ``AttentionConfig.num_stages`` says for the launch with scores.
