@@ -117,10 +117,10 @@ def attend(
     if deterministic:
         if config is not None:
             raise ValueError("config: given with deterministic = True, which has a config of its own")
-        _check_selection(sparsity, shape, config_for(sparsity, shape), selected)
+        _check_selection(sparsity, shape, config_for(sparsity, shape, query.dtype), selected)
         query, gates, tail, selected = pad(query, gates, lengths, tail, selected)
         shape = check(sparsity, query, gates, layer, page_table, lengths, tail)
-        config = config_for(sparsity, shape)
+        config = config_for(sparsity, shape, query.dtype)
     config = config or configure(sparsity, shape, interpret=interpret, dtype=query.dtype)
     # PTX is the exponential (``tiles.exp2``).
     reason = limit(sparsity, shape, config.group) or (None if interpret else _dispatch.device_limit(ptx=True))

@@ -75,9 +75,10 @@ def pad(
     return wide(query), wide(gates), tree, selected
 
 
-def config_for(sparsity: Sparsity, shape: Shape) -> AttentionConfig:
+def config_for(sparsity: Sparsity, shape: Shape, dtype: Any) -> AttentionConfig:
     """The one config of the deterministic form: as many splits as the longest sequence may need."""
-    rows, tile = max(16, shape.lanes), 32
+    usual = AttentionConfig.heuristic(sparsity, shape, 1, dtype=dtype)
+    rows, tile = max(16, shape.lanes), min(usual.tile, 32)
     reach = shape.table + -(-shape.width // sparsity.select_block) + 1
 
     def branch(keys: int) -> Branch:
@@ -90,6 +91,7 @@ def config_for(sparsity: Sparsity, shape: Shape) -> AttentionConfig:
         window=branch(sparsity.window + tile),
         tile=tile,
         num_stages=3,
+        warp_rows=usual.warp_rows,
         selection_warps=selection_warps(shape),
     )
 
