@@ -176,6 +176,17 @@ def test_on_recorded_texts_the_planner_keeps_up_with_the_best_chain():
     assert np.exp(np.mean(np.log(ratios))) > 0.97
 
 
+def test_a_lone_text_that_begins_to_go_round_gets_the_length_that_fares_best_then():
+    """Of two of the target's prompts at 0.6 of the best, where lengths were judged by different parts of the text."""
+    profile = planner_replay.read(planner_replay.FLOAT32_PROFILE)
+    costs = planner_replay.Costs.from_profile(profile, planner_replay.CONFIG)
+    texts, priors = planner_replay.load(planner_replay.LONG), planner_replay.Acceptance(profile.priors)
+    for workload, row in (("prose", 0), ("edit", 6)):
+        text = texts[workload, 0.0].take(np.array([row]), 4096)
+        found = {name: one["seconds"] for name, one in planner_replay.compare(text, 1, 4096, costs, priors).items()}
+        assert min(found.values()) > 0.9 * found["planner"]
+
+
 def test_in_long_calls_of_a_batch_the_planner_gives_a_bad_guess_up_soon():
     """Texts that begin to repeat themselves: chain:63 is twice as fast in the end as what is chosen at first."""
     profile = planner_replay.read(planner_replay.SHORT_PROFILE)
