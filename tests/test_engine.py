@@ -173,6 +173,7 @@ def test_sampling_parameters_are_per_prompt_and_seeds_decide(engine, held_out):
     assert other[0].tokens.tolist() == result[1].tokens.tolist() != other[1].tokens.tolist()
 
 
+@pytest.mark.slow
 def test_sampled_speculation_draws_what_sampling_one_by_one_draws(engine, held_out):
     prompts = cut(held_out, 2, (1, 2), seed=7)
     plain = engine.generate(prompts, 24, temperature=0.7, top_p=0.9, seed=3, speculate=False)

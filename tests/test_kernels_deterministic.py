@@ -127,6 +127,7 @@ def first(arguments, count):
     return query[:, :count], gates[:, :count], *others, tail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interpret", PLACES)
 @pytest.mark.parametrize("spec", [CHAIN, TREE], ids=lambda spec: spec.name)
 def test_how_many_nodes_stand_beside_it_changes_no_bit(spec, interpret, kernel_seed):

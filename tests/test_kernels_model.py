@@ -63,6 +63,7 @@ def test_prefill_and_speculative_decoding_give_the_tokens_of_xla():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_strict_kernels_give_drafted_trees_in_a_ragged_batch_the_bits_of_decoding_alone():
     """And the values of XLA's strict path. Untied, so that the logits of a random model are about 1."""
     config = dataclasses.replace(tiny_model(**SIZES), vocab_size=8, tied=False)

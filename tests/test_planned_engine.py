@@ -439,6 +439,7 @@ def test_all_that_a_planner_may_choose_is_compiled_ahead_and_stops_and_streams_a
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_warmup_leaves_nothing_to_compile():
     engine = tiny_engine(ONE)
     words = engine.warmup(TREES, batch=2, prompt_tokens=18, max_new_tokens=40)
