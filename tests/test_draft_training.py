@@ -129,6 +129,8 @@ def decoding_accepts_what_was_predicted(config, head, target):
         drafter.check(dataclasses.replace(TARGET, max_length=64), parse_tree("chain:2"))
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_killed_runs_resume_with_the_same_losses_and_other_runs_are_refused(config, tmp_path):
     whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
     train_draft(whole)
