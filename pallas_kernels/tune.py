@@ -227,7 +227,7 @@ def _attention(spec: attention_specs.AttentionSpec, group: int) -> Task:
         return build
 
     return Task(f"{spec.name}-C{group}", "attention", key,
-                AttentionConfig.search_space(spec.sparsity, shape, group), prepare)  # fmt: skip
+                AttentionConfig.search_space(spec.sparsity, shape, group, dtype=spec.dtype), prepare)  # fmt: skip
 
 
 def _selection(spec: selection_specs.SelectionSpec) -> Task:

@@ -585,6 +585,7 @@ def test_the_search_space_is_the_heuristic_and_what_differs_along_one_axis():
     for spec in specs.BENCHMARKS:
         base, *others = AttentionConfig.search_space(spec.sparsity, spec.shape)
         assert base == AttentionConfig.heuristic(spec.sparsity, spec.shape)
+        assert AttentionConfig.search_space(spec.sparsity, spec.shape, dtype="float32")[0].tile == 16
         assert len({base, *others}) == 1 + len(others) <= 40
         along = [
             [axis for axis in AttentionConfig.AXES if any(getattr(base, name) != getattr(own, name) for name in axis)]

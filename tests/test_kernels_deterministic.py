@@ -153,6 +153,17 @@ def test_no_program_runs_for_what_pads_a_tail():
     assert few[3] <= whole[3]  # a program of the merge has several nodes
 
 
+def test_more_slots_than_a_tree_has_are_refused():
+    query, gates, layer, page_table, lengths, tail = CHAIN.arguments()
+    tail = tail._replace(
+        slot=jnp.full((len(lengths), 129), CHAIN.width, jnp.int32),
+        compressed_key=jnp.zeros((len(lengths), 129, *tail.compressed_key.shape[2:])),
+        compressed_value=jnp.zeros((len(lengths), 129, *tail.compressed_value.shape[2:])),
+    )
+    with pytest.raises(ValueError, match="tail.slot: got 129 slots of 8 nodes, expected at most 128"):
+        attend(CHAIN.sparsity, query, gates, layer, page_table, lengths, tail, deterministic=True, interpret=True)
+
+
 def test_a_config_of_ones_own_is_refused():
     from pallas_kernels.attention import AttentionConfig
 

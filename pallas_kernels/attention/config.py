@@ -125,10 +125,11 @@ class AttentionConfig:
 
     @classmethod
     def search_space(
-        cls, sparsity: Sparsity, shape: Shape, group: int | None = None, mode: GroupMode = "merged"
-    ) -> list[AttentionConfig]:
+        cls, sparsity: Sparsity, shape: Shape, group: int | None = None, mode: GroupMode = "merged",
+        dtype: Any = "bfloat16",
+    ) -> list[AttentionConfig]:  # fmt: skip
         """The configs worth measuring for that shape: the heuristic's, and those that differ from it along one axis."""
-        base = cls.heuristic(sparsity, shape, group, mode)
+        base = cls.heuristic(sparsity, shape, group, mode, dtype)
 
         def around(branch: Branch, factors: tuple[float, ...] = (1, 0.5, 2)) -> list[Branch]:
             # Twice the rows may pay though half stay empty: from 64 on, Hopper's larger matrix instruction takes them.
@@ -141,7 +142,7 @@ class AttentionConfig:
         changes += [{"selected": branch} for branch in around(base.selected)]
         # Of the window, which is short, the splits alone.
         changes += [{"window": branch} for branch in around(base.window, (1,))]
-        changes += [{"tile": tile, "num_stages": stages} for tile in (32, 64, 128) for stages in (3, 4, 5)]
+        changes += [{"tile": tile, "num_stages": stages} for tile in (base.tile, 32, 64, 128) for stages in (3, 4, 5)]
         warps = base.selection_warps // 2, base.selection_warps * 2
         changes += [{"warp_rows": rows} for rows in (base.warp_rows // 2, base.warp_rows * 2)]
         changes += [{"selection_warps": count} for count in warps if 1 <= count <= _MOST_SELECTION_WARPS]

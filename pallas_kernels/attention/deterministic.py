@@ -51,10 +51,15 @@ SPLIT, WIDTH = 16, 128
 def pad(
     query: jax.Array, gates: jax.Array | None, lengths: jax.Array, tail: Tail, selected: Selection | None
 ) -> tuple[jax.Array, jax.Array | None, Tail, Selection | None]:
-    """The arguments with a tree of WIDTH nodes and slots for a tail of no more; a longer one as it is."""
+    """The arguments with a tree of WIDTH nodes and slots for a tail of no more; a longer one as it is.
+
+    Raises ValueError where so few nodes have more slots than that.
+    """
     batch, size = len(lengths), query.shape[1]
     if size > WIDTH:
         return query, gates, tail, selected
+    if tail.slot.shape[1] > WIDTH:
+        raise ValueError(f"tail.slot: got {tail.slot.shape[1]} slots of {size} nodes, expected at most {WIDTH}")
 
     def wide(array: jax.Array | None, axes: int = 1, fill: int = 0) -> Any:
         if array is None:

@@ -361,16 +361,15 @@ class Plan:
         seen = add_counts(self._seen[0], counts), self._seen[1] + seconds, self._seen[2] + new_tokens
         self._seen = seen
         if self.steps_left <= 0 or not running:
-            chosen = self.chosen
             self._learn(*seen)
             self._seen = (None, 0.0, 0)
             if running:
                 _, known, done = self._text
                 if self._looked is not None and len(known) > 1:
                     self._pace.observe(self._looked, known, done, int(seen[0].steps), _spread(seen[0].accepted))
-                if not self._walk(seen[2]) and chosen.drafter != "none":
+                if not self._walk(seen[2]) and self.chosen.drafter != "none":
                     drafted, stood = np.asarray(seen[0].drafted), np.asarray(seen[0].accepted)
-                    self.acceptance.add(chosen.drafter, chosen.strategy.tree, drafted, stood)
+                    self.acceptance.add(self.chosen.drafter, self.strategy.tree, drafted, stood)
                 self.choose(running, remaining)
             self._choosing = time.perf_counter() - begun
         self.seconds += time.perf_counter() - begun
