@@ -103,7 +103,7 @@ def row_of(config: ModelConfig, context: int, batch: int, implementation: str, s
 
     def timing(loops: bool) -> harness.Timing:
         state = (random_arrays([(cache, cache)] * config.layers, dtype), jnp.zeros((batch, 1), jnp.int32))
-        options, iterations = compiler_options(loops=loops), steps_of(needed / harness.copy_bandwidth() * 1e6)
+        options, iterations = compiler_options(dtype, loops=loops), steps_of(needed / harness.copy_bandwidth() * 1e6)
         loop = harness.Loop(step, state, [weights], iterations, unroll=1, keep=False, options=options)
         return loop.timing(seconds=seconds)
 

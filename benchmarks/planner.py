@@ -136,6 +136,8 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", type=place, default=[(1, 4096), (1, 32768), (8, 4096), (8, 32768)] if gpu
                         else [(1, 256), (1, 1024), (8, 256)], help="BATCH:CONTEXT")  # fmt: skip
     parser.add_argument("--space", nargs="*", help="DRAFTER@TREE: of the planner; none: all that there is")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="fixed strategies that run beside the default, by "
+                        "their names in the table; default: all")  # fmt: skip
     parser.add_argument("--temperatures", type=harness.number, nargs="+", default=[0.0])
     # What planning takes is a matter of the call: a GPU gives a small model's 4096 tokens in a tenth of a second.
     parser.add_argument("--new-tokens", type=harness.count, default=24576 if gpu else 128)
@@ -151,6 +153,10 @@ def main() -> None:
                                     allow_mismatch=args.dtype is not None)  # fmt: skip
     planner = choosing(args.space)
     strategies: dict[str, Any] = {"planner": planner, **fixed(engine, planner)}
+    if args.only:
+        if unknown := sorted(set(args.only) - set(strategies)):
+            raise ValueError(f"only: got {', '.join(unknown)}, expected some of {', '.join(strategies)}")
+        strategies = {name: one for name, one in strategies.items() if name in ("planner", DEFAULT, *args.only)}
     suffix = f"_{args.dtype}" if args.dtype else ""
     rows = harness.Rows(args, AXES, suffix, checkpoint=args.checkpoint, dtype=str(engine.dtype),
                         new_tokens=args.new_tokens, implementation=engine.implementation,

@@ -71,7 +71,7 @@ def main() -> None:
     decoder = Decoder(config, dtype, implementation=implementation)
     begun = time.perf_counter()
     prefill = decoder.prefill.lower(params, state(), jnp.int32(2**30), chunk=args.chunk)
-    prefill = prefill.compile(compiler_options(loops=False))  # the profiler shall see its kernels
+    prefill = prefill.compile(compiler_options(dtype, loops=False))  # the profiler shall see its kernels
     compiled = time.perf_counter()
     print(f"compiled in {compiled - begun:.0f} s", file=sys.stderr, flush=True)
     done = jax.block_until_ready(prefill(params, state(), jnp.int32(2**30)))

@@ -92,7 +92,7 @@ def step_loop(
     state = (cache, jnp.zeros((batch, width), jnp.int32))
     step = make_step(config, sharing, implementation, dtype, width)
     with jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default"):
-        options = compiler_options(loops=loops)
+        options = compiler_options(dtype, loops=loops)
         return harness.Loop(step, state, [params], iterations, unroll=1, keep=False, options=options)
 
 

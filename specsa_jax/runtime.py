@@ -88,7 +88,8 @@ class Runtime:
             # float32 means float32: a GPU's default would round the factors to TF32.
             with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else "default"):
                 jitted = getattr(self.decoder, kind) if isinstance(kind, str) else kind
-                self._compiled[key] = jitted.lower(*args, **kwargs, **static).compile(compiler_options(strict))
+                lowered = jitted.lower(*args, **kwargs, **static)
+                self._compiled[key] = lowered.compile(compiler_options(self.dtype, strict))
             return self._compiled[key], time.perf_counter() - begun
 
     def prefill_program(

@@ -7,7 +7,7 @@ import pytest
 from reference_params import random_params, tiny_model
 
 from specsa_jax import model
-from specsa_jax.compiling import LOOPS, compiler_options
+from specsa_jax.compiling import FLOAT32, LOOPS, compiler_options
 from specsa_jax.nsa.rows import STRICT_OPTIONS, in_company
 
 
@@ -18,22 +18,30 @@ def gpu(monkeypatch):
 
 
 def test_a_cpu_gets_no_options():
-    assert compiler_options() is None and compiler_options(strict=True) is None
+    assert compiler_options(jnp.float32) is None and compiler_options(jnp.bfloat16, strict=True) is None
 
 
 def test_a_gpu_gets_loops_in_graphs(gpu):
-    assert compiler_options() == LOOPS
-    assert compiler_options(loops=False) == {}
-    assert compiler_options(strict=True) == LOOPS | STRICT_OPTIONS
+    assert compiler_options(jnp.bfloat16) == LOOPS
+    assert compiler_options("bfloat16", loops=False) == {}
+    assert compiler_options(jnp.bfloat16, strict=True) == LOOPS | STRICT_OPTIONS
+
+
+def test_products_in_float32_are_left_to_the_library_on_a_gpu_but_in_class_strict(gpu):
+    assert compiler_options(jnp.float32) == LOOPS | FLOAT32
+    assert compiler_options("float32", loops=False) == FLOAT32
+    assert compiler_options(jnp.float32, strict=True) == LOOPS | STRICT_OPTIONS
 
 
 def test_xla_flags_have_precedence_but_not_over_class_strict(gpu, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_command_buffer= --xla_gpu_autotune_level=4")
-    assert compiler_options() == {}
-    assert compiler_options(strict=True) == STRICT_OPTIONS
+    assert compiler_options(jnp.bfloat16) == {}
+    assert compiler_options(jnp.bfloat16, strict=True) == STRICT_OPTIONS
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    assert compiler_options(jnp.float32) == LOOPS
 
 
-@pytest.mark.parametrize("options", [LOOPS, STRICT_OPTIONS])
+@pytest.mark.parametrize("options", [LOOPS, STRICT_OPTIONS, FLOAT32])
 def test_the_compiler_knows_the_options(options):
     assert jax.jit(lambda x: x + 1).lower(1.0).compile(options)(1.0) == 2.0
 

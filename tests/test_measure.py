@@ -1,5 +1,6 @@
 """What is measured into a profile, and the command that does it."""
 
+import copy
 import dataclasses
 import io
 import json
@@ -330,9 +331,19 @@ def test_bad_options_end_with_one_line(specsa, options, reason):
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and reason in err
 
 
-def test_the_largest_steps_are_timed_soon_after_the_smallest(engine, text):
-    """A short budget is to tell what launches take from what bytes do."""
-    found = measure.tasks(Bench(engine, text, (1, 4), (64, 128), ()))
-    steps = [task.key[1] for task in found if task.key[0] == "step"]
-    assert [(step.batch, step.width) for step in steps[:5]] == [(1, 1), (1, 5), (1, 9), (4, 1), (4, 17)]
-    assert steps[3].context == steps[4].context == max(step.context for step in steps if step.precision == "exact")
+def test_the_smallest_and_the_largest_steps_are_timed_before_those_between(engine, text, monkeypatch):
+    """From a short budget's few steps others follow, but not what is beyond them."""
+
+    def first(engine, count):
+        found = measure.tasks(Bench(engine, text, (1, 4), (64, 128), ()))
+        steps = [task.key[1] for task in found if task.key[0] == "step"]
+        farthest = max(step.context for step in steps if step.precision == "exact")
+        assert [step.context for step in steps[count : count + 2]] == [farthest, farthest]
+        return [(step.batch, step.width) for step in steps[: count + 2]]
+
+    assert first(engine, 3) == [(1, 1), (1, 17), (1, 5), (4, 1), (4, 17)]
+    kernels = copy.copy(engine)
+    kernels.implementation = "pallas"
+    monkeypatch.setattr(measure, "CORNERS", (1, 3, 5))
+    monkeypatch.setattr(measure, "LONG", (7, 9, 1000))  # the last is deeper than a page
+    assert first(kernels, 4) == [(1, 1), (1, 9), (1, 3), (1, 5), (4, 1), (4, 9)]

@@ -252,13 +252,14 @@ def top(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     if count > _REDUCTIONS:
         at = jnp.argsort(-values, axis=-1, stable=True)[..., :count].astype(jnp.int32)
         return jnp.take_along_axis(values, at, axis=-1), at
-    place, taken, each = jnp.arange(values.shape[-1], dtype=jnp.int32), jnp.zeros(values.shape, bool), []
+    place, taken, each = jnp.arange(values.shape[-1], dtype=jnp.int32), None, []
     for _ in range(count):
-        left = jnp.where(taken, -jnp.inf, values)
-        at = jnp.argmax(left, axis=-1, keepdims=True)
+        left = values if taken is None else jnp.where(taken, -jnp.inf, values)
+        at = jnp.argmax(left, axis=-1, keepdims=True).astype(jnp.int32)
         found = jnp.take_along_axis(left, at, axis=-1)
-        at = jnp.where(found == -jnp.inf, jnp.argmin(taken, axis=-1, keepdims=True), at).astype(jnp.int32)
+        if taken is not None:  # the first of all is found either way; XLA took seconds to reduce a constant
+            at = jnp.where(found == -jnp.inf, jnp.argmin(taken, axis=-1, keepdims=True), at).astype(jnp.int32)
         each.append((found, at))
-        taken |= place == at
+        taken = place == at if taken is None else taken | (place == at)
     found, at = (jnp.concatenate(parts, axis=-1) for parts in zip(*each, strict=True))
     return found, at

@@ -207,12 +207,14 @@ def _ordered(bench: Bench) -> Iterator[Task]:
     told = [*chains.items(), *trees]
     shapes = list(dict.fromkeys(tree for _, tree in trees))
 
-    # What decides between decoding one token at a time and common chains, for one user.
-    yield from (bench.step(few, middle, width) for width in WIDTHS[:3])
+    # What decides between decoding one token at a time and chains of all lengths: the shortest step and the longest,
+    # and some between, for one user; and at the far end, where bytes take what launches take here. Between measured
+    # steps costs are known within some per cent; beyond the longest they may be off by half.
+    ends = list(dict.fromkeys((corners[0], corners[-1], *CORNERS)))
+    yield from (bench.step(few, middle, width) for width in ends)
+    yield from (bench.step(most, contexts[-1], width) for width in (corners[0], corners[-1], CORNERS[-1]))
     yield from (bench.draft(*draft, few, middle) for draft in chains.items())
     yield from (bench.prior(*draft, TEXTS[0], behind[0]) for draft in chains.items())
-    # The far end, where bytes take what launches take here: between the two, costs are told apart.
-    yield from (bench.step(most, contexts[-1], width) for width in (CORNERS[0], CORNERS[-1]))
     # How it changes along each axis; trees.
     yield from (bench.step(few, context, width) for context in contexts for width in corners)
     yield from (bench.step(batch, middle, width) for batch in bench.batches for width in corners)
