@@ -300,6 +300,40 @@ def test_a_lone_texts_first_segment_judges_all_lengths_by_its_end(monkeypatch):
     assert length(first=False) < 4  # later, what drafts has shown how it fares
 
 
+def test_the_last_sequence_of_a_batch_is_looked_at_like_a_lone_one(monkeypatch):
+    """The others' evidence, and what follows from it for other lengths, says little of it."""
+    looked = []
+
+    def walk(texts, since, known, drafter, depths):
+        looked.append((len(texts), int(known[0]), depths))
+        return [(np.eye(depth + 1)[depth] * 8, stand(depth, 8)) for depth in depths]
+
+    def stand(depth, count):
+        """Of chains of 16 three of four are misled, of those of 4 none."""
+        lost = count * 3 // 4 if depth == 16 else 0
+        return np.eye(depth + 1, dtype=int)[0] * lost + np.eye(depth + 1, dtype=int)[depth] * (count - lost)
+
+    monkeypatch.setattr(replay, "walk", walk)
+    plan = make(0.05, replayed=[("lookup", PromptLookup(), (2, 4, 16))], lengths=np.array([20, 20]), batch=2,
+                new_tokens=10**6, segment=8)  # fmt: skip
+    plan._take(CANDIDATES[3].strategy)
+    text, trees, steps = np.zeros((2, 900), np.int32), [], []
+    for known, done in (([200, 100], False), ([400, 150], True), ([400, 200], True), ([400, 250], True)):
+        count, depth = plan.steps_left, plan.strategy.reach - 1
+        stood, drafted = stand(depth, count), np.eye(depth + 1, dtype=int)[depth] * count
+        if not done:  # the other one's stand
+            stood, drafted = stood + drafted, 2 * drafted
+        plan.look(text if plan.wants_text else (), np.array(known), np.array([done, False]))
+        counts = Counts(np.array(count), drafted, stood, np.array(depth * count))
+        plan.observe(counts, (1.0 + 0.05 * depth) * count, int(drafted.sum() + stood @ np.arange(depth + 1)), 2 - done,
+                     10**6)  # fmt: skip
+        trees.append(plan.strategy.tree)
+        steps.append(plan.steps_left)
+    # As soon as it is alone the segment is short again; at the end of that all lengths are tried on its text.
+    assert trees == ["chain:16", "chain:16", "chain:4", "chain:4"] and steps[:3] == [16, 8, 8]
+    assert looked[0] == (1, 200, (4, 16)) and [4 in depths for *_, depths in looked] == [True, False]
+
+
 def test_the_end_of_a_lone_texts_segment_stands_for_all_of_it():
     """Else a few long steps at its end would say little beside what a length showed before."""
     plan = make(0.1, replayed=[("lookup", PromptLookup(), (2, 4, 16))], lengths=np.array([20]), segment=64,

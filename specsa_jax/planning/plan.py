@@ -129,6 +129,7 @@ class Plan:
         self.strategy, self._steps, self._length = self._first[0].strategy, 0, planner.segment
         self._replayed, self._looked = replayed, lengths
         self._text: tuple[Any, np.ndarray, np.ndarray] = ((), np.zeros(0, int), np.zeros(0, bool))
+        self._single_from = 0  # decisions before the segment from whose beginning on a sequence is alone
         self._choosing = 0.0  # seconds that the last choice took
         self._least = 0.0  # that this segment takes at least, but the first
         self._speed = 0.0  # tokens a second of the strategy that decodes: as expected, then as its segment showed
@@ -254,7 +255,7 @@ class Plan:
             self._length = max(1, remaining)  # a step gives at least a token
             reason += "; to the end" + ("; compiling another would not repay" if self.planner.switch else "")
         else:
-            stays = best == self.strategy and bool(self.decisions)
+            stays = best == self.strategy and len(self.decisions) != self._single_from
             times = _LONGEST_DRAFTLESS if self.candidate_of(best).drafter == "none" else _LONGEST
             length = min(_GROWTH * self._length, times * self.planner.segment) if stays else self.planner.segment
             if self.decisions:
@@ -301,10 +302,11 @@ class Plan:
         """Of its depths those that this segment's text is walked at: of another drafter than the one that drafts the
         deepest; all others where a sequence is alone. In a text that goes round, chains of each length begin at other
         places: where one finds what misleads it in each round, another never does. Of many texts that is evened out.
-        What could not be chosen is left out. A lone text may begin to go round in its first segment: at the end of that
-        all are walked alike, or what drafted before would have done worse than what did not."""
+        What could not be chosen is left out. A lone text may begin to go round in its first segment, and what is known of
+        a batch's last one may be of others: at the end of the first segment in which it is alone all are walked alike, or
+        what drafted before would have done worse than what did not."""
         if self.acceptance.alone:
-            first = len(self.decisions) == 1
+            first = len(self.decisions) == self._single_from + 1
             found = tuple(one for one in depths if first or not self._drafts(drafter, one))
         else:
             found = depths[-1:] if drafter != self.chosen.drafter else ()
@@ -364,6 +366,8 @@ class Plan:
             self._learn(*seen)
             self._seen = (None, 0.0, 0)
             if running:
+                if running == 1 and self._replayed and not self.acceptance.alone:
+                    self.acceptance.alone, self._single_from = True, len(self.decisions)
                 _, known, done = self._text
                 if self._looked is not None and len(known) > 1:
                     self._pace.observe(self._looked, known, done, int(seen[0].steps), _spread(seen[0].accepted))
