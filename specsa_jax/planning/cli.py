@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -71,7 +72,7 @@ def profile(
     """  # fmt: skip
     from rich.console import Console
 
-    console = Console(stderr=True, highlight=False)
+    console, begun = Console(stderr=True, highlight=False), time.perf_counter()
     with clear_errors(console, "interrupted; what was measured is kept, and the same command goes on"):
         if not budget >= 0:
             raise ValueError(f"budget: got {budget}, expected seconds, at least 0")
@@ -96,7 +97,8 @@ def profile(
         path = out or _default(engine)
         if show is None:
             limits = {"batches": batch, "contexts": context, "drafters": _drafts(drafter or (), tree or ())}
-            found, missing = _measure(engine, path, console, checkpoint, data or (), glob, budget, again, limits)
+            until = begun + budget
+            found, missing = _measure(engine, path, console, checkpoint, data or (), glob, until, again, limits)
             report = {**_summary(path, found), "missing": missing}
             _table(console, found, missing)
         else:
@@ -135,23 +137,21 @@ def _load(engine: Engine, path: Path, allow_mismatch: bool = False) -> Profile:
 
 
 def _measure(
-    engine: Engine, path: Path, console: Console, checkpoint: str, data: Any, glob: str, budget: float, again: bool,
+    engine: Engine, path: Path, console: Console, checkpoint: str, data: Any, glob: str, until: float, again: bool,
     limits: dict[str, Any],
 ) -> tuple[Profile, list[str]]:  # fmt: skip
-    """What the file holds and what it lacked (``again``: all), which is measured and kept in it.
+    """What the file holds and what it lacked (``again``: all), which is measured and kept in it, ``until`` that time of
+    ``time.perf_counter``.
 
     The file stays as it is until something was measured, which then replaces its entries; or all of it, from the first
     step time on, where its own would not compare.
     """
-    import time
-
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from specsa_jax.calibration import read_calibration
     from specsa_jax.planning import measure
     from specsa_jax.planning.profile import ProfileError, is_profile, read, save
 
-    begun = time.perf_counter()
     check_writable("out", path)
     given = {name: values for name, values in limits.items() if values}
     given.setdefault("contexts", measure.default_contexts(engine.max_length))
@@ -176,7 +176,7 @@ def _measure(
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=None)
         found, missing = measure.measure(
-            engine, text, held, **given, budget=max(0.0, budget - (time.perf_counter() - begun)), again=again,
+            engine, text, held, **given, budget=max(0.0, until - time.perf_counter()), again=again,
             keep=keep,
             progress=lambda done, total, name: bar.update(task, completed=done, total=total, description=name),
         )  # fmt: skip

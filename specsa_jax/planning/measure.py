@@ -115,7 +115,7 @@ def measure(
     known = {_KEYS[name](entry) for name, entry in entries}
     wanted, missing = [task for task in ordered if task.key not in known], bench.missing
     text = calibration.text
-    longest: dict[str, float] = {}  # seconds, by kind of task
+    longest: dict[str, float] = {}  # seconds without compilation, by kind of task
     together, most, compiled = min(_cores(), TOGETHER), 0.0, 0  # compiled at a time; seconds at most; tasks so far
     share, skipped = 0.0, 0  # of a task in its group's compilation; tasks that the budget leaves out
     for done, task in enumerate(wanted):
@@ -132,7 +132,7 @@ def measure(
                 took = _compile(group)
                 most, share = max(most, took), took / len(group)
         progress(done, len(wanted), task.name)
-        started = time.perf_counter() - (share if task.compile else 0.0)
+        started = time.perf_counter()
         if kind not in ("step", "draft"):
             bench.held = None  # its memory is for others
         try:
@@ -148,7 +148,7 @@ def measure(
             profile = dataclasses.replace(profile, interpolation=interpolation_error(profile, engine.config))
         took = time.perf_counter() - started
         longest[kind] = max(longest.get(kind, 0.0), took)
-        profile = dataclasses.replace(profile, seconds=profile.seconds + took)
+        profile = dataclasses.replace(profile, seconds=profile.seconds + took + (share if task.compile else 0.0))
         keep(profile)
     progress(len(wanted) - skipped, len(wanted), "")
     return profile, missing

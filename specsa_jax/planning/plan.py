@@ -302,9 +302,9 @@ class Plan:
         """Of its depths those that this segment's text is walked at: of another drafter than the one that drafts the
         deepest; all others where a sequence is alone. In a text that goes round, chains of each length begin at other
         places: where one finds what misleads it in each round, another never does. Of many texts that is evened out.
-        What could not be chosen is left out. A lone text may begin to go round in its first segment, and what is known of
-        a batch's last one may be of others: at the end of the first segment in which it is alone all are walked alike, or
-        what drafted before would have done worse than what did not."""
+        What could not be chosen is left out. A lone text may begin to go round in its first segment, and what is known
+        of a batch's last one is of others, too: at the end of the first segment in which it is alone all are walked
+        alike, or what drafted before would have done worse than what did not."""
         if self.acceptance.alone:
             first = len(self.decisions) == self._single_from + 1
             found = tuple(one for one in depths if first or not self._drafts(drafter, one))
