@@ -9,7 +9,8 @@ not in it; what the planner makes of a text is.
 ``recorded_texts.npz`` has texts of the trained target (train_target.py), 32 prompts of each kind with the 512 tokens
 that the model made of them, greedy and at temperature 0.7; ``recorded_long_texts.npz`` 8 of each kind with 12,288,
 greedy; ``recorded_profile.json`` is its profile on an H200, ``recorded_short_profile.json`` one of 195 seconds, which
-times 12 steps where the other times 51, ``recorded_float32_profile.json`` one of float32, of 3. Speeds are over one
+times 12 steps where the other times 51; of float32 ``recorded_float32_profile.json`` times 7, from the shortest to the
+longest, and ``recorded_poor_profile.json`` three, all short and of other kernels. Speeds are over one
 token at a time.
 
     python benchmarks/planner_replay.py --out                          # a minute on a CPU
@@ -53,7 +54,7 @@ USUAL = Recorded(Path(__file__).with_name("recorded_texts.npz"), 32, 1024, 512, 
 LONG = Recorded(Path(__file__).with_name("recorded_long_texts.npz"), 8, 4096, 12288, (0.0,))
 PROFILE = Path(__file__).with_name("recorded_profile.json")
 SHORT_PROFILE = Path(__file__).with_name("recorded_short_profile.json")
-FLOAT32_PROFILE = Path(__file__).with_name("recorded_float32_profile.json")
+POOR_PROFILE = Path(__file__).with_name("recorded_poor_profile.json")
 TREES = ("chain:4", "chain:16", "chain:32", "chain:63")
 CALL_SECONDS = 1e-3
 CONFIG = PRESETS["embedded"]

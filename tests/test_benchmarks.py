@@ -178,7 +178,7 @@ def test_on_recorded_texts_the_planner_keeps_up_with_the_best_chain():
 
 def test_a_lone_text_that_begins_to_go_round_gets_the_length_that_fares_best_then():
     """Of two of the target's prompts at 0.6 of the best, where lengths were judged by different parts of the text."""
-    profile = planner_replay.read(planner_replay.FLOAT32_PROFILE)
+    profile = planner_replay.read(planner_replay.POOR_PROFILE)
     costs = planner_replay.Costs.from_profile(profile, planner_replay.CONFIG)
     texts, priors = planner_replay.load(planner_replay.LONG), planner_replay.Acceptance(profile.priors)
     for workload, row in (("prose", 0), ("edit", 6)):
