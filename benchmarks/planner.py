@@ -43,9 +43,10 @@ def fixed(engine: Engine, planner: Planner) -> dict[str, Strategy]:
 
 
 def cell(
-    engine: Engine, rows: list[list[list[int]]], strategies: dict[str, Any], temperature: float, args: Any
+    engine: Engine, rows: list[list[list[int]]], strategies: dict[str, Any], temperature: float, warm: bool, args: Any
 ) -> list[dict[str, Any]]:
-    """Figures of each strategy on batches of prompts, all programs compiled ahead."""
+    """Figures of each strategy on batches of prompts, all programs compiled ahead; ``warm``: fixed strategies have run
+    in these shapes already (what a planner takes depends on the text)."""
     longest = max(len(row) for batch in rows for row in batch)
     engine.warmup(list(strategies.values()), batch=len(rows[0]), prompt_tokens=longest, max_new_tokens=args.new_tokens)
     times: dict[str, list[float]] = {name: [] for name in strategies}
@@ -53,11 +54,13 @@ def cell(
     tokens: dict[str, Any] = {}
     for turn in range(args.repeats + 1):
         for name, strategy in strategies.items():
+            if not turn and warm and name != "planner":
+                continue
             results = [
                 engine.generate(batch, args.new_tokens, temperature=temperature, seed=3, strategy=strategy)
                 for batch in rows
             ]
-            if turn:  # the first one compiles
+            if turn:  # the first one loads programs
                 times[name].append(sum(r.stats.decode_seconds + r.stats.planning_seconds for r in results))
             stats[name] = [r.stats for r in results]
             tokens[name] = [g.tokens.tolist() for r in results for g in r]
@@ -161,6 +164,7 @@ def main() -> None:
     rows = harness.Rows(args, AXES, suffix, checkpoint=args.checkpoint, dtype=str(engine.dtype),
                         new_tokens=args.new_tokens, implementation=engine.implementation,
                         profiled=engine.profile is not None, space=args.space)  # fmt: skip
+    ran: set[tuple[int, int]] = set()  # batches, and tokens of their longest prompts
     for batch, context in args.cells:
         for temperature in args.temperatures:
             for workload in args.workloads:
@@ -169,8 +173,10 @@ def main() -> None:
                     continue
                 count = args.prompts if batch == 1 else 1
                 found = prompts(engine, args.checkpoint, workload, context, count * batch)
-                for row in cell(engine, [found[i::count] for i in range(count)], strategies, temperature, args):
+                batches, shape = [found[i::count] for i in range(count)], (batch, max(map(len, found)))
+                for row in cell(engine, batches, strategies, temperature, shape in ran, args):
                     rows.add(key | row, (*AXES, "tokens_per_second", "mean_acceptance_length", "planning"))
+                ran.add(shape)
     found = summary(rows.rows) if rows.rows else {}
     rows.save(**found)
     for name, value in found.items():
