@@ -4,9 +4,9 @@ Cells: workload (edit-like, fresh code, prose; benchmarks/workloads.py), context
 each, the planner (with the checkpoint's profile or the one that --profile names) and each member of its space (on a GPU
 a part of the usual one, since each compiles in every cell) run in turns, compiled and warm; a figure is the median of
 --repeats runs. Time is that of decoding, the planner's own work included. ``best`` is the fastest fixed strategy of the
-cell, found by trying all; ``default`` is prompt lookup with chain:4, all layers refreshing. Fixed strategies have the
-groups that the kernels choose, which are no slower than none; the planner may take others. Over all cells: tokens by
-seconds.
+cell, found by trying all (with --only those that it names, say where others are known to be far behind); ``default`` is
+prompt lookup with chain:4, all layers refreshing. Fixed strategies have the groups that the kernels choose, which are
+no slower than none; the planner may take others. Over all cells: tokens by seconds.
 
 In bfloat16 steps of different widths round differently, so what is sampled soon differs between strategies, and greedy
 text from some near-tie on; a text that repeats itself and one that does not differ more than strategies do. In float32
@@ -163,8 +163,8 @@ def main() -> None:
     suffix = f"_{args.dtype}" if args.dtype else ""
     rows = harness.Rows(args, AXES, suffix, checkpoint=args.checkpoint, dtype=str(engine.dtype),
                         new_tokens=args.new_tokens, implementation=engine.implementation,
-                        profiled=engine.profile is not None, space=args.space)  # fmt: skip
-    ran: set[tuple[int, int]] = set()  # batches, and tokens of their longest prompts
+                        profiled=engine.profile is not None, space=args.space, only=args.only)  # fmt: skip
+    ran: set[tuple[tuple[int, ...], ...]] = set()  # prompts' tokens, by batch
     for batch, context in args.cells:
         for temperature in args.temperatures:
             for workload in args.workloads:
@@ -173,7 +173,8 @@ def main() -> None:
                     continue
                 count = args.prompts if batch == 1 else 1
                 found = prompts(engine, args.checkpoint, workload, context, count * batch)
-                batches, shape = [found[i::count] for i in range(count)], (batch, max(map(len, found)))
+                batches = [found[i::count] for i in range(count)]
+                shape = tuple(tuple(map(len, each)) for each in batches)
                 for row in cell(engine, batches, strategies, temperature, shape in ran, args):
                     rows.add(key | row, (*AXES, "tokens_per_second", "mean_acceptance_length", "planning"))
                 ran.add(shape)

@@ -10,8 +10,7 @@ not in it; what the planner makes of a text is.
 that the model made of them, greedy and at temperature 0.7; ``recorded_long_texts.npz`` 8 of each kind with 12,288,
 greedy; ``recorded_profile.json`` is its profile on an H200, ``recorded_short_profile.json`` one of 195 seconds, which
 times 12 steps where the other times 51; of float32 ``recorded_float32_profile.json`` times 7, from the shortest to the
-longest, and ``recorded_poor_profile.json`` three, all short and of other kernels. Speeds are over one
-token at a time.
+longest, and ``recorded_poor_profile.json`` three, all short and of other kernels. Speeds are over one token at a time.
 
     python benchmarks/planner_replay.py --out                          # a minute on a CPU
     python benchmarks/planner_replay.py --record CHECKPOINT            # other texts; a GPU, or two hours

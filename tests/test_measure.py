@@ -101,7 +101,7 @@ def test_a_spent_budget_begins_nothing_and_names_what_is_missing(engine, text, s
 
 
 def test_of_programs_that_are_compiled_a_budget_has_to_hold_the_runs_alone(engine, text, stub, monkeypatch):
-    """By a clock on which four programs take 40 s and each run 1 s."""
+    """By a clock on which three programs take 40 s and each run 1 s."""
     done, at = stub
     now = 0.0
 

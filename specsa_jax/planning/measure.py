@@ -115,7 +115,7 @@ def measure(
     known = {_KEYS[name](entry) for name, entry in entries}
     wanted, missing = [task for task in ordered if task.key not in known], bench.missing
     text = calibration.text
-    longest: dict[str, float] = {}  # seconds without compilation, by kind of task
+    longest: dict[str, float] = {}  # seconds by kind of task, without what was compiled ahead
     together, most, compiled = min(_cores(), TOGETHER), 0.0, 0  # compiled at a time; seconds at most; tasks so far
     share, skipped = 0.0, 0  # of a task in its group's compilation; tasks that the budget leaves out
     for done, task in enumerate(wanted):
@@ -131,6 +131,10 @@ def measure(
                 progress(done, len(wanted), f"compiling {len(group)} programs")
                 took = _compile(group)
                 most, share = max(most, took), took / len(group)
+                if time.perf_counter() - begun + longest.get(kind, 0.0) >= budget:
+                    missing.append(task.name)
+                    skipped += 1
+                    continue
         progress(done, len(wanted), task.name)
         started = time.perf_counter()
         if kind not in ("step", "draft"):

@@ -129,7 +129,8 @@ class Plan:
         self.strategy, self._steps, self._length = self._first[0].strategy, 0, planner.segment
         self._replayed, self._looked = replayed, lengths
         self._text: tuple[Any, np.ndarray, np.ndarray] = ((), np.zeros(0, int), np.zeros(0, bool))
-        self._single_from = 0  # decisions before the segment from whose beginning on a sequence is alone
+        # Decisions before the segment from whose beginning on a sequence is alone; 0, too, where none is.
+        self._single_from = 0
         self._choosing = 0.0  # seconds that the last choice took
         self._least = 0.0  # that this segment takes at least, but the first
         self._speed = 0.0  # tokens a second of the strategy that decodes: as expected, then as its segment showed
@@ -308,6 +309,8 @@ class Plan:
         if self.acceptance.alone:
             first = len(self.decisions) == self._single_from + 1
             found = tuple(one for one in depths if first or not self._drafts(drafter, one))
+            if first and self._single_from:  # what is expected, and would have to be beaten, is of others
+                return found
         else:
             found = depths[-1:] if drafter != self.chosen.drafter else ()
         return tuple(one for one in found if self._may_win(drafter, one))
@@ -366,14 +369,15 @@ class Plan:
             self._learn(*seen)
             self._seen = (None, 0.0, 0)
             if running:
-                if running == 1 and self._replayed and not self.acceptance.alone:
-                    self.acceptance.alone, self._single_from = True, len(self.decisions)
                 _, known, done = self._text
                 if self._looked is not None and len(known) > 1:
                     self._pace.observe(self._looked, known, done, int(seen[0].steps), _spread(seen[0].accepted))
                 if not self._walk(seen[2]) and self.chosen.drafter != "none":
                     drafted, stood = np.asarray(seen[0].drafted), np.asarray(seen[0].accepted)
                     self.acceptance.add(self.chosen.drafter, self.strategy.tree, drafted, stood)
+                if running == 1 and self._replayed and not self.acceptance.alone:
+                    self.acceptance.leave_one()
+                    self._single_from = len(self.decisions)
                 self.choose(running, remaining)
             self._choosing = time.perf_counter() - begun
         self.seconds += time.perf_counter() - begun

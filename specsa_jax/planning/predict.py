@@ -131,6 +131,13 @@ class Acceptance:
             self._live[drafter, tree if copies(drafter, tree) else family(tree)].add(drafted, accepted, weight)
             self._changed()
 
+    def leave_one(self) -> None:
+        """One of several texts is left, and alone from now on: what all have shown counts as little as a prior."""
+        self.alone = True
+        for counts in self._live.values():
+            counts.scale(min(1.0, _PRIOR_STEPS / counts.steps) if counts.steps else 1.0)
+        self._changed()
+
     def decay(self, steps: int) -> None:
         """Older evidence counts less: ``steps`` have passed since the last call."""
         for counts in self._live.values():
