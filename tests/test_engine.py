@@ -58,7 +58,9 @@ def cut(held_out, count, pages, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count, pages, batch", [(196, (1,), 28), (3, (9, 11), 3), (1, (17,), 1)])
+@pytest.mark.parametrize(
+    "count, pages, batch", [(196, (1,), 28), pytest.param(3, (9, 11), 3, marks=pytest.mark.long), (1, (17,), 1)]
+)
 def test_greedy_speculation_gives_the_tokens_of_decoding_one_by_one(engine, held_out, count, pages, batch):
     """200 held-out prompts of 1 to 1056 tokens, alone and in ragged batches; 8 blocks of 64 tokens are selected."""
     prompts = cut(held_out, count, pages, seed=count)
