@@ -39,6 +39,8 @@ def test_generate_continues_standard_input_and_ends_with_json():
     assert any("mean acceptance length" in line for line in text)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_several_prompt_files_make_a_batch(tmp_path):
     for name in ("a.py", "b.py"):
         (tmp_path / name).write_text(f"# {name}\nimport sys\n")

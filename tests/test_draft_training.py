@@ -149,6 +149,8 @@ def test_killed_runs_resume_with_the_same_losses_and_other_runs_are_refused(conf
     assert summary.steps == 8 and losses_of(config) == losses_of(whole)  # bit for bit
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_time_limit_ends_the_run_with_a_head_and_lowers_the_rate_on_the_way(config):
     config = dataclasses.replace(config, steps=10**6, save_every=0, time_limit=1e-3)
     summary = train_draft(config)

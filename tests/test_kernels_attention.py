@@ -281,7 +281,7 @@ def test_equals_reference_with_the_config_that_a_call_takes(spec, dtype, interpr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("interpret", PLACES)
+@pytest.mark.parametrize("interpret", [pytest.param(True, id="interpret", marks=pytest.mark.long), PLACES[1]])
 def test_a_reuse_layer_whose_selected_branch_is_launched_apart_gives_the_same(interpret, kernel_seed, monkeypatch):
     monkeypatch.setattr(attention, "_apart", lambda config, shape, shown: True)
     arguments, config = arguments_of(CHAIN_8, kernel_seed), config_of(CHAIN_8, splits=(2, 3, 1))

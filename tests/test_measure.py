@@ -184,6 +184,8 @@ def test_a_tiny_model_is_profiled_and_the_engine_finds_the_times_plausible(engin
     assert again == found and missing == []
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_timed_step_verifies_as_many_tokens_as_it_says(engine, text):
     """Nothing is timed in which the loop falls back to one token, or ends."""
     timer = Bench(engine, text, (2,), (128,), ())
