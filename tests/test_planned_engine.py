@@ -304,6 +304,7 @@ def test_a_drafter_that_watches_takes_over_in_the_middle(restless, drafting_for_
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_watching_ends_where_it_is_not_worth_its_time(drafting_for_itself, guarded, monkeypatch):
     """Decoding goes on with the programs of a call in which nobody ever watched, and with the same tokens. Nothing
     crosses between host and device inside a segment, while somebody watches and after."""
