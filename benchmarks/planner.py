@@ -163,7 +163,7 @@ def main() -> None:
     suffix = f"_{args.dtype}" if args.dtype else ""
     rows = harness.Rows(args, AXES, suffix, checkpoint=args.checkpoint, dtype=str(engine.dtype),
                         new_tokens=args.new_tokens, implementation=engine.implementation,
-                        profiled=engine.profile is not None, space=args.space, only=args.only)  # fmt: skip
+                        profiled=engine.profile is not None, space=args.space)  # fmt: skip
     ran: set[tuple[tuple[int, ...], ...]] = set()  # prompts' tokens, by batch
     for batch, context in args.cells:
         for temperature in args.temperatures:

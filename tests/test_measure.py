@@ -115,6 +115,8 @@ def test_of_programs_that_are_compiled_a_budget_has_to_hold_the_runs_alone(engin
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     monkeypatch.setattr(measure, "_cores", lambda: 4)
     at |= dict.fromkeys((1, 2, 3), lambda: passes(1.0))
+    _, missing = measure.measure(engine, text, profile(), budget=39.0, **SMALL)
+    assert done == [] and missing[1:] == ["step 1", "step 2", "step 3"]  # compiling took all of it
     found, missing = measure.measure(engine, text, profile(), budget=44.0, **SMALL)
     assert done == [1, 2, 3] and missing[1:] == [] and found.seconds == pytest.approx(43.0)
 
